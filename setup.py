@@ -1,0 +1,129 @@
+"""Builds bnkernels._C, the one extension module. Metadata is in pyproject.toml.
+
+Environment:
+  FORCE_CUDA=1|0              build the CUDA kernels or fail | build for the CPU only (default: CUDA if torch has it and
+                              nvcc is found; whether a GPU is present does not matter)
+  CUDA_HOME                   the CUDA toolkit (default: asked from nvcc on PATH)
+  TORCH_CUDA_ARCH_LIST        e.g. "9.0" or "8.0;9.0+PTX" (default: of the GPUs present, else all supported)
+  MAX_JOBS                    compilers run at a time (default: ninja's, cores + 2); lower it where memory is short
+  BNKERNELS_PTXAS_VERBOSE=1   registers, shared memory and spills of each kernel to build/ptxas.log
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))  # pip's build front end does not put this folder on the path
+
+import build_support  # noqa: E402
+
+try:
+    import torch
+except ImportError as error:
+    raise SystemExit(
+        "bnkernels compiles against the torch that it will run with, and there is none in this environment.\n"
+        "Install torch first, then: pip install --no-build-isolation bnkernels"
+    ) from error
+
+
+def capabilities_present() -> Iterable[build_support.Capability]:
+    return [torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count())]
+
+
+try:
+    CUDA = build_support.plan_cuda(os.environ, torch.__version__, torch.version.cuda, capabilities_present)
+except build_support.BuildError as error:
+    raise SystemExit(f"bnkernels: {error}") from error
+
+if CUDA is not None:
+    # torch.utils.cpp_extension reads both when it is imported or run; its own guess of the root fails on a wrapper.
+    os.environ["CUDA_HOME"] = str(CUDA.root)
+    os.environ["TORCH_CUDA_ARCH_LIST"] = CUDA.arch_list
+
+from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402
+
+PTXAS_LOG = ROOT / "build" / "ptxas.log" if os.environ.get("BNKERNELS_PTXAS_VERBOSE") == "1" else None
+
+
+def files(*patterns: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in (ROOT / "csrc").glob(pattern))
+
+
+def openmp_flags() -> list[str]:
+    """at::parallel_for is a header: it runs serially unless compiled with OpenMP.
+
+    For the compiler only. The linker is not told, so that the calls bind to the OpenMP runtime that torch has loaded
+    already; a second one would bring a second thread pool that spins beside torch's.
+    """
+    return ["-fopenmp"] if sys.platform == "linux" and torch.backends.openmp.is_available() else []
+
+
+def extension() -> CppExtension | CUDAExtension:
+    # No fused multiply-add that the source does not spell out: the same source gives the same bits on every host.
+    host = ["-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden"]
+    flags = {"cxx": host + openmp_flags()}
+    macros = [("BNK_BUILD_TORCH", f'"{torch.__version__}"')]
+    sources = files("*.cpp", "cpu/*.cpp")
+    headers = files("**/*.h", "**/*.cuh")
+    if CUDA is None:
+        return CppExtension(
+            "bnkernels._C", sources, depends=headers, define_macros=macros, extra_compile_args=flags, language="c++"
+        )
+    flags["nvcc"] = ["-O3", "-lineinfo", "-Xcompiler", ",".join(host[2:])]
+    if PTXAS_LOG is not None:
+        flags["nvcc"] += ["-Xptxas", "-v"]
+    macros += [
+        ("BNK_WITH_CUDA", "1"),
+        ("BNK_BUILD_CUDA", f'"{CUDA.version}"'),
+        ("BNK_BUILD_ARCHS", f'"{CUDA.arch_list}"'),
+    ]
+    return CUDAExtension(
+        "bnkernels._C", sources + files("cuda/*.cu"), depends=headers, define_macros=macros, extra_compile_args=flags
+    )
+
+
+@contextmanager
+def standard_output_to(path: Path | None) -> Iterator[None]:
+    """Sends file descriptor 1, which ninja writes to, into a file meanwhile."""
+    if path is None:
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    saved = os.dup(1)
+    try:
+        with path.open("wb") as log:
+            os.dup2(log.fileno(), 1)
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(saved, 1)
+        os.close(saved)
+        print(f"bnkernels: the compiler's output is in {path}")
+
+
+class Build(BuildExtension):
+    """torch's build_ext, with objects kept between builds and a word on what is being built."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        # pip builds in a temporary folder of its own: objects kept here make the second build incremental. One folder
+        # for each Python and torch, as their objects do not mix.
+        tag = f"{sys.implementation.cache_tag}-torch{torch.__version__}"
+        self.build_temp = str(ROOT / "build" / f"objects-{tag}")
+
+    def build_extensions(self) -> None:
+        device = f"CUDA {CUDA.version} for {CUDA.arch_list} ({CUDA.root})" if CUDA else "the CPU only"
+        print(f"bnkernels: building against torch {torch.__version__} for {device}", flush=True)
+        with standard_output_to(PTXAS_LOG):
+            super().build_extensions()
+
+
+setup(license="BSD-3-Clause", ext_modules=[extension()], cmdclass={"build_ext": Build})
