@@ -102,11 +102,12 @@ def check_cuda_major(torch_version: str, torch_cuda: str, toolkit: str, root: Pa
     wanted, have = torch_cuda.split(".")[0], toolkit.split(".")[0]
     if wanted != have:
         raise BuildError(
-            f"CUDA versions differ: torch {torch_version} was built with CUDA {torch_cuda}, the toolkit at {root} is CUDA {toolkit}.\n"
-            f"Do one of:\n"
-            f"  - install the CUDA {wanted} toolkit and point CUDA_HOME at it (CUDA_HOME=/usr/local/cuda-{wanted} ...)\n"
+            f"CUDA versions differ: torch {torch_version} was built with CUDA {torch_cuda}, "
+            f"the toolkit at {root} is CUDA {toolkit}.\n"
+            "Do one of:\n"
+            f"  - install the CUDA {wanted} toolkit and point CUDA_HOME at it\n"
             f"  - install a torch built with CUDA {have} (see 'Get started' on pytorch.org)\n"
-            f"  - build for the CPU only: FORCE_CUDA=0"
+            "  - build for the CPU only: FORCE_CUDA=0"
         )
 
 
@@ -166,7 +167,9 @@ def plan_cuda(
                 f"FORCE_CUDA=1, but no nvcc was found: install the CUDA {torch_cuda.split('.')[0]} toolkit, "
                 "and put its nvcc on PATH or set CUDA_HOME"
             )
-        print(f"bnkernels: torch {torch_version} has CUDA {torch_cuda}, but no nvcc was found: building for the CPU only")
+        print(
+            f"bnkernels: torch {torch_version} has CUDA {torch_cuda}, but no nvcc was found: building for the CPU only"
+        )
         return None
     version = toolkit_version(root)
     check_cuda_major(torch_version, torch_cuda, version, root)

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))  # pip's build front end does not put this folder on the path
@@ -65,7 +65,7 @@ def openmp_flags() -> list[str]:
     return ["-fopenmp"] if sys.platform == "linux" and torch.backends.openmp.is_available() else []
 
 
-def extension() -> CppExtension | CUDAExtension:
+def extension() -> Extension:
     # No fused multiply-add that the source does not spell out: the same source gives the same bits on every host.
     host = ["-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden"]
     flags = {"cxx": host + openmp_flags()}

@@ -1,0 +1,112 @@
+# The commands of this repository. Each target does all the set-up it needs, from a clean clone:
+#
+#   make demo     trains a small residual network on real images with nn.BatchNorm2d and with bnkernels, side by side
+#   make test     builds and runs all tests
+#   make lint     ruff, mypy, clang-format
+#   make bench    the benchmark harness (CPU, and the GPU where there is one)
+#   make gpu      on a machine with a GPU: build, tests marked cuda, compute-sanitizer, bench, in one go, without network
+#   make ptxas    registers and spills of every kernel for every supported architecture (needs nvcc, no GPU)
+#   make build    the extension alone, in place
+#   make clean    removes what was built (distclean: the environments too)
+#
+# Variables:
+#   TORCH=torch==2.13.0    the torch to install (default: torch>=2.11), in an environment of its own
+#   PYTHON=python3.12      the Python that the environment is made from (default: python3)
+#   INTERPRETER=python3    no environment: this interpreter as it is. Nothing is installed and no network is needed; it must
+#                          have torch and what the target uses (pyproject.toml: demo, bench, dev)
+#   PYTEST_ARGS="-k cpu"   handed to pytest
+#   RESULTS=DIR            where `make gpu` and `make bench` write (default: out/gpu, out/bench)
+#   MAX_JOBS=N             compilers run at a time (default: the cores)
+#   TORCH_CUDA_ARCH_LIST, CUDA_HOME, FORCE_CUDA: as in setup.py. Unlike there, where no GPU is present only sm_90 is compiled.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+TORCH ?= torch>=2.11
+PYTEST_ARGS ?=
+RESULTS ?=
+MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+export MAX_JOBS
+
+ifndef TORCH_CUDA_ARCH_LIST
+  ifeq ($(shell nvidia-smi -L 2>/dev/null),)
+    export TORCH_CUDA_ARCH_LIST := 9.0
+  endif
+endif
+
+# Everything runs from the repository's root, with the package built in place.
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+
+ifdef INTERPRETER
+  PY := $(INTERPRETER)
+  # Targets that prepare an environment have nothing to do.
+  TORCH_STAMP :=
+  environment = build
+else
+  # One environment for each torch asked for: .venv, or e.g. .venv-torch2.13.0
+  VENV := $(CURDIR)/.venv$(if $(filter-out torch>=2.11,$(TORCH)),-$(subst =,,$(subst <,,$(subst >,,$(TORCH)))))
+  PY := $(VENV)/bin/python
+  TORCH_STAMP := $(VENV)/.torch
+  environment = build $(VENV)/.$(1)
+endif
+
+CPP_FILES = $(shell git ls-files -co --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'csrc/*.cu' \
+    'tests/simt/*.h' 'tests/simt/*.cpp' 'tests/simt/*.cuh' 'tests/simt/*.cu' 2>/dev/null || \
+    find csrc tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+
+.PHONY: help demo test lint format bench gpu ptxas build clean distclean
+
+help:
+	@sed -n '1,/^$$/{/^#/!d;s/^# \{0,1\}//;p}' Makefile
+
+demo: $(call environment,demo)
+	$(PY) examples/digits.py
+
+test: $(call environment,dev)
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+lint: $(call environment,dev)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	@echo "clang-format: $(words $(CPP_FILES)) files"
+	@"$$(dirname "$$($(PY) -c 'import sys; print(sys.executable)')")/clang-format" --dry-run -Werror $(CPP_FILES)
+
+bench: $(call environment,bench)
+	$(PY) -m bench $(if $(RESULTS),--out $(RESULTS))
+
+gpu: build
+	PYTHON="$(PY)" RESULTS="$(or $(RESULTS),$(CURDIR)/out/gpu)" bash bench/gpu.sh
+
+ptxas: $(call environment,bench)
+	$(PY) bench/registers.py
+
+# ninja knows what is up to date; this costs a few seconds when everything is.
+build: $(TORCH_STAMP)
+	$(PY) setup.py -q build_ext --inplace
+
+clean:
+	rm -rf build dist out *.egg-info bnkernels/*.so
+	find . -path './.venv*' -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+distclean: clean
+	rm -rf .venv*
+
+ifndef INTERPRETER
+$(VENV)/.torch:
+	@echo "== environment $(VENV) from $(PYTHON); then $(TORCH) (a CUDA build is some gigabytes: minutes)"
+	$(PYTHON) -m venv "$(VENV)"
+	"$(PY)" -m pip install --quiet --upgrade pip
+	"$(PY)" -m pip install setuptools wheel ninja numpy "$(TORCH)"
+	@touch "$@"
+
+# The package itself, editable, with the extra's dependencies: without isolation, against the torch just installed.
+$(VENV)/.%: pyproject.toml setup.py build_support.py | build
+	@echo "== bnkernels[$*] into $(VENV)"
+	"$(PY)" -m pip install --quiet --no-build-isolation -e ".[$*]"
+	@touch "$@"
+endif
