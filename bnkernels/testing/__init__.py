@@ -1,0 +1,60 @@
+"""What correct means here, and the inputs to see it on: the gate and the one generator that all tests share.
+
+    gate       how far an output may lie from the float64 reference
+    calls      the inputs and outputs of one call, judged
+    families   adversarial values
+    shapes     shapes, each with its reason
+    layouts    strides, guard bands, poisoned memory
+    cases      named, reproducible cases made of these, and the grids of each tier
+
+Pure torch: nothing here knows a backend, so that what judges a kernel shares no code with it.
+"""
+
+from .calls import Inputs, Outputs, judge_call
+from .cases import DTYPE_PAIRS, DTYPES, TIERS, Case, cases
+from .families import FAMILIES, GRADS, WEIGHTS, Family
+from .gate import (
+    REPORT_FROM,
+    UNIT_ROUNDOFF,
+    Expectation,
+    K,
+    Verdict,
+    accumulate_roundoff,
+    assert_within,
+    expect_backward,
+    expect_forward,
+    judge,
+)
+from .layouts import LAYOUTS, Guarded, guarded, lay_out, misaligned, poisoned_allocations, same_bits
+
+__all__ = [
+    "DTYPES",
+    "DTYPE_PAIRS",
+    "FAMILIES",
+    "GRADS",
+    "LAYOUTS",
+    "REPORT_FROM",
+    "TIERS",
+    "UNIT_ROUNDOFF",
+    "WEIGHTS",
+    "Case",
+    "Expectation",
+    "Family",
+    "Guarded",
+    "Inputs",
+    "K",
+    "Outputs",
+    "Verdict",
+    "accumulate_roundoff",
+    "assert_within",
+    "cases",
+    "expect_backward",
+    "expect_forward",
+    "guarded",
+    "judge",
+    "judge_call",
+    "lay_out",
+    "misaligned",
+    "poisoned_allocations",
+    "same_bits",
+]

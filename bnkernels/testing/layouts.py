@@ -1,0 +1,156 @@
+"""Layouts: the same values behind other strides, and memory that tells when it was touched.
+
+`lay_out` is the one place that makes strides; `guarded` and `poisoned_allocations` are how tests see a write that
+should not have happened, and a missing one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def _offset(t: Tensor) -> Tensor:
+    """The same strides one element into its storage: aligned to the element and to nothing more."""
+    storage = torch.empty(t.numel() + 1, dtype=t.dtype, device=t.device)
+    return storage[1:].as_strided(t.shape, t.stride()).copy_(t)
+
+
+def _channels_last(t: Tensor) -> Tensor:
+    return t.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def _sliced(t: Tensor) -> Tensor:
+    """Every second element of the last dimension of a wider tensor."""
+    wide = torch.full((*t.shape[:-1], 2 * t.shape[-1] + 1), math.nan, dtype=t.dtype, device=t.device)
+    return wide[..., 1::2].copy_(t)
+
+
+def _channel_slice(t: Tensor) -> Tensor:
+    """Some channels of a tensor with more, as in a DenseNet: dense within a channel, gaps between the rows of N."""
+    wide = torch.full((t.shape[0], t.shape[1] + 3, *t.shape[2:]), math.nan, dtype=t.dtype, device=t.device)
+    return wide[:, 2:-1].copy_(t)
+
+
+def _transposed(t: Tensor) -> Tensor:
+    """The last two dimensions swapped in memory."""
+    return t.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def _odd_ones(t: Tensor) -> Tensor:
+    """Contiguous, but for the strides of the dimensions of size 1, which mean nothing and must not be trusted."""
+    t = t.contiguous()
+    strides = [7 + 2 * d if size == 1 else stride for d, (size, stride) in enumerate(zip(t.shape, t.stride()))]
+    return t.as_strided(t.shape, strides)
+
+
+@dataclass(frozen=True)
+class Layout:
+    arrange: Callable[[Tensor], Tensor]
+    applies: Callable[[tuple[int, ...]], bool] = lambda shape: True
+
+
+LAYOUTS: dict[str, Layout] = {
+    "contiguous": Layout(lambda t: t.contiguous()),
+    # Three dimensions have no torch.channels_last; (N, L, C) in memory is met all the same, after a transpose.
+    "channels_last": Layout(_channels_last, lambda shape: len(shape) > 2),
+    "offset": Layout(lambda t: _offset(t.contiguous())),
+    "channels_last_offset": Layout(lambda t: _offset(_channels_last(t)), lambda shape: len(shape) > 2),
+    "sliced": Layout(_sliced),
+    "channel_slice": Layout(_channel_slice),
+    "transposed": Layout(_transposed, lambda shape: len(shape) != 3),
+    "odd_ones": Layout(_odd_ones, lambda shape: 1 in shape),
+}
+
+
+def lay_out(t: Tensor, layout: str) -> Tensor:
+    """The values of `t` (N, C, *) in the named layout of LAYOUTS: a new tensor with the same shape and dtype."""
+    return LAYOUTS[layout].arrange(t.detach())
+
+
+def misaligned(t: Tensor) -> Tensor:
+    """A copy of a vector that is aligned to its element only, as a slice of a larger buffer may be."""
+    return _offset(t.detach().contiguous())
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """A dense tensor between two guard bands of the same storage."""
+
+    tensor: Tensor
+    storage: Tensor
+    pattern: Tensor
+
+    def intact(self) -> bool:
+        """Whether nothing was written outside of `tensor`."""
+        start = self.tensor.storage_offset()
+        stop = start + self.tensor.numel()
+        bits = _bits(self.storage)
+        return torch.equal(bits[:start], self.pattern[:start]) and torch.equal(bits[stop:], self.pattern[stop:])
+
+
+def guarded(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    *,
+    values: Tensor | None = None,
+    channels_last: bool = False,
+    offset: int = 1,
+    band: int = 64,
+) -> Guarded:
+    """A tensor of NaN (or of `values`) between guard bands of `band` elements, `offset` elements off their alignment.
+
+    An element that should have been written and was not stays NaN; one that should not have been is seen by intact().
+    """
+    size = math.prod(shape)
+    storage = torch.full((offset + band + size + band,), math.nan, dtype=dtype, device=device)
+    bits = _bits(storage)
+    # A NaN, so that reading beyond the end shows, and no NaN that arithmetic gives, so that writing it shows too.
+    noise = torch.arange(bits.numel(), dtype=torch.int64, device=bits.device) % 97 + 1
+    bits += noise.to(bits.dtype)
+    pattern = bits.clone()
+    view = storage[offset + band : offset + band + size]
+    if channels_last:
+        tensor = view.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+    else:
+        tensor = view.view(shape)
+    tensor.fill_(math.nan)
+    if values is not None:
+        tensor.copy_(values)
+    return Guarded(tensor, storage, pattern)
+
+
+def _bits(t: Tensor) -> Tensor:
+    return t.view({8: torch.int64, 4: torch.int32, 2: torch.int16}[t.element_size()])
+
+
+def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two tensors have the same shape, dtype and bits: NaN equals itself and -0 is not 0. None equals None."""
+    if a is None or b is None:
+        return a is b
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not a.dtype.is_floating_point:
+        return torch.equal(a, b)
+    return torch.equal(_bits(a.contiguous()), _bits(b.contiguous()))
+
+
+@contextmanager
+def poisoned_allocations() -> Iterator[None]:
+    """Within, torch.empty gives NaN: what a backend does not write shows, in outputs and in workspaces alike."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
