@@ -76,7 +76,7 @@ def extension() -> Extension:
         return CppExtension(
             "bnkernels._C", sources, depends=headers, define_macros=macros, extra_compile_args=flags, language="c++"
         )
-    flags["nvcc"] = ["-O3", "-lineinfo", "-Xcompiler", ",".join(host[2:])]
+    flags["nvcc"] = ["-O3", "-lineinfo", "--fmad=false", "-Xcompiler", ",".join(host[2:])]
     if PTXAS_LOG is not None:
         flags["nvcc"] += ["-Xptxas", "-v"]
     macros += [

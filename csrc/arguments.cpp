@@ -1,0 +1,128 @@
+#include "arguments.h"
+
+#include <ATen/ops/empty_like.h>
+#include <c10/util/Exception.h>
+
+namespace bnk {
+namespace {
+
+Dtype to_dtype(at::ScalarType type) {
+  switch (type) {
+    case at::kDouble:
+      return Dtype::kFloat64;
+    case at::kFloat:
+      return Dtype::kFloat32;
+    case at::kHalf:
+      return Dtype::kFloat16;
+    case at::kBFloat16:
+      return Dtype::kBFloat16;
+    default:
+      TORCH_CHECK_NOT_IMPLEMENTED(false, "\"batch_norm\" not implemented for '", at::toString(type),
+                                  "': expected an input of dtype float64, float32, float16 or bfloat16");
+  }
+}
+
+}  // namespace
+
+at::ScalarType to_scalar_type(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kFloat64:
+      return at::kDouble;
+    case Dtype::kFloat32:
+      return at::kFloat;
+    case Dtype::kFloat16:
+      return at::kHalf;
+    default:
+      return at::kBFloat16;
+  }
+}
+
+Input describe_input(const at::Tensor& x) {
+  TORCH_CHECK(x.dim() >= 2 && x.dim() <= 5, "batch_norm: expected an input of 2 to 5 dimensions, (N, C, ...), but got ",
+              x.dim(), " dimensions: ", x.sizes());
+  TORCH_CHECK(x.layout() == at::kStrided, "batch_norm: expected a dense (strided) input, but got layout ", x.layout());
+  const Dtype dtype = to_dtype(x.scalar_type());
+  const at::MemoryFormat format = x.suggest_memory_format();
+  Input input{x.contiguous(format), {}};
+  const int64_t batch = x.size(0);
+  const int64_t channels = x.size(1);
+  int64_t spatial = 1;
+  for (int64_t dim = 2; dim < x.dim(); ++dim) spatial *= x.size(dim);
+  if (format == at::MemoryFormat::Contiguous) {
+    input.problem = {batch, channels, spatial, dtype};
+  } else {
+    input.problem = {batch * spatial, channels, 1, dtype};
+  }
+  return input;
+}
+
+at::Tensor grad_like(const at::Tensor& grad, const Input& input) {
+  const at::Tensor& x = input.tensor;
+  TORCH_CHECK(grad.sizes() == x.sizes(), "batch_norm backward: expected a gradient of shape ", x.sizes(), ", but got ",
+              grad.sizes());
+  TORCH_CHECK(grad.scalar_type() == x.scalar_type(), "batch_norm backward: expected a gradient of dtype ",
+              x.scalar_type(), ", but got ", grad.scalar_type());
+  TORCH_CHECK(grad.device() == x.device(), "batch_norm backward: expected a gradient on ", x.device(),
+              ", but got one on ", grad.device());
+  return grad.contiguous(x.suggest_memory_format());
+}
+
+Vector::Vector(const OptionalTensor& given, const char* name, const Input& input) {
+  if (!given.has_value() || !given->defined()) return;
+  const at::Tensor& x = input.tensor;
+  TORCH_CHECK(given->numel() == input.problem.channels, name, " should contain ", input.problem.channels,
+              " elements not ", given->numel());
+  TORCH_CHECK(given->device() == x.device(), "batch_norm: expected ", name, " on the input's device, ", x.device(),
+              ", but got it on ", given->device());
+  const at::ScalarType type = given->scalar_type();
+  const bool sixteen_bit = size_of(input.problem.dtype) == 2;
+  TORCH_CHECK(type == x.scalar_type() || (sixteen_bit && type == at::kFloat), "batch_norm: expected ", name,
+              " of dtype ", x.scalar_type(), sixteen_bit ? " or Float" : "", " for an input of dtype ", x.scalar_type(),
+              ", but got ", type);
+  given_ = *given;
+  dense_ = given_.contiguous();
+}
+
+PerChannel Vector::pointer() const {
+  if (!defined()) return {nullptr, Dtype::kFloat32};
+  return {dense_.data_ptr(), to_dtype(dense_.scalar_type())};
+}
+
+void Vector::write_back() {
+  if (!defined()) return;
+  if (dense_.is_same(given_)) {
+    mark_changed(given_);
+  } else {
+    given_.copy_(dense_);
+  }
+}
+
+void check_same_dtype(const Vector& a, const char* a_name, const Vector& b, const char* b_name) {
+  if (!a.defined() || !b.defined()) return;
+  TORCH_CHECK(a.scalar_type() == b.scalar_type(), "batch_norm: expected ", a_name, " and ", b_name,
+              " of one dtype, but got ", a.scalar_type(), " and ", b.scalar_type());
+}
+
+Vector saved_statistic(const at::Tensor& given, const char* name, const Input& input) {
+  const at::ScalarType expected = to_scalar_type(accumulate_dtype(input.problem.dtype));
+  TORCH_CHECK(given.scalar_type() == expected, "batch_norm backward: expected ", name, " of dtype ", expected,
+              ", as the forward returned it, but got ", given.scalar_type());
+  // The saved statistics of 16-bit inputs are float32, which is what Vector allows beside the input's own dtype.
+  return Vector(given, name, input);
+}
+
+void check_counter(const OptionalTensor& counter, const Input& input) {
+  if (!counter.has_value() || !counter->defined()) return;
+  TORCH_CHECK(counter->scalar_type() == at::kLong && counter->numel() == 1,
+              "batch_norm: expected num_batches_tracked to be one int64 value, but got shape ", counter->sizes(),
+              " and dtype ", counter->scalar_type());
+  TORCH_CHECK(counter->device() == input.tensor.device(),
+              "batch_norm: expected num_batches_tracked on the input's device, ", input.tensor.device(),
+              ", but got it on ", counter->device());
+}
+
+void mark_changed(const at::Tensor& tensor) {
+  if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+}
+
+}  // namespace bnk

@@ -1,0 +1,60 @@
+// From tensors to the raw-pointer arguments of problem.h: every check of what a caller may pass, in one place.
+//
+// Nothing behind this is checked again: a tensor that passes is safe to read and write at every offset of its Problem.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+#include "problem.h"
+
+namespace bnk {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+// A dense copy-free view of an input: `tensor` is the input itself, or, where its strides are neither contiguous nor
+// channels-last, its one copy in the memory format that torch suggests for it.
+struct Input {
+  at::Tensor tensor;
+  Problem problem;
+};
+
+// Throws unless x is a (N, C, ...) tensor of 2 to 5 dimensions and a supported dtype.
+Input describe_input(const at::Tensor& x);
+
+// grad, dense in the layout of `input`. Throws unless it has the shape, dtype and device of input.
+at::Tensor grad_like(const at::Tensor& grad, const Input& input);
+
+// A per-channel vector, checked: C elements on the device of x, of x's dtype or, for 16-bit x, float32. Not contiguous
+// ones are copied, and `write_back` copies a changed one back and bumps its version counter.
+class Vector {
+ public:
+  Vector() = default;
+  Vector(const OptionalTensor& given, const char* name, const Input& input);
+
+  bool defined() const { return dense_.defined(); }
+  at::ScalarType scalar_type() const { return dense_.scalar_type(); }
+  PerChannel pointer() const;
+  void write_back();
+
+ private:
+  at::Tensor given_;
+  at::Tensor dense_;
+};
+
+// Both, neither or one of them may be there; if both are, they are of one dtype.
+void check_same_dtype(const Vector& a, const char* a_name, const Vector& b, const char* b_name);
+
+// The saved statistics of a forward: C elements of accumulate_dtype on the device of x.
+Vector saved_statistic(const at::Tensor& given, const char* name, const Input& input);
+
+// int64, one element, on the device of x.
+void check_counter(const OptionalTensor& counter, const Input& input);
+
+// Tells autograd that the tensor's contents have changed.
+void mark_changed(const at::Tensor& tensor);
+
+at::ScalarType to_scalar_type(Dtype dtype);
+
+}  // namespace bnk

@@ -1,0 +1,67 @@
+// Launches of the streaming path.
+#include "../streaming.h"
+#include "backend.h"
+
+namespace bnk::cuda {
+namespace {
+
+class StreamExecutor {
+ public:
+  explicit StreamExecutor(cudaStream_t stream) : stream_(stream) {}
+
+  // After an error nothing more is launched: later kernels would read what was never written.
+  template <typename Params>
+  void launch(Launch launch, void (*kernel)(Params), const Params& params) {
+    if (error_ != cudaSuccess) return;
+    kernel<<<static_cast<unsigned>(launch.grid), launch.block, 0, stream_>>>(params);
+    error_ = cudaGetLastError();
+  }
+
+  cudaError_t error() const { return error_; }
+
+ private:
+  cudaStream_t stream_;
+  cudaError_t error_ = cudaSuccess;
+};
+
+}  // namespace
+
+cudaError_t current_device_limits(DeviceLimits* limits) {
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  error = cudaDeviceGetAttribute(&limits->multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
+  return cudaDeviceGetAttribute(&limits->max_threads_per_multiprocessor, cudaDevAttrMaxThreadsPerMultiProcessor,
+                                device);
+}
+
+bool is_aligned(const void* data) { return streaming::is_aligned(data); }
+
+int64_t forward_train_scratch_bytes(const StreamingPlan& plan) {
+  return streaming::forward_train_scratch(plan) * static_cast<int64_t>(sizeof(double));
+}
+
+int64_t backward_scratch_bytes(const StreamingPlan& plan) {
+  return streaming::backward_scratch(plan) * static_cast<int64_t>(sizeof(double));
+}
+
+cudaError_t forward_train(const ForwardTrainArgs& args, const StreamingPlan& plan, void* scratch, cudaStream_t stream) {
+  StreamExecutor executor(stream);
+  streaming::forward_train(args, plan, static_cast<double*>(scratch), executor);
+  return executor.error();
+}
+
+cudaError_t forward_eval(const ForwardEvalArgs& args, const StreamingPlan& plan, cudaStream_t stream) {
+  StreamExecutor executor(stream);
+  streaming::forward_eval(args, plan, executor);
+  return executor.error();
+}
+
+cudaError_t backward(const BackwardArgs& args, const StreamingPlan& plan, void* scratch, cudaStream_t stream) {
+  StreamExecutor executor(stream);
+  streaming::backward(args, plan, static_cast<double*>(scratch), executor);
+  return executor.error();
+}
+
+}  // namespace bnk::cuda

@@ -1,0 +1,121 @@
+// Backward, the sums. With g = grad_y and xhat = (x - mean) * invstd, in two kernels:
+//
+//   grad_sums_kernel    each block sums g and g*xhat over each of its shares into a partial
+//   finish_grad_sums    joins a channel's partials in chunk order:  grad_bias = sum(g),  grad_weight = sum(g*xhat),
+//                       and leaves both over n for grad_input
+//
+// A thread sums a tile of a few windows in the elements' compute type and the tiles in double.
+#pragma once
+
+#include "partials.cuh"
+#include "per_channel.cuh"
+
+namespace bnk {
+
+// Windows of each of x and g a thread keeps in flight.
+inline constexpr int kGradSumsTile = 4;
+
+struct GradSums {
+  double g;
+  double g_xhat;
+};
+
+BNK_DEVICE void join(GradSums& a, const GradSums& b) {
+  a.g += b.g;
+  a.g_xhat += b.g_xhat;
+}
+
+BNK_DEVICE GradSums shuffle_xor(const GradSums& sums, int mask) {
+  return {shuffle_xor(sums.g, mask), shuffle_xor(sums.g_xhat, mask)};
+}
+
+struct GradSumsParams {
+  Walk walk;
+  const void* grad_y;
+  const void* x;
+  ConstPerChannel mean;
+  ConstPerChannel invstd;
+  double* partial;  // GradSums, see partials.cuh
+};
+
+template <typename T, Layout kLayout>
+BNK_KERNEL(kMaxBlockThreads)
+grad_sums_kernel(GradSumsParams params) {
+  using Walker_ = Walker<T, kLayout>;
+  using Real = Compute<T>;
+  constexpr int kColumns = Walker_::kColumns;
+  BNK_SHARED(GradSums, slots, (kReduceSlots<kColumns, Walker_::kLanes>));
+
+  const T* lead = static_cast<const T*>(params.x);
+  const T* grad = static_cast<const T*>(params.grad_y);
+  const View<const T> x{lead, Walker_::is_wide(params.walk, lead, lead)};
+  const View<const T> g{grad, Walker_::is_wide(params.walk, grad, lead)};
+
+  for (int64_t index = block_rank(); index < shares_of(params.walk); index += grid_blocks()) {
+    const Share share = share_at(params.walk, index);
+    Walker_ walker(params.walk, share, lead);
+
+    Real mean[kColumns], invstd[kColumns];
+    GradSums total[kColumns] = {};
+#pragma unroll
+    for (int column = 0; column < kColumns; ++column) {
+      if (!walker.has_channel(column)) continue;
+      mean[column] = static_cast<Real>(read(params.mean, walker.channel(column)));
+      invstd[column] = static_cast<Real>(read(params.invstd, walker.channel(column)));
+    }
+
+    while (walker.more()) {
+      Real xs[kGradSumsTile][Walker_::kElements], gs[kGradSumsTile][Walker_::kElements];
+      Window windows[kGradSumsTile];
+#pragma unroll
+      for (int i = 0; i < kGradSumsTile; ++i) {
+        windows[i] = walker.next();
+        load_window<Reuse::kAgain>(x, windows[i], xs[i]);
+        load_window<Reuse::kAgain>(g, windows[i], gs[i]);
+      }
+      Real tile_g[kColumns] = {}, tile_g_xhat[kColumns] = {};
+#pragma unroll
+      for (int i = 0; i < kGradSumsTile; ++i) {
+#pragma unroll
+        for (int element = 0; element < Walker_::kElements; ++element) {
+          // An element that is not there must add nothing, even where the channel's statistics are not finite.
+          if (element < windows[i].begin || element >= windows[i].end) continue;
+          const int column = element % kColumns;
+          const Real xhat = (xs[i][element] - mean[column]) * invstd[column];
+          tile_g[column] += gs[i][element];
+          tile_g_xhat[column] = fused_multiply_add(gs[i][element], xhat, tile_g_xhat[column]);
+        }
+      }
+#pragma unroll
+      for (int column = 0; column < kColumns; ++column) {
+        join(total[column], {static_cast<double>(tile_g[column]), static_cast<double>(tile_g_xhat[column])});
+      }
+    }
+
+    const GradSums joined = reduce_block(total, params.walk.lanes, slots);
+    store_partial<kColumns>(params.partial, params.walk, share, joined);
+    block_barrier();  // slots are read before the next share overwrites them
+  }
+}
+
+struct FinishGradSumsParams {
+  Finish finish;
+  const double* partial;
+  double elements_per_channel;
+  PerChannel grad_weight;  // or null
+  PerChannel grad_bias;    // or null
+  PerChannel mean_g;       // double, or null
+  PerChannel mean_g_xhat;  // double, or null
+};
+
+static BNK_KERNEL(kMaxBlockThreads) finish_grad_sums(FinishGradSumsParams params) {
+  BNK_SHARED(GradSums, slots, (kReduceSlots<1, kWarpThreads>));
+  finish_channels<GradSums>(params.finish, params.partial, slots, [&](int64_t channel, const GradSums& all) {
+    write(params.grad_bias, channel, all.g);
+    write(params.grad_weight, channel, all.g_xhat);
+    write(params.mean_g, channel, all.g / params.elements_per_channel);
+    write(params.mean_g_xhat, channel, all.g_xhat / params.elements_per_channel);
+  });
+}
+
+}  // namespace bnk

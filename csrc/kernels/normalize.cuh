@@ -1,0 +1,84 @@
+// Forward, the result:  y = (x - mean) * invstd * weight + bias
+//
+// Training takes the statistics that finish_statistics left; inference takes the running ones, and the first chunk of
+// each slab leaves the mean and invstd it used for the backward. A thread's channels stay the same for a whole share,
+// so their four constants are read once and live in registers.
+#pragma once
+
+#include "per_channel.cuh"
+#include "walk.cuh"
+
+namespace bnk {
+
+// Windows a thread keeps in flight.
+inline constexpr int kNormalizeTile = 4;
+
+struct NormalizeParams {
+  Walk walk;
+  const void* x;
+  void* y;
+  ConstPerChannel weight;
+  ConstPerChannel bias;
+  ConstPerChannel mean;
+  ConstPerChannel spread;  // invstd, or the variance if `inference`
+  bool inference;
+  double eps;             // inference
+  PerChannel mean_out;    // inference
+  PerChannel invstd_out;  // inference
+};
+
+template <typename T, Layout kLayout>
+BNK_KERNEL(kMaxBlockThreads)
+normalize_kernel(NormalizeParams params) {
+  using Walker_ = Walker<T, kLayout>;
+  using Real = Compute<T>;
+  constexpr int kColumns = Walker_::kColumns;
+
+  const T* lead = static_cast<const T*>(params.x);
+  T* out = static_cast<T*>(params.y);
+  const View<const T> x{lead, Walker_::is_wide(params.walk, lead, lead)};
+  const View<T> y{out, Walker_::is_wide(params.walk, out, lead)};
+
+  for (int64_t index = block_rank(); index < shares_of(params.walk); index += grid_blocks()) {
+    const Share share = share_at(params.walk, index);
+    Walker_ walker(params.walk, share, lead);
+
+    Real mean[kColumns], invstd[kColumns], weight[kColumns], bias[kColumns];
+#pragma unroll
+    for (int column = 0; column < kColumns; ++column) {
+      if (!walker.has_channel(column)) continue;
+      const int64_t channel = walker.channel(column);
+      const double spread = read(params.spread, channel);
+      mean[column] = static_cast<Real>(read(params.mean, channel));
+      invstd[column] = static_cast<Real>(params.inference ? reciprocal_sqrt(spread + params.eps) : spread);
+      weight[column] = static_cast<Real>(read_or(params.weight, channel, 1));
+      bias[column] = static_cast<Real>(read_or(params.bias, channel, 0));
+      if (params.inference && share.chunk == 0 && walker.first_in_block()) {
+        write(params.mean_out, channel, mean[column]);
+        write(params.invstd_out, channel, invstd[column]);
+      }
+    }
+
+    while (walker.more()) {
+      Window windows[kNormalizeTile];
+      Real values[kNormalizeTile][Walker_::kElements];
+#pragma unroll
+      for (int i = 0; i < kNormalizeTile; ++i) {
+        windows[i] = walker.next();
+        load_window<Reuse::kLast>(x, windows[i], values[i]);
+      }
+#pragma unroll
+      for (int i = 0; i < kNormalizeTile; ++i) {
+#pragma unroll
+        for (int element = 0; element < Walker_::kElements; ++element) {
+          const int column = element % kColumns;
+          const Real xhat = (values[i][element] - mean[column]) * invstd[column];
+          values[i][element] = fused_multiply_add(xhat, weight[column], bias[column]);
+        }
+        store_window(y, windows[i], values[i]);
+      }
+    }
+  }
+}
+
+}  // namespace bnk

@@ -1,0 +1,123 @@
+// primitives.cuh on the GPU.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#define BNK_KERNEL(max_threads) __global__ void __launch_bounds__(max_threads)
+#define BNK_DEVICE __device__ __forceinline__
+#define BNK_SHARED(T, name, count) __shared__ T name[count]
+
+namespace bnk {
+
+BNK_DEVICE unsigned thread_rank() { return threadIdx.x; }
+BNK_DEVICE unsigned block_threads() { return blockDim.x; }
+BNK_DEVICE unsigned block_rank() { return blockIdx.x; }
+BNK_DEVICE unsigned grid_blocks() { return gridDim.x; }
+
+BNK_DEVICE void block_barrier() { __syncthreads(); }
+
+BNK_DEVICE double shuffle_xor(double value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+
+// Elements travel as the unsigned integer of their size: the cache-hint intrinsics are overloaded for those.
+template <int kBytes>
+struct Bits;
+template <>
+struct Bits<2> {
+  using type = unsigned short;
+};
+template <>
+struct Bits<4> {
+  using type = unsigned int;
+};
+template <>
+struct Bits<8> {
+  using type = unsigned long long;
+};
+template <>
+struct Bits<16> {
+  using type = uint4;
+};
+
+template <Reuse kReuse = Reuse::kAgain, typename T>
+BNK_DEVICE T load(const T* address) {
+  using Raw = typename Bits<sizeof(T)>::type;
+  const Raw* raw = reinterpret_cast<const Raw*>(address);
+  const Raw bits = kReuse == Reuse::kLast ? __ldcs(raw) : *raw;
+  return reinterpret_cast<const T&>(bits);
+}
+
+template <Reuse kReuse = Reuse::kAgain, typename T>
+BNK_DEVICE void store(T* address, T value) {
+  using Raw = typename Bits<sizeof(T)>::type;
+  Raw* raw = reinterpret_cast<Raw*>(address);
+  if constexpr (kReuse == Reuse::kLast) {
+    __stcs(raw, reinterpret_cast<const Raw&>(value));
+  } else {
+    *raw = reinterpret_cast<const Raw&>(value);
+  }
+}
+
+template <Reuse kReuse = Reuse::kAgain, typename T>
+BNK_DEVICE Vector<T> load_vector(const T* address) {
+  return load<kReuse>(reinterpret_cast<const Vector<T>*>(address));
+}
+
+template <Reuse kReuse = Reuse::kAgain, typename T>
+BNK_DEVICE void store_vector(T* address, Vector<T> value) {
+  store<kReuse>(reinterpret_cast<Vector<T>*>(address), value);
+}
+
+BNK_DEVICE double widen(double value) { return value; }
+BNK_DEVICE float widen(float value) { return value; }
+BNK_DEVICE float widen(Half value) { return __half2float(__ushort_as_half(value.bits)); }
+BNK_DEVICE float widen(BFloat16 value) { return __bfloat162float(__ushort_as_bfloat16(value.bits)); }
+
+template <typename T>
+BNK_DEVICE T narrow(Compute<T> value) {
+  if constexpr (sizeof(T) == sizeof(Compute<T>)) {
+    return value;
+  } else if constexpr (__is_same(T, Half)) {
+    return {__half_as_ushort(__float2half_rn(value))};
+  } else {
+    return {__bfloat16_as_ushort(__float2bfloat16_rn(value))};
+  }
+}
+
+template <typename T>
+BNK_DEVICE void widen_vector(const Vector<T>& in, Compute<T> (&out)[kVectorElements<T>]) {
+#pragma unroll
+  for (int i = 0; i < kVectorElements<T>; ++i) out[i] = widen(in.data[i]);
+}
+
+// 16-bit results are converted in pairs: one instruction packs two.
+template <typename T>
+BNK_DEVICE Vector<T> narrow_vector(const Compute<T> (&in)[kVectorElements<T>]) {
+  Vector<T> out;
+  if constexpr (sizeof(T) == 2) {
+#pragma unroll
+    for (int i = 0; i < kVectorElements<T>; i += 2) {
+      if constexpr (__is_same(T, Half)) {
+        const __half2 pair = __floats2half2_rn(in[i], in[i + 1]);
+        out.data[i] = {__half_as_ushort(__low2half(pair))};
+        out.data[i + 1] = {__half_as_ushort(__high2half(pair))};
+      } else {
+        const __nv_bfloat162 pair = __floats2bfloat162_rn(in[i], in[i + 1]);
+        out.data[i] = {__bfloat16_as_ushort(__low2bfloat16(pair))};
+        out.data[i + 1] = {__bfloat16_as_ushort(__high2bfloat16(pair))};
+      }
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVectorElements<T>; ++i) out.data[i] = in[i];
+  }
+  return out;
+}
+
+BNK_DEVICE float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+BNK_DEVICE double fused_multiply_add(double a, double b, double c) { return __fma_rn(a, b, c); }
+BNK_DEVICE double reciprocal_sqrt(double value) { return __drcp_rn(__dsqrt_rn(value)); }
+BNK_DEVICE bool is_finite(float value) { return isfinite(value); }
+BNK_DEVICE bool is_finite(double value) { return isfinite(value); }
+
+}  // namespace bnk

@@ -1,0 +1,128 @@
+// Forward training, the statistics (Ioffe & Szegedy 2015, Algorithm 1, lines 1 and 2), in two kernels.
+//
+//   statistics_kernel   each block joins the moments of each of its shares of x into a partial
+//   finish_statistics   joins a channel's partials in chunk order:  mean,  invstd = 1/sqrt(m2/n + eps),
+//                       running_mean += factor*(mean - running_mean),  running_var += factor*(m2/(n-1) - running_var)
+//
+// Every partial, every statistic and the counter is written by exactly one thread.
+#pragma once
+
+#include "block_reduce.cuh"
+#include "moments.cuh"
+#include "partials.cuh"
+#include "per_channel.cuh"
+#include "walk.cuh"
+
+namespace bnk {
+
+// Windows a thread keeps in flight, and joins as one tile: 32 elements of one channel (16 in double), or 8 rows.
+template <typename T, Layout kLayout>
+inline constexpr int kStatisticsTile = kLayout == Layout::kChannelsLast ? 8
+                                       : sizeof(T) == 8                 ? 8
+                                                                        : 32 / kVectorElements<T>;
+
+struct StatisticsParams {
+  Walk walk;
+  const void* x;
+  double* partial;               // Moments, see partials.cuh
+  int64_t* num_batches_tracked;  // or null
+};
+
+template <typename T, int kTile>
+BNK_DEVICE void join_windows(Moments (&total)[1], const Window (&windows)[kTile],
+                             const Compute<T> (&values)[kTile][kVectorElements<T>]) {
+  constexpr int kElements = kVectorElements<T>;
+  int count = 0;
+#pragma unroll
+  for (int i = 0; i < kTile; ++i) count += windows[i].size();
+  if (count == 0) return;
+  const auto at = [&](int i) { return values[i / kElements][i % kElements]; };
+  const auto has = [&](int i) {
+    const Window& window = windows[i / kElements];
+    return i % kElements >= window.begin && i % kElements < window.end;
+  };
+  join_tile<Compute<T>>(total[0], tile_moments<kTile * kElements>(count, at, has));
+}
+
+template <typename T, int kTile>
+BNK_DEVICE void join_windows(Moments (&total)[kVectorElements<T>], const Window (&windows)[kTile],
+                             const Compute<T> (&values)[kTile][kVectorElements<T>]) {
+  int rows = 0;
+#pragma unroll
+  for (int i = 0; i < kTile; ++i) rows += windows[i].size() > 0;
+  if (rows == 0) return;
+#pragma unroll
+  for (int column = 0; column < kVectorElements<T>; ++column) {
+    const auto at = [&](int i) { return values[i][column]; };
+    const auto has = [&](int i) { return i < rows; };  // a thread runs out of rows once, at its end
+    join_tile<Compute<T>>(total[column], tile_moments<kTile>(rows, at, has));
+  }
+}
+
+template <typename T, Layout kLayout>
+BNK_KERNEL(kMaxBlockThreads)
+statistics_kernel(StatisticsParams params) {
+  using Walker_ = Walker<T, kLayout>;
+  constexpr int kTile = kStatisticsTile<T, kLayout>;
+  BNK_SHARED(Moments, slots, (kReduceSlots<Walker_::kColumns, Walker_::kLanes>));
+
+  // Counted here, a launch before finish_statistics reads it: all its blocks then see the same count.
+  if (params.num_batches_tracked != nullptr && block_rank() == 0 && thread_rank() == 0) {
+    store(params.num_batches_tracked, load(params.num_batches_tracked) + 1);
+  }
+
+  const T* data = static_cast<const T*>(params.x);
+  const View<const T> x{data, Walker_::is_wide(params.walk, data, data)};
+  for (int64_t index = block_rank(); index < shares_of(params.walk); index += grid_blocks()) {
+    const Share share = share_at(params.walk, index);
+    Walker_ walker(params.walk, share, data);
+    Moments total[Walker_::kColumns] = {};
+    while (walker.more()) {
+      Window windows[kTile];
+      Compute<T> values[kTile][Walker_::kElements];
+#pragma unroll
+      for (int i = 0; i < kTile; ++i) {
+        windows[i] = walker.next();
+        load_window<Reuse::kAgain>(x, windows[i], values[i]);
+      }
+      join_windows<T>(total, windows, values);
+    }
+
+    const Moments joined = reduce_block(total, params.walk.lanes, slots);
+    store_partial<Walker_::kColumns>(params.partial, params.walk, share, joined);
+    block_barrier();  // slots are read before the next share overwrites them
+  }
+}
+
+struct FinishStatisticsParams {
+  Finish finish;
+  const double* partial;
+  const int64_t* num_batches_tracked;  // read if cumulative
+  double momentum;
+  bool cumulative;
+  double eps;
+  PerChannel mean;
+  PerChannel invstd;
+  PerChannel running_mean;
+  PerChannel running_var;
+};
+
+BNK_DEVICE void update_running(const PerChannel& running, int64_t channel, double value, double factor) {
+  if (running.data == nullptr) return;
+  write(running, channel,
+        fused_multiply_add(factor, value, (1 - factor) * read({running.data, running.dtype}, channel)));
+}
+
+static BNK_KERNEL(kMaxBlockThreads) finish_statistics(FinishStatisticsParams params) {
+  BNK_SHARED(Moments, slots, (kReduceSlots<1, kWarpThreads>));
+  const double factor = params.cumulative ? 1 / static_cast<double>(load(params.num_batches_tracked)) : params.momentum;
+
+  finish_channels<Moments>(params.finish, params.partial, slots, [&](int64_t channel, const Moments& all) {
+    write(params.mean, channel, all.mean);
+    write(params.invstd, channel, reciprocal_sqrt(all.m2 / all.count + params.eps));
+    update_running(params.running_mean, channel, all.mean, factor);
+    update_running(params.running_var, channel, all.m2 / (all.count - 1), factor);
+  });
+}
+
+}  // namespace bnk

@@ -1,0 +1,101 @@
+#include "plan.h"
+
+#include <algorithm>
+
+namespace bnk {
+namespace {
+
+constexpr int kWarp = 32;
+constexpr int kVectorBytes = 16;
+
+// Threads that walk an array: enough warps a block to hide latency, few enough that two blocks fit beside each other
+// with the registers that a tile in flight takes.
+constexpr int kBlockThreads = 256;
+// Waves of blocks to aim at: several, so that the tail of the last wave stays small against the whole.
+constexpr int64_t kWaves = 4;
+// Windows a thread should at least have before a slab is cut finer: below this the partials cost more than they gain.
+constexpr int64_t kMinWindowsPerThread = 16;
+constexpr int64_t kMaxGrid = 0x7fffffff;
+
+int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
+
+// The least power of two >= value, or `limit`, a power of two, if that is less.
+int power_of_two_at_least(int64_t value, int limit) {
+  int power = 1;
+  while (power < limit && power < value) power *= 2;
+  return power;
+}
+
+int vector_elements(Dtype dtype) { return kVectorBytes / size_of(dtype); }
+
+// Windows that cover a row: of the least number if every row starts on a vector boundary, else wherever it starts.
+int64_t windows_per_row(const Problem& problem, bool aligned) {
+  const int vector = vector_elements(problem.dtype);
+  if (aligned && problem.inner % vector == 0) return problem.inner / vector;
+  return ceil_div(problem.inner - 1, vector) + 1;
+}
+
+// Units of a slab that chunks divide: windows (channels-first) or rows (channels-last).
+int64_t slab_units(const Problem& problem, bool aligned) {
+  return problem.channels_last() ? problem.outer : problem.outer * windows_per_row(problem, aligned);
+}
+
+int choose_lanes(const Problem& problem) {
+  if (!problem.channels_last()) return 1;
+  const int64_t vectors = ceil_div(problem.channels, vector_elements(problem.dtype));
+  return power_of_two_at_least(vectors, kMaxLanes);
+}
+
+int choose_block(const Problem& problem, bool aligned) {
+  if (problem.channels_last()) return kBlockThreads;
+  // A small channel gets a small block, so that its threads have something to do.
+  const int64_t threads = ceil_div(slab_units(problem, aligned), kWarp) * kWarp;
+  return static_cast<int>(std::min<int64_t>(threads, kBlockThreads));
+}
+
+Walk make_walk(const Problem& problem, bool aligned, int block, int64_t chunks) {
+  Walk walk{};
+  walk.outer = problem.outer;
+  walk.channels = problem.channels;
+  walk.inner = problem.inner;
+  walk.lanes = choose_lanes(problem);
+  const int64_t units = slab_units(problem, aligned);
+  walk.chunk_size = ceil_div(units, chunks);
+  walk.chunks = ceil_div(units, walk.chunk_size);
+  if (problem.channels_last()) {
+    walk.slabs = ceil_div(problem.channels, static_cast<int64_t>(walk.lanes) * vector_elements(problem.dtype));
+  } else {
+    walk.slabs = problem.channels;
+    walk.windows = windows_per_row(problem, aligned);
+    walk.step_rows = block / walk.windows;
+    walk.step_windows = block % walk.windows;
+  }
+  return walk;
+}
+
+Finish make_finish(const Problem& problem, int64_t chunks) {
+  return {problem.channels, chunks, power_of_two_at_least(problem.channels, kWarp)};
+}
+
+}  // namespace
+
+StreamingPlan make_streaming(const Problem& problem, bool aligned, int block, int64_t chunks) {
+  StreamingPlan plan{};
+  plan.walk = make_walk(problem, aligned, block, std::max<int64_t>(1, chunks));
+  plan.finish = make_finish(problem, plan.walk.chunks);
+  plan.walk_launch = {std::min(plan.walk.slabs * plan.walk.chunks, kMaxGrid), block};
+  plan.finish_launch = {std::min(ceil_div(problem.channels, plan.finish.lanes), kMaxGrid), kBlockThreads};
+  return plan;
+}
+
+StreamingPlan plan_streaming(const Problem& problem, bool aligned, const DeviceLimits& limits) {
+  const int block = choose_block(problem, aligned);
+  const Walk whole = make_walk(problem, aligned, block, 1);
+  const int64_t blocks_per_wave =
+      static_cast<int64_t>(limits.multiprocessors) * std::max(1, limits.max_threads_per_multiprocessor / block);
+  const int64_t wanted = ceil_div(kWaves * blocks_per_wave, whole.slabs);
+  const int64_t worthwhile = ceil_div(slab_units(problem, aligned), (block / whole.lanes) * kMinWindowsPerThread);
+  return make_streaming(problem, aligned, block, std::min(wanted, worthwhile));
+}
+
+}  // namespace bnk

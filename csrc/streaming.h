@@ -1,0 +1,143 @@
+// The streaming path as a sequence of launches, over any executor.
+//
+// An executor has one member, launch(Launch, kernel, params): the CUDA launchers' puts the kernel on a stream, the one
+// in tests/simt runs it on the host. What is checked without a GPU is so this very sequence.
+#pragma once
+
+#include "kernels/grad_input.cuh"
+#include "kernels/grad_sums.cuh"
+#include "kernels/normalize.cuh"
+#include "kernels/statistics.cuh"
+#include "plan.h"
+
+namespace bnk::streaming {
+
+// Whether the tensor that windows are aligned to starts on a vector boundary: what plans ask.
+inline bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0; }
+
+// Doubles of scratch memory; its contents are undefined before and after.
+inline int64_t forward_train_scratch(const StreamingPlan& plan) {
+  return kFields<Moments> * plan.walk.chunks * plan.walk.channels;
+}
+inline int64_t backward_scratch(const StreamingPlan& plan) {
+  return (kFields<GradSums> * plan.walk.chunks + 2) * plan.walk.channels;
+}
+
+// Calls body.template operator()<T, kLayout>().
+template <typename Body>
+void with_types(const Problem& problem, const Body& body) {
+  const auto with_layout = [&]<typename T>() {
+    if (problem.channels_last()) {
+      body.template operator()<T, Layout::kChannelsLast>();
+    } else {
+      body.template operator()<T, Layout::kChannelsFirst>();
+    }
+  };
+  switch (problem.dtype) {
+    case Dtype::kFloat64:
+      return with_layout.template operator()<double>();
+    case Dtype::kFloat32:
+      return with_layout.template operator()<float>();
+    case Dtype::kFloat16:
+      return with_layout.template operator()<Half>();
+    case Dtype::kBFloat16:
+      return with_layout.template operator()<BFloat16>();
+  }
+}
+
+template <typename Executor>
+void forward_train(const ForwardTrainArgs& args, const StreamingPlan& plan, double* scratch, Executor& executor) {
+  const StatisticsParams statistics{plan.walk, args.x, scratch, args.num_batches_tracked};
+  const FinishStatisticsParams finish{
+      .finish = plan.finish,
+      .partial = scratch,
+      .num_batches_tracked = args.num_batches_tracked,
+      .momentum = args.momentum,
+      .cumulative = args.cumulative,
+      .eps = args.eps,
+      .mean = args.mean,
+      .invstd = args.invstd,
+      .running_mean = args.running_mean,
+      .running_var = args.running_var,
+  };
+  const NormalizeParams normalize{
+      .walk = plan.walk,
+      .x = args.x,
+      .y = args.y,
+      .weight = args.weight,
+      .bias = args.bias,
+      .mean = args.mean,
+      .spread = args.invstd,
+      .inference = false,
+      .eps = 0,
+      .mean_out = {},
+      .invstd_out = {},
+  };
+  with_types(args.problem, [&]<typename T, Layout kLayout>() {
+    executor.launch(plan.walk_launch, statistics_kernel<T, kLayout>, statistics);
+    executor.launch(plan.finish_launch, finish_statistics, finish);
+    executor.launch(plan.walk_launch, normalize_kernel<T, kLayout>, normalize);
+  });
+}
+
+template <typename Executor>
+void forward_eval(const ForwardEvalArgs& args, const StreamingPlan& plan, Executor& executor) {
+  const NormalizeParams normalize{
+      .walk = plan.walk,
+      .x = args.x,
+      .y = args.y,
+      .weight = args.weight,
+      .bias = args.bias,
+      .mean = args.running_mean,
+      .spread = args.running_var,
+      .inference = true,
+      .eps = args.eps,
+      .mean_out = args.mean,
+      .invstd_out = args.invstd,
+  };
+  with_types(args.problem, [&]<typename T, Layout kLayout>() {
+    executor.launch(plan.walk_launch, normalize_kernel<T, kLayout>, normalize);
+  });
+}
+
+template <typename Executor>
+void backward(const BackwardArgs& args, const StreamingPlan& plan, double* scratch, Executor& executor) {
+  // The two means stand behind the partials; only grad_x of a training forward needs them.
+  double* means = scratch + kFields<GradSums> * plan.walk.chunks * plan.walk.channels;
+  const bool needs_means = args.training && args.grad_x != nullptr;
+  const bool needs_sums = needs_means || args.grad_weight.data != nullptr || args.grad_bias.data != nullptr;
+  const PerChannel mean_g{needs_means ? means : nullptr, Dtype::kFloat64};
+  const PerChannel mean_g_xhat{needs_means ? means + plan.walk.channels : nullptr, Dtype::kFloat64};
+
+  const GradSumsParams sums{plan.walk, args.grad_y, args.x, args.mean, args.invstd, scratch};
+  const FinishGradSumsParams finish{
+      .finish = plan.finish,
+      .partial = scratch,
+      .elements_per_channel = static_cast<double>(args.problem.elements_per_channel()),
+      .grad_weight = args.grad_weight,
+      .grad_bias = args.grad_bias,
+      .mean_g = mean_g,
+      .mean_g_xhat = mean_g_xhat,
+  };
+  const GradInputParams input{
+      .walk = plan.walk,
+      .grad_y = args.grad_y,
+      .x = args.x,
+      .grad_x = args.grad_x,
+      .weight = args.weight,
+      .mean = args.mean,
+      .invstd = args.invstd,
+      .mean_g = mean_g,
+      .mean_g_xhat = mean_g_xhat,
+      .training = args.training,
+  };
+  with_types(args.problem, [&]<typename T, Layout kLayout>() {
+    if (needs_sums) {
+      executor.launch(plan.walk_launch, grad_sums_kernel<T, kLayout>, sums);
+      executor.launch(plan.finish_launch, finish_grad_sums, finish);
+    }
+    if (args.grad_x != nullptr) executor.launch(plan.walk_launch, grad_input_kernel<T, kLayout>, input);
+  });
+}
+
+}  // namespace bnk::streaming
