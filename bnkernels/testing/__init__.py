@@ -10,7 +10,7 @@
 Pure torch: nothing here knows a backend, so that what judges a kernel shares no code with it.
 """
 
-from .calls import Inputs, Outputs, judge_call
+from .calls import Inputs, Outputs, judge_call, judge_calls
 from .cases import DTYPE_PAIRS, DTYPES, TIERS, Case, cases
 from .families import FAMILIES, GRADS, WEIGHTS, Family
 from .gate import (
@@ -53,6 +53,7 @@ __all__ = [
     "guarded",
     "judge",
     "judge_call",
+    "judge_calls",
     "lay_out",
     "misaligned",
     "poisoned_allocations",

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from .. import reference
-from .gate import Verdict, expect_backward, expect_forward, judge
+from .gate import Expectation, Verdict, expect_backward, expect_forward, judge
 
 
 @dataclass(frozen=True)
@@ -51,36 +52,43 @@ def judge_call(inputs: Inputs, outputs: Outputs) -> list[Verdict]:
 
     `inputs` must hold the running statistics as they were BEFORE the call.
     """
+    return judge_calls(inputs, [outputs])[0]
+
+
+def judge_calls(inputs: Inputs, contestants: list[Outputs]) -> list[list[Verdict]]:
+    """`judge_call` for several outputs of the same inputs, at the price of one reference."""
     channels = inputs.x.shape[1]
     step = max(1, _ELEMENTS_AT_ONCE * channels // max(1, inputs.x.numel()))
-    worst: dict[str, Verdict] = {}
+    worst: list[dict[str, Verdict]] = [{} for _ in contestants]
     for start in range(0, channels, step):
         block = slice(start, min(start + step, channels))
-        for verdict in _judge_block(_slice_inputs(inputs, block), _slice_outputs(outputs, block)):
-            position = 1 if verdict.quantity in ("y", "dx") else 0
-            index = tuple(i + start if d == position else i for d, i in enumerate(verdict.index))
-            verdict = replace(verdict, index=index)
-            if verdict.quantity not in worst or verdict.ratio > worst[verdict.quantity].ratio:
-                worst[verdict.quantity] = verdict
-    if outputs.num_batches_tracked is not None and inputs.num_batches_tracked is not None:
-        expected = int(inputs.num_batches_tracked) + int(inputs.training)
-        got = int(outputs.num_batches_tracked)
-        ratio = 0.0 if got == expected else math.inf
-        worst["num_batches_tracked"] = Verdict(
-            "num_batches_tracked", ratio, (), got, expected, 0.0, outputs.num_batches_tracked.dtype
-        )
-    return sorted(worst.values(), key=lambda v: -v.ratio)
+        expected = _expectations(_slice_inputs(inputs, block))
+        for outputs, so_far in zip(contestants, worst):
+            for verdict in _judge_block(expected, _slice_outputs(outputs, block)):
+                position = 1 if verdict.quantity in ("y", "dx") else 0
+                index = tuple(i + start if d == position else i for d, i in enumerate(verdict.index))
+                if verdict.quantity not in so_far or verdict.ratio > so_far[verdict.quantity].ratio:
+                    so_far[verdict.quantity] = replace(verdict, index=index)
+    for outputs, so_far in zip(contestants, worst):
+        if outputs.num_batches_tracked is not None and inputs.num_batches_tracked is not None:
+            got, before = int(outputs.num_batches_tracked), int(inputs.num_batches_tracked)
+            after = before + int(inputs.training)
+            ratio = 0.0 if got == after else math.inf
+            so_far["num_batches_tracked"] = Verdict("num_batches_tracked", ratio, (), got, after, 0.0, torch.int64)
+    return [sorted(verdicts.values(), key=lambda v: -v.ratio) for verdicts in worst]
 
 
-def _judge_block(inputs: Inputs, outputs: Outputs) -> list[Verdict]:
+def _expectations(inputs: Inputs) -> dict[str, Expectation]:
     i = inputs
     forward = reference.forward(
         i.x, i.weight, i.bias, i.running_mean, i.running_var, i.num_batches_tracked, i.training, i.momentum, i.eps
     )
     expected = expect_forward(i.x, i.weight, i.bias, i.running_mean, i.running_var, forward, i.training, i.momentum)
-    if any(t is not None for t in (outputs.dx, outputs.dweight, outputs.dbias)):
-        backward = reference.backward(i.grad, i.x, i.weight, forward.mean, forward.invstd, i.training)
-        expected.update(expect_backward(i.grad, i.x, i.weight, forward.mean, forward.invstd, backward, i.training))
+    backward = reference.backward(i.grad, i.x, i.weight, forward.mean, forward.invstd, i.training)
+    return expected | expect_backward(i.grad, i.x, i.weight, forward.mean, forward.invstd, backward, i.training)
+
+
+def _judge_block(expected: dict[str, Expectation], outputs: Outputs) -> list[Verdict]:
     verdicts = []
     for name, expectation in expected.items():
         out = getattr(outputs, name)

@@ -106,9 +106,8 @@ class Case:
         """The inverse of str(case). Raises ValueError."""
         fields = name.strip().split("/")
         if len(fields) != 7:
-            raise ValueError(
-                f"a case is family/shape/dtype/layout/gradient/weight/train|eval: {name!r} has {len(fields)} fields, not 7"
-            )
+            expected = "family/shape/dtype/layout/gradient/weight/train|eval"
+            raise ValueError(f"a case is {expected}; {name!r} has {len(fields)} fields, not 7")
         family, shape, dtype, layout, grad, weight, mode = fields
         dtype, _, parameters = dtype.partition("+")
         layout, _, grad_layout = layout.partition("+")
@@ -281,8 +280,9 @@ def cases(tier: str = "quick") -> Iterator[Case]:
         for pair in DTYPE_PAIRS:
             fitting = [name for name, family in FAMILIES.items() if family.fits(DTYPES[pair[0]])]
             for family in fitting:
-                for shape in shapes.QUICK if tier == "full" else (None,):
-                    yield deal(family, pair, shape, training=training)
+                dealt: tuple[Shape | None, ...] = shapes.QUICK if tier == "full" else (None,)
+                for choice in dealt:
+                    yield deal(family, pair, choice, training=training)
             for grad in GRADS:
                 yield deal("normal", pair, grad=grad, training=training)
             for weight in WEIGHTS:

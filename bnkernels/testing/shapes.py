@@ -41,7 +41,7 @@ LARGE: tuple[Shape, ...] = (
 )
 
 HUGE: tuple[Shape, ...] = (
-    (65_537, 8, 64, 64),  # 2^31 elements and some
-    (2, 3, 19_000, 19_000),  # over 2^31 in six rows
-    (3, 400_000_007, 2),  # more channels than any grid has blocks
+    (65_537, 32, 32, 32),  # over 2^31 elements, and N over 2^16
+    (2, 12, 9_500, 9_500),  # over 2^31 in 24 rows
+    (3, 8_000_011, 90),  # over 2^31 in very many channels
 )

@@ -1,0 +1,141 @@
+"""python -m bnkernels.check: does this installation compute what it should?
+
+Every backend that is here (the CPU; CUDA where it is built and a GPU is present) runs the cases of bnkernels.testing
+through bnkernels.batch_norm and autograd, and is held to the float64 reference. torch's own layer is judged beside it,
+for comparison only.
+
+Exit code: 0 all within bounds, 1 something out of bounds, 2 could not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import bnkernels
+
+from ..testing import Case, cases
+from . import progress, report
+from .runner import Result, run_case
+
+WITHIN, OUT_OF_BOUNDS, COULD_NOT_RUN = 0, 1, 2
+
+
+class CannotRun(Exception):
+    """The check has nothing to say about the numbers, for the reason given."""
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bnkernels.check",
+        description="Numerical check of this installation against a float64 reference.",
+        epilog="Exit code: 0 all within bounds, 1 something out of bounds, 2 could not run.",
+    )
+    tier = parser.add_mutually_exclusive_group()
+    for name, text in (
+        ("quick", "some hundred small cases, under 30 seconds (the default)"),
+        ("full", "some thousand, with shapes of real networks: minutes"),
+        ("huge", "over 2^31 elements: needs 100 GB of memory and a 16 GB device"),
+    ):
+        tier.add_argument(f"--{name}", dest="tier", action="store_const", const=name, help=text)
+    tier.add_argument("--case", action="append", metavar="NAME", help="only this case, in detail; may be repeated")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: every backend of this installation)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results to FILE; - for standard output")
+    return parser.parse_args(argv)
+
+
+def _devices(wanted: str | None) -> list[torch.device]:
+    built = bool(bnkernels.build_info()["with_cuda"])
+    if wanted is None:
+        return [torch.device("cpu")] + ([torch.device("cuda")] if built and torch.cuda.is_available() else [])
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise CannotRun(f"no such device: {wanted}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise CannotRun(f"bnkernels has no backend for {device.type}")
+    if device.type == "cuda":
+        if not built:
+            raise CannotRun("this bnkernels was built without CUDA (see bnkernels.build_info())")
+        if not torch.cuda.is_available():
+            raise CannotRun("torch finds no usable GPU")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise CannotRun(f"there is no {device}: torch finds {torch.cuda.device_count()} GPU(s)")
+    return [device]
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return f"{bnkernels.build_info()['simd']}, {torch.get_num_threads()} threads"
+
+
+def _run(chosen: list[Case], device: torch.device) -> report.Backend:
+    results: list[Result] = []
+    start = time.monotonic()
+    with progress.bar(len(chosen)) as bar:
+        for case in chosen:
+            bar.set_description_str(f"{device} {case.family}", refresh=False)
+            results.append(run_case(case, device))
+            bar.update()
+    return report.Backend(device, _device_name(device), tuple(results), time.monotonic() - start)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    tier = arguments.tier or "quick"
+    try:
+        chosen = [Case.parse(name) for name in arguments.case] if arguments.case else list(cases(tier))
+    except ValueError as error:
+        raise CannotRun(str(error)) from None
+    devices = _devices(arguments.device)
+    # With the JSON on standard output, the words go to the other one.
+    out = sys.stderr if str(arguments.json) == "-" else sys.stdout
+
+    def say(text: str = "") -> None:
+        print(text, file=out, flush=True)
+
+    v = report.versions()
+    say(f"bnkernels {v['bnkernels']}, torch {v['torch']}, python {v['python']}")
+    backends = []
+    for device in devices:
+        backend = _run(chosen, device)
+        backends.append(backend)
+        say(f"\n{device} ({backend.name})\n")
+        if arguments.case:
+            for result in backend.results:
+                say(report.details(result, device) + "\n")
+        else:
+            say(report.LEGEND + "\n")
+            say(report.table(backend))
+    for backend in backends:
+        say(report.summary(backend))
+    if arguments.json is not None:
+        text = json.dumps(report.as_json("case" if arguments.case else tier, backends), indent=1, allow_nan=False)
+        if out is sys.stderr:
+            print(text)
+        else:
+            arguments.json.write_text(text + "\n")
+    return WITHIN if all(b.ok for b in backends) else OUT_OF_BOUNDS
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the check with these arguments (default: the command line's) and return the exit code."""
+    arguments = _arguments(argv)
+    try:
+        return _check(arguments)
+    except CannotRun as error:
+        reason = str(error)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        reason = f"out of memory: {error}"
+    except OSError as error:
+        reason = str(error)
+    except Exception as error:  # a fault of the check or of torch: it says nothing about the numbers
+        reason = f"{type(error).__name__}: {error}"
+    print(f"bnkernels.check could not run: {reason}", file=sys.stderr)
+    return COULD_NOT_RUN

@@ -1,0 +1,233 @@
+"""What the check says: the tables for people, the JSON for their CI."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+import bnkernels
+
+from ..testing import REPORT_FROM, Case, K, Verdict
+from .runner import Result, worst_ratio
+
+FORMAT = 1
+"""Of the JSON: raised when a field changes its meaning or goes away."""
+
+_RULE = "-" * 79
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One device, and all that ran on it."""
+
+    device: torch.device
+    name: str
+    results: tuple[Result, ...]
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        return all(r.ok for r in self.results)
+
+    @property
+    def worst(self) -> Result:
+        return max(self.results, key=lambda r: r.ratio)
+
+
+def ratio_text(ratio: float) -> str:
+    """At most 7 characters: 0.04, 17.3, 2.9e+09, inf."""
+    if math.isinf(ratio):
+        return "inf"
+    if ratio == 0 or 0.01 <= ratio < 100:
+        return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.1f}"
+    return "<0.01" if ratio < 0.01 else f"{ratio:.1e}"
+
+
+def command(case: Case, device: torch.device) -> str:
+    """The one line that runs a case again."""
+    return f"python -m bnkernels.check --device {device} --case {case}"
+
+
+def _groups(results: Iterable[Result], key: Callable[[Case], str]) -> dict[str, list[Result]]:
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        groups.setdefault(key(result.case), []).append(result)
+    return groups
+
+
+_TABLES: tuple[tuple[str, str, Callable[[Case], str]], ...] = (
+    ("families", "activations", lambda case: case.family),
+    ("gradients", "gradients", lambda case: case.grad),
+    ("weights", "weights", lambda case: case.weight),
+    (
+        "dtypes",
+        "dtypes",
+        lambda case: f"{case.dtype}" if case.dtype == case.parameters else f"{case.dtype}, f32 params",
+    ),
+)
+
+
+def _their_worst(results: Iterable[Result]) -> Result | None:
+    judged = [r for r in results if r.theirs is not None]
+    return max(judged, key=lambda r: worst_ratio(r.theirs or ()), default=None)
+
+
+def _where(result: Result) -> str:
+    if result.problems:
+        return result.problems[0]
+    verdict = max(result.ours, key=lambda v: v.ratio)
+    return f"{verdict.quantity}, {result.case.dtype}" if verdict.ratio else "-"
+
+
+def _mark(ratio: float) -> str:
+    return "!" if ratio > 1 else "*" if ratio * K >= REPORT_FROM else " "
+
+
+def table(backend: Backend) -> str:
+    """Worst error over bound by group of inputs, 79 columns."""
+    lines = []
+    for _, title, key in _TABLES:
+        lines.append(f"{title:<22}{'cases':>6}{'bnkernels':>12} {'torch':>10}   bnkernels' worst in")
+        lines.append(_RULE)
+        for name, results in _groups(backend.results, key).items():
+            worst = max(results, key=lambda r: r.ratio)
+            theirs = _their_worst(results)
+            torch_text = ratio_text(worst_ratio(theirs.theirs or ())) if theirs else "n/a"
+            ours = ratio_text(worst.ratio)
+            line = f"{name:<22}{len(results):>6}{ours:>12}{_mark(worst.ratio)}{torch_text:>10}   {_where(worst)}"
+            lines.append(line[:79].rstrip())
+        lines.append("")
+    return "\n".join(lines)
+
+
+def summary(backend: Backend, limit: int = 5) -> str:
+    """The verdict on a backend, and how to see its worst case again."""
+    failed = sorted((r for r in backend.results if not r.ok), key=lambda r: -r.ratio)
+    count = len(backend.results)
+    worst = backend.worst
+    lines = []
+    if failed:
+        lines.append(
+            f"{backend.device}: FAILED, {len(failed)} of {count} cases out of bounds ({backend.seconds:.0f} s)"
+        )
+        for result in failed[:limit]:
+            said = [*result.problems, *(str(v) for v in result.ours if not v.ok)]
+            lines += ["", command(result.case, backend.device), *(f"    {text}" for text in said)]
+        if len(failed) > limit:
+            lines += ["", f"... and {len(failed) - limit} more"]
+    else:
+        lines.append(f"{backend.device}: ok, {count} cases within bounds, worst {ratio_text(worst.ratio)} of 1")
+        lines[-1] += f" ({backend.seconds:.0f} s)"
+        lines.append(f"    {command(worst.case, backend.device)}")
+    return "\n".join(lines)
+
+
+def details(result: Result, device: torch.device) -> str:
+    """One case, output by output."""
+    lines = [str(result.case), f"on {device}", ""]
+    lines.append(f"{'':<14}{'error/bound':>11}  {'got':>14}{'expected':>15}{'bound':>10}  at")
+    lines.append(_RULE)
+    for title, verdicts in (("bnkernels", result.ours), ("torch", result.theirs)):
+        if verdicts is None:
+            lines.append(f"{title}: does not take this input")
+            continue
+        lines.append(title)
+        for v in verdicts:
+            index = ",".join(map(str, v.index))
+            ratio = ratio_text(v.ratio) + _mark(v.ratio)
+            lines.append(f"  {v.quantity:<12}{ratio:>11}  {v.got:>14.7g}{v.expected:>15.7g}{v.bound:>10.2g}  {index}")
+    lines += [f"! {problem}" for problem in result.problems]
+    return "\n".join(lines)
+
+
+LEGEND = (
+    "error over bound against float64, the worst of each row; 1 is the limit. The rounding\n"
+    f"of the output itself is free. ! out of bounds   * above {REPORT_FROM / K:.2f}: worth a look"
+)
+
+
+def _number(value: float) -> float | str:
+    """JSON has no NaN and no infinity: those are strings."""
+    return value if math.isfinite(value) else str(value)
+
+
+def _verdict_json(verdict: Verdict) -> dict[str, object]:
+    return {
+        "quantity": verdict.quantity,
+        "ratio": _number(verdict.ratio),
+        "index": list(verdict.index),
+        "got": _number(verdict.got),
+        "expected": _number(verdict.expected),
+        "bound": _number(verdict.bound),
+        "dtype": str(verdict.dtype).removeprefix("torch."),
+    }
+
+
+def _result_json(result: Result, verdicts: tuple[Verdict, ...] | None) -> dict[str, object] | None:
+    if verdicts is None:
+        return None
+    worst = max(verdicts, key=lambda v: v.ratio, default=None)
+    return {"case": str(result.case), "worst": None if worst is None else _verdict_json(worst)}
+
+
+def _group_json(results: list[Result]) -> dict[str, object]:
+    ours, theirs = max(results, key=lambda r: r.ratio), _their_worst(results)
+    return {
+        "cases": len(results),
+        "passed": all(r.ok for r in results),
+        "ratio": _number(ours.ratio),
+        "bnkernels": _result_json(ours, ours.ours),
+        "torch": None if theirs is None else _result_json(theirs, theirs.theirs),
+    }
+
+
+def _backend_json(backend: Backend) -> dict[str, object]:
+    failed = [r for r in backend.results if not r.ok]
+    return {
+        "device": str(backend.device),
+        "name": backend.name,
+        "passed": backend.ok,
+        "seconds": round(backend.seconds, 3),
+        "cases": len(backend.results),
+        "worst": {"ratio": _number(backend.worst.ratio), "command": command(backend.worst.case, backend.device)},
+        **{
+            field: {name: _group_json(results) for name, results in _groups(backend.results, key).items()}
+            for field, _, key in _TABLES
+        },
+        "failures": [
+            {
+                "case": str(r.case),
+                "command": command(r.case, backend.device),
+                "problems": list(r.problems),
+                "out_of_bounds": [_verdict_json(v) for v in r.ours if not v.ok],
+            }
+            for r in failed
+        ],
+    }
+
+
+def versions() -> dict[str, str | None]:
+    return {
+        "bnkernels": bnkernels.__version__,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+
+
+def as_json(tier: str, backends: list[Backend]) -> dict[str, object]:
+    """All of it. Ratios are error over bound; what is not finite is a string."""
+    return {
+        "format": FORMAT,
+        "tier": tier,
+        "passed": all(b.ok for b in backends),
+        "versions": versions(),
+        "build": bnkernels.build_info(),
+        "gate": {"K": K, "report_from": REPORT_FROM},
+        "backends": [_backend_json(b) for b in backends],
+    }

@@ -1,0 +1,122 @@
+"""Runs one case: our layer, torch's beside it, and the promises that the gate does not see."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import bnkernels
+
+from ..testing import Case, Inputs, Outputs, Verdict, guarded, judge_calls, poisoned_allocations, same_bits
+
+BatchNorm = Callable[..., Tensor]
+"""Called as torch.nn.functional.batch_norm is."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one case gave. `theirs` is None where torch's layer does not take such input."""
+
+    case: Case
+    ours: tuple[Verdict, ...]
+    theirs: tuple[Verdict, ...] | None
+    problems: tuple[str, ...]
+    """Promises broken beside the gate, in words."""
+
+    @property
+    def ratio(self) -> float:
+        """Our worst error over bound; infinite where a promise was broken."""
+        return math.inf if self.problems else worst_ratio(self.ours)
+
+    @property
+    def ok(self) -> bool:
+        return self.ratio <= 1.0
+
+
+def worst_ratio(verdicts: tuple[Verdict, ...]) -> float:
+    return max((v.ratio for v in verdicts), default=0.0)
+
+
+def run_case(case: Case, device: torch.device) -> Result:
+    """Run a case on a device. What our layer raises is a problem of the case; lack of memory is raised on."""
+    inputs = case.inputs(device)
+    contestants: list[Outputs] = []
+    problems: list[str] = []
+    try:
+        # The attribute, at every call: a check of this installation is a check of what users call.
+        ours, problems = _promises(bnkernels.batch_norm, inputs)
+        contestants.append(ours)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        return Result(case, (), None, (f"raised {type(error).__name__}: {error}",))
+    try:
+        contestants.append(call(torch.nn.functional.batch_norm, inputs))
+    except RuntimeError:
+        pass
+    verdicts = [tuple(v) for v in judge_calls(inputs, contestants)]
+    return Result(case, verdicts[0], verdicts[1] if len(verdicts) > 1 else None, tuple(problems))
+
+
+def call(layer: BatchNorm, inputs: Inputs) -> Outputs:
+    """One forward and backward through autograd. Nothing of `inputs` is given away to be changed."""
+    outputs, _ = _call(layer, inputs)
+    return outputs
+
+
+def _call(layer: BatchNorm, inputs: Inputs) -> tuple[Outputs, list[str]]:
+    problems = []
+    x = inputs.x.detach().requires_grad_()
+    weight, bias = (t if t is None else t.detach().requires_grad_() for t in (inputs.weight, inputs.bias))
+    guards = {}
+    for name in ("running_mean", "running_var"):
+        before = getattr(inputs, name)
+        if before is not None:
+            # As misaligned as the case has it, between guard bands.
+            offset = before.storage_offset()
+            guards[name] = guarded(tuple(before.shape), before.dtype, before.device, values=before, offset=offset)
+    running = {name: guard.tensor for name, guard in guards.items()}
+    y = layer(
+        x,
+        running.get("running_mean"),
+        running.get("running_var"),
+        weight,
+        bias,
+        inputs.training,
+        inputs.momentum,
+        inputs.eps,
+    )
+    leaves = {"dx": x, "dweight": weight, "dbias": bias}
+    wanted = {name: leaf for name, leaf in leaves.items() if leaf is not None}
+    grads = dict(zip(wanted, torch.autograd.grad(y, list(wanted.values()), inputs.grad)))
+    outputs = Outputs(y=y.detach(), **running, **grads)
+    for name, guard in guards.items():
+        if not guard.intact():
+            problems.append(f"wrote beyond the end of {name}")
+        if not inputs.training and not same_bits(guard.tensor, getattr(inputs, name)):
+            problems.append(f"changed {name} in inference")
+    for name, out, like in (("y", outputs.y, x), *((name, grads[name], leaf) for name, leaf in wanted.items())):
+        if out is not None and (out.dtype != like.dtype or out.shape != like.shape):
+            problems.append(f"{name} is {out.dtype} {tuple(out.shape)}, not {like.dtype} {tuple(like.shape)}")
+    return outputs, problems
+
+
+def _promises(layer: BatchNorm, inputs: Inputs) -> tuple[Outputs, list[str]]:
+    """The outputs, and the promises broken: inputs are read only, memory is written in full and nowhere else, and the
+    same call gives the same bits."""
+    names = ("x", "grad", "weight", "bias", "running_mean", "running_var")
+    before = {name: None if (t := getattr(inputs, name)) is None else t.clone() for name in names}
+    outputs, problems = _call(layer, inputs)
+    for name in names:
+        if not same_bits(getattr(inputs, name), before[name]):
+            problems.append(f"changed its input {name}")
+    with poisoned_allocations():
+        again, _ = _call(layer, inputs)
+    for name in ("y", "dx", "dweight", "dbias", "running_mean", "running_var"):
+        if not same_bits(getattr(outputs, name), getattr(again, name)):
+            problems.append(f"{name} has other bits when called again, with NaN in fresh memory")
+    return outputs, problems
