@@ -38,8 +38,8 @@ at::ScalarType to_scalar_type(Dtype dtype) {
 }
 
 Input describe_input(const at::Tensor& x) {
-  TORCH_CHECK(x.dim() >= 2 && x.dim() <= 5, "batch_norm: expected an input of 2 to 5 dimensions, (N, C, ...), but got ",
-              x.dim(), " dimensions: ", x.sizes());
+  TORCH_CHECK(x.dim() >= 2, "batch_norm: expected an input of at least 2 dimensions, (N, C, ...), but got ", x.dim(),
+              ": ", x.sizes());
   TORCH_CHECK(x.layout() == at::kStrided, "batch_norm: expected a dense (strided) input, but got layout ", x.layout());
   const Dtype dtype = to_dtype(x.scalar_type());
   const at::MemoryFormat format = x.suggest_memory_format();

@@ -20,7 +20,7 @@ struct Input {
   Problem problem;
 };
 
-// Throws unless x is a (N, C, ...) tensor of 2 to 5 dimensions and a supported dtype.
+// Throws unless x is a dense (N, C, ...) tensor of a supported dtype.
 Input describe_input(const at::Tensor& x);
 
 // grad, dense in the layout of `input`. Throws unless it has the shape, dtype and device of input.

@@ -9,10 +9,17 @@
 #include "cpu/backend.h"
 #include "ops.h"
 
+#ifndef BNK_WITH_CUDA
+#define BNK_BUILD_CUDA "none"
+#endif
+
 namespace py = pybind11;
 
 namespace bnk {
 namespace {
+
+// What this library was built with, to be found in the file itself: a library that does not load cannot be asked.
+const char kBuildTag[] = "bnkernels-build torch=" BNK_BUILD_TORCH " cuda=" BNK_BUILD_CUDA;
 
 // Gradients are the business of the caller, bnkernels/autograd.py: the ops have none of their own to record.
 using BelowAutograd = at::AutoDispatchBelowADInplaceOrView;
@@ -50,6 +57,7 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> backward(const at::Te
 
 py::dict build_info() {
   py::dict info;
+  info["tag"] = kBuildTag;
   info["torch"] = BNK_BUILD_TORCH;
 #ifdef BNK_WITH_CUDA
   info["with_cuda"] = true;

@@ -31,18 +31,23 @@ ThreeTensors train(const at::Tensor& x, const OptionalTensor& weight, const Opti
                    const OptionalTensor& running_mean, const OptionalTensor& running_var,
                    const OptionalTensor& num_batches_tracked, std::optional<double> momentum, double eps) {
   const Input input = describe_input(x);
-  const Vector scale(weight, "weight", input);
-  const Vector shift(bias, "bias", input);
   Vector average_mean(running_mean, "running_mean", input);
   Vector average_var(running_var, "running_var", input);
+  const Vector scale(weight, "weight", input);
+  const Vector shift(bias, "bias", input);
   check_same_dtype(scale, "weight", shift, "bias");
   check_same_dtype(average_mean, "running_mean", average_var, "running_var");
   check_counter(num_batches_tracked, input);
   const bool counts = num_batches_tracked.has_value() && num_batches_tracked->defined();
-  const bool averages = average_mean.defined() || average_var.defined();
+  const bool averages = average_mean.defined();
+  TORCH_CHECK_VALUE(averages == average_var.defined(),
+                    "running_mean and running_var must either both be None or neither be None");
   TORCH_CHECK(momentum.has_value() || counts || !averages,
               "batch_norm: momentum=None (a cumulative average) needs num_batches_tracked, but got None");
   TORCH_CHECK_VALUE(eps > 0, "batch_norm eps must be positive during training, but got ", eps);
+
+  TORCH_CHECK_VALUE(input.problem.elements_per_channel() != 1,
+                    "Expected more than 1 value per channel when training, got input size torch.Size(", x.sizes(), ")");
 
   const at::Tensor y = at::empty_like(input.tensor);
   if (input.problem.elements() == 0) {
@@ -51,9 +56,6 @@ ThreeTensors train(const at::Tensor& x, const OptionalTensor& weight, const Opti
     const at::Tensor none = at::zeros({input.problem.channels}, statistic_options(input));
     return {y, none, at::zeros_like(none)};
   }
-  TORCH_CHECK_VALUE(input.problem.elements_per_channel() > 1,
-                    "Expected more than 1 value per channel when training, got input size ", x.sizes());
-
   const at::Tensor mean = at::empty({input.problem.channels}, statistic_options(input));
   const at::Tensor invstd = at::empty_like(mean);
   run_forward_train(
@@ -100,14 +102,14 @@ SixTensors train_functional(const at::Tensor& x, const OptionalTensor& weight, c
 ThreeTensors eval(const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                   const at::Tensor& running_mean, const at::Tensor& running_var, double eps) {
   const Input input = describe_input(x);
-  const Vector scale(weight, "weight", input);
-  const Vector shift(bias, "bias", input);
   const Vector average_mean(running_mean, "running_mean", input);
   const Vector average_var(running_var, "running_var", input);
+  const Vector scale(weight, "weight", input);
+  const Vector shift(bias, "bias", input);
   check_same_dtype(scale, "weight", shift, "bias");
   check_same_dtype(average_mean, "running_mean", average_var, "running_var");
-  TORCH_CHECK(average_mean.defined() && average_var.defined(),
-              "running_mean must be defined in evaluation mode, and so must running_var");
+  TORCH_CHECK(average_mean.defined(), "running_mean must be defined in evaluation mode");
+  TORCH_CHECK(average_var.defined(), "running_var must be defined in evaluation mode");
   TORCH_CHECK_VALUE(eps >= 0, "batch_norm eps must be non-negative, but got ", eps);
 
   const at::Tensor y = at::empty_like(input.tensor);
