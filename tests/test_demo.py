@@ -1,0 +1,57 @@
+"""The demo runs, checks what it claims, and draws its plot."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("sklearn", reason="the demo's extra is not installed")
+pytest.importorskip("matplotlib", reason="the demo's extra is not installed")
+pytest.importorskip("tqdm", reason="the demo's extra is not installed")
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+
+import digits
+
+
+def run(tmp_path: Path, *more: str) -> tuple[int, Path]:
+    plot = tmp_path / "plots" / "digits.png"
+    return digits.main(["--device", "cpu", "--plot", str(plot), *more]), plot
+
+
+@pytest.mark.slow
+def test_trains_above_the_required_accuracy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, plot = run(tmp_path)
+    printed = capsys.readouterr().out
+    assert code == 0, printed
+    assert "FAIL" not in printed and printed.count("ok  ") == 4
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_epoch_agrees_but_is_not_accurate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The exit code tells: one epoch cannot reach the accuracy, everything else holds."""
+    code, plot = run(tmp_path, "--epochs", "1")
+    printed = capsys.readouterr().out
+    assert code == 1
+    assert printed.count("FAIL") == 1 and "FAIL test accuracy" in printed
+    assert plot.exists()
+
+
+def test_a_wrong_layer_is_noticed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """eps set wrong in the converted layers: the first step no longer agrees."""
+    convert = digits.bnk.convert
+
+    def convert_wrongly(model: digits.nn.Module) -> digits.nn.Module:
+        for module in convert(model).modules():
+            if isinstance(module, digits.bnk.BatchNorm2d):
+                module.eps = 1e-2
+        return model
+
+    monkeypatch.setattr(digits.bnk, "convert", convert_wrongly)
+    code, _ = run(tmp_path, "--epochs", "1")
+    assert code == 1
+    assert "FAIL first loss and gradients agree" in capsys.readouterr().out
