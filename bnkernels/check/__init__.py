@@ -22,7 +22,7 @@ import bnkernels
 
 from ..testing import Case, cases
 from . import progress, report
-from .runner import Result, run_case
+from .runner import Result, is_out_of_memory, run_case
 
 WITHIN, OUT_OF_BOUNDS, COULD_NOT_RUN = 0, 1, 2
 
@@ -78,13 +78,21 @@ def _device_name(device: torch.device) -> str:
 
 def _run(chosen: list[Case], device: torch.device) -> report.Backend:
     results: list[Result] = []
+    stopped = None
     start = time.monotonic()
     with progress.bar(len(chosen)) as bar:
         for case in chosen:
             bar.set_description_str(f"{device} {case.family}", refresh=False)
-            results.append(run_case(case, device))
+            try:
+                results.append(run_case(case, device))
+            except Exception as error:
+                # A kernel that faults takes the device with it: what fails after a failed case belongs to that case.
+                if all(r.ok for r in results):
+                    raise
+                stopped = f"{case}: {type(error).__name__}: {error}"
+                break
             bar.update()
-    return report.Backend(device, _device_name(device), tuple(results), time.monotonic() - start)
+    return report.Backend(device, _device_name(device), tuple(results), time.monotonic() - start, stopped)
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -131,11 +139,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _check(arguments)
     except CannotRun as error:
         reason = str(error)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        reason = f"out of memory: {error}"
     except OSError as error:
         reason = str(error)
-    except Exception as error:  # a fault of the check or of torch: it says nothing about the numbers
-        reason = f"{type(error).__name__}: {error}"
+    except Exception as error:  # a fault of the check, of torch or of the machine: it says nothing about the numbers
+        reason = f"out of memory: {error}" if is_out_of_memory(error) else f"{type(error).__name__}: {error}"
     print(f"bnkernels.check could not run: {reason}", file=sys.stderr)
     return COULD_NOT_RUN

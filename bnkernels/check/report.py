@@ -11,7 +11,7 @@ import torch
 
 import bnkernels
 
-from ..testing import REPORT_FROM, Case, K, Verdict
+from ..testing import DTYPE_PAIRS, FAMILIES, GRADS, REPORT_FROM, WEIGHTS, Case, K, Verdict
 from .runner import Result, worst_ratio
 
 FORMAT = 1
@@ -28,10 +28,12 @@ class Backend:
     name: str
     results: tuple[Result, ...]
     seconds: float
+    stopped: str | None = None
+    """Why not all cases ran, where something after a failed case could not."""
 
     @property
     def ok(self) -> bool:
-        return all(r.ok for r in self.results)
+        return self.stopped is None and all(r.ok for r in self.results)
 
     @property
     def worst(self) -> Result:
@@ -52,21 +54,31 @@ def command(case: Case, device: torch.device) -> str:
     return f"python -m bnkernels.check --device {device} --case {case}"
 
 
-def _groups(results: Iterable[Result], key: Callable[[Case], str]) -> dict[str, list[Result]]:
-    groups: dict[str, list[Result]] = {}
-    for result in results:
-        groups.setdefault(key(result.case), []).append(result)
-    return groups
+@dataclass(frozen=True)
+class Grouping:
+    """One way of grouping the cases: the tables' title and the JSON's field, and the groups in their order."""
+
+    title: str
+    of: Callable[[Case], str]
+    order: tuple[str, ...]
+
+    def __call__(self, results: Iterable[Result]) -> dict[str, list[Result]]:
+        groups: dict[str, list[Result]] = {name: [] for name in self.order}
+        for result in results:
+            groups[self.of(result.case)].append(result)
+        return {name: group for name, group in groups.items() if group}
 
 
-_TABLES: tuple[tuple[str, str, Callable[[Case], str]], ...] = (
-    ("families", "activations", lambda case: case.family),
-    ("gradients", "gradients", lambda case: case.grad),
-    ("weights", "weights", lambda case: case.weight),
-    (
-        "dtypes",
-        "dtypes",
-        lambda case: f"{case.dtype}" if case.dtype == case.parameters else f"{case.dtype}, f32 params",
+def _dtypes(dtype: str, parameters: str) -> str:
+    return dtype if dtype == parameters else f"{dtype}+{parameters}"
+
+
+GROUPINGS = (
+    Grouping("activations", lambda case: case.family, tuple(FAMILIES)),
+    Grouping("gradients", lambda case: case.grad, tuple(GRADS)),
+    Grouping("weights", lambda case: case.weight, tuple(WEIGHTS)),
+    Grouping(
+        "dtypes", lambda case: _dtypes(case.dtype, case.parameters), tuple(_dtypes(*pair) for pair in DTYPE_PAIRS)
     ),
 )
 
@@ -90,10 +102,10 @@ def _mark(ratio: float) -> str:
 def table(backend: Backend) -> str:
     """Worst error over bound by group of inputs, 79 columns."""
     lines = []
-    for _, title, key in _TABLES:
-        lines.append(f"{title:<22}{'cases':>6}{'bnkernels':>12} {'torch':>10}   bnkernels' worst in")
+    for group in GROUPINGS:
+        lines.append(f"{group.title:<22}{'cases':>6}{'bnkernels':>12} {'torch':>10}   bnkernels' worst in")
         lines.append(_RULE)
-        for name, results in _groups(backend.results, key).items():
+        for name, results in group(backend.results).items():
             worst = max(results, key=lambda r: r.ratio)
             theirs = _their_worst(results)
             torch_text = ratio_text(worst_ratio(theirs.theirs or ())) if theirs else "n/a"
@@ -119,6 +131,8 @@ def summary(backend: Backend, limit: int = 5) -> str:
             lines += ["", command(result.case, backend.device), *(f"    {text}" for text in said)]
         if len(failed) > limit:
             lines += ["", f"... and {len(failed) - limit} more"]
+        if backend.stopped is not None:
+            lines += ["", f"stopped after these: {backend.stopped}"]
     else:
         lines.append(f"{backend.device}: ok, {count} cases within bounds, worst {ratio_text(worst.ratio)} of 1")
         lines[-1] += f" ({backend.seconds:.0f} s)"
@@ -145,8 +159,8 @@ def details(result: Result, device: torch.device) -> str:
 
 
 LEGEND = (
-    "error over bound against float64, the worst of each row; 1 is the limit. The rounding\n"
-    f"of the output itself is free. ! out of bounds   * above {REPORT_FROM / K:.2f}: worth a look"
+    "Worst error over bound of each row, against float64; 1 is the limit. The rounding\n"
+    f"of the output's own dtype is free.  ! out of bounds  * above {REPORT_FROM / K:.2f}, worth a look"
 )
 
 
@@ -191,12 +205,13 @@ def _backend_json(backend: Backend) -> dict[str, object]:
         "device": str(backend.device),
         "name": backend.name,
         "passed": backend.ok,
+        "stopped": backend.stopped,
         "seconds": round(backend.seconds, 3),
         "cases": len(backend.results),
         "worst": {"ratio": _number(backend.worst.ratio), "command": command(backend.worst.case, backend.device)},
         **{
-            field: {name: _group_json(results) for name, results in _groups(backend.results, key).items()}
-            for field, _, key in _TABLES
+            group.title: {name: _group_json(results) for name, results in group(backend.results).items()}
+            for group in GROUPINGS
         },
         "failures": [
             {

@@ -145,14 +145,13 @@ def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
 @contextmanager
 def poisoned_allocations() -> Iterator[None]:
     """Within, torch.empty gives NaN: what a backend does not write shows, in outputs and in workspaces alike."""
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     switch: Any = torch.utils.deterministic  # a module with a property, which type checkers cannot see
-    fill = switch.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    mode, fill = torch.get_deterministic_debug_mode(), switch.fill_uninitialized_memory
+    # The filling is a part of deterministic mode. "warn": what has no deterministic form still runs.
+    torch.set_deterministic_debug_mode("warn")
     switch.fill_uninitialized_memory = True
     try:
         yield
     finally:
         switch.fill_uninitialized_memory = fill
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.set_deterministic_debug_mode(mode)
