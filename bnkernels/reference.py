@@ -130,7 +130,8 @@ def channel_rows(x: Tensor) -> Tensor:
     if x.dim() < 2:
         raise ValueError(f"expected (N, C, *), got shape {tuple(x.shape)}")
     n = x.numel() // x.shape[1] if x.shape[1] else 0
-    return x.to(torch.float64).movedim(1, 0).reshape(x.shape[1], n)
+    # contiguous(): reshape keeps the strides where it can, and then the order of the sums would follow them.
+    return x.to(torch.float64).movedim(1, 0).reshape(x.shape[1], n).contiguous()
 
 
 def from_channel_rows(rows: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
