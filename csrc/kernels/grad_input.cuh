@@ -38,9 +38,9 @@ grad_input_kernel(GradInputParams params) {
   const T* lead = static_cast<const T*>(params.x);
   const T* grad = static_cast<const T*>(params.grad_y);
   T* out = static_cast<T*>(params.grad_x);
-  const View<const T> x{lead, Walker_::is_wide(params.walk, lead, lead)};
-  const View<const T> g{grad, Walker_::is_wide(params.walk, grad, lead)};
-  const View<T> grad_x{out, Walker_::is_wide(params.walk, out, lead)};
+  const View<const T> x{lead, elements_of(params.walk), Walker_::is_wide(params.walk, lead, lead)};
+  const View<const T> g{grad, elements_of(params.walk), Walker_::is_wide(params.walk, grad, lead)};
+  const View<T> grad_x{out, elements_of(params.walk), Walker_::is_wide(params.walk, out, lead)};
 
   for (int64_t index = block_rank(); index < shares_of(params.walk); index += grid_blocks()) {
     const Share share = share_at(params.walk, index);
@@ -62,26 +62,26 @@ grad_input_kernel(GradInputParams params) {
 
     while (walker.more()) {
       Window windows[kTile];
-      Real gs[kTile][Walker_::kElements], xs[kTile][Walker_::kElements];
+      Vector<T> g_bits[kTile], x_bits[kTile];
+      walker.next_tile(windows);
+      load_tile<Reuse::kLast>(g, windows, g_bits);
+      if (params.training) load_tile<Reuse::kLast>(x, windows, x_bits);
 #pragma unroll
       for (int i = 0; i < kTile; ++i) {
-        windows[i] = walker.next();
-        load_window<Reuse::kLast>(g, windows[i], gs[i]);
-        if (params.training) load_window<Reuse::kLast>(x, windows[i], xs[i]);
-      }
-#pragma unroll
-      for (int i = 0; i < kTile; ++i) {
+        Real gs[Walker_::kElements], xs[Walker_::kElements];
+        unpack_window(g_bits[i], windows[i], gs);
+        if (params.training) unpack_window(x_bits[i], windows[i], xs);
 #pragma unroll
         for (int element = 0; element < Walker_::kElements; ++element) {
           const int column = element % kColumns;
-          Real value = gs[i][element];
+          Real value = gs[element];
           if (params.training) {
-            const Real xhat = (xs[i][element] - mean[column]) * invstd[column];
+            const Real xhat = (xs[element] - mean[column]) * invstd[column];
             value = fused_multiply_add(-xhat, mean_g_xhat[column], value - mean_g[column]);
           }
-          gs[i][element] = value * scale[column];
+          gs[element] = value * scale[column];
         }
-        store_window(grad_x, windows[i], gs[i]);
+        store_window(grad_x, windows[i], gs);
       }
     }
   }

@@ -48,8 +48,8 @@ grad_sums_kernel(GradSumsParams params) {
 
   const T* lead = static_cast<const T*>(params.x);
   const T* grad = static_cast<const T*>(params.grad_y);
-  const View<const T> x{lead, Walker_::is_wide(params.walk, lead, lead)};
-  const View<const T> g{grad, Walker_::is_wide(params.walk, grad, lead)};
+  const View<const T> x{lead, elements_of(params.walk), Walker_::is_wide(params.walk, lead, lead)};
+  const View<const T> g{grad, elements_of(params.walk), Walker_::is_wide(params.walk, grad, lead)};
 
   for (int64_t index = block_rank(); index < shares_of(params.walk); index += grid_blocks()) {
     const Share share = share_at(params.walk, index);
@@ -65,14 +65,14 @@ grad_sums_kernel(GradSumsParams params) {
     }
 
     while (walker.more()) {
-      Real xs[kGradSumsTile][Walker_::kElements], gs[kGradSumsTile][Walker_::kElements];
       Window windows[kGradSumsTile];
-#pragma unroll
-      for (int i = 0; i < kGradSumsTile; ++i) {
-        windows[i] = walker.next();
-        load_window<Reuse::kAgain>(x, windows[i], xs[i]);
-        load_window<Reuse::kAgain>(g, windows[i], gs[i]);
-      }
+      Vector<T> x_bits[kGradSumsTile], g_bits[kGradSumsTile];
+      Real xs[kGradSumsTile][Walker_::kElements], gs[kGradSumsTile][Walker_::kElements];
+      walker.next_tile(windows);
+      load_tile<Reuse::kAgain>(x, windows, x_bits);
+      load_tile<Reuse::kAgain>(g, windows, g_bits);
+      unpack_tile(x_bits, windows, xs);
+      unpack_tile(g_bits, windows, gs);
       Real tile_g[kColumns] = {}, tile_g_xhat[kColumns] = {};
 #pragma unroll
       for (int i = 0; i < kGradSumsTile; ++i) {

@@ -36,8 +36,8 @@ normalize_kernel(NormalizeParams params) {
 
   const T* lead = static_cast<const T*>(params.x);
   T* out = static_cast<T*>(params.y);
-  const View<const T> x{lead, Walker_::is_wide(params.walk, lead, lead)};
-  const View<T> y{out, Walker_::is_wide(params.walk, out, lead)};
+  const View<const T> x{lead, elements_of(params.walk), Walker_::is_wide(params.walk, lead, lead)};
+  const View<T> y{out, elements_of(params.walk), Walker_::is_wide(params.walk, out, lead)};
 
   for (int64_t index = block_rank(); index < shares_of(params.walk); index += grid_blocks()) {
     const Share share = share_at(params.walk, index);
@@ -61,21 +61,20 @@ normalize_kernel(NormalizeParams params) {
 
     while (walker.more()) {
       Window windows[kNormalizeTile];
-      Real values[kNormalizeTile][Walker_::kElements];
+      Vector<T> bits[kNormalizeTile];
+      walker.next_tile(windows);
+      load_tile<Reuse::kLast>(x, windows, bits);
 #pragma unroll
       for (int i = 0; i < kNormalizeTile; ++i) {
-        windows[i] = walker.next();
-        load_window<Reuse::kLast>(x, windows[i], values[i]);
-      }
-#pragma unroll
-      for (int i = 0; i < kNormalizeTile; ++i) {
+        Real values[Walker_::kElements];
+        unpack_window(bits[i], windows[i], values);
 #pragma unroll
         for (int element = 0; element < Walker_::kElements; ++element) {
           const int column = element % kColumns;
-          const Real xhat = (values[i][element] - mean[column]) * invstd[column];
-          values[i][element] = fused_multiply_add(xhat, weight[column], bias[column]);
+          const Real xhat = (values[element] - mean[column]) * invstd[column];
+          values[element] = fused_multiply_add(xhat, weight[column], bias[column]);
         }
-        store_window(y, windows[i], values[i]);
+        store_window(y, windows[i], values);
       }
     }
   }

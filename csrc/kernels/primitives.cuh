@@ -59,10 +59,9 @@ using Compute = typename ComputeOf<T>::type;
 template <typename T>
 inline constexpr int kVectorElements = kVectorBytes / static_cast<int>(sizeof(T));
 
+// kVectorBytes of elements in registers; opaque, as its best form differs.
 template <typename T>
-struct alignas(kVectorBytes) Vector {
-  T data[kVectorElements<T>];
-};
+struct Vector;
 
 enum class Reuse { kAgain, kLast };
 

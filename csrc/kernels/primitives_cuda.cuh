@@ -58,6 +58,27 @@ BNK_DEVICE void store(T* address, T value) {
   }
 }
 
+// A vector stays in the four registers that it was loaded into until its elements are widened: taking it apart earlier
+// would make a thread wait for this load before it issues the next.
+template <typename T>
+struct alignas(kVectorBytes) Vector {
+  uint32_t words[kVectorBytes / 4];
+};
+
+template <typename T>
+BNK_DEVICE void set_element(Vector<T>& vector, int i, T value) {
+  if constexpr (sizeof(T) == 8) {
+    const uint64_t bits = __double_as_longlong(value);
+    vector.words[2 * i] = static_cast<uint32_t>(bits);
+    vector.words[2 * i + 1] = static_cast<uint32_t>(bits >> 32);
+  } else if constexpr (sizeof(T) == 4) {
+    vector.words[i] = __float_as_uint(value);
+  } else {
+    const int shift = 16 * (i % 2);
+    vector.words[i / 2] = (vector.words[i / 2] & (0xffff0000u >> shift)) | (static_cast<uint32_t>(value.bits) << shift);
+  }
+}
+
 template <Reuse kReuse = Reuse::kAgain, typename T>
 BNK_DEVICE Vector<T> load_vector(const T* address) {
   return load<kReuse>(reinterpret_cast<const Vector<T>*>(address));
@@ -71,7 +92,7 @@ BNK_DEVICE void store_vector(T* address, Vector<T> value) {
 BNK_DEVICE double widen(double value) { return value; }
 BNK_DEVICE float widen(float value) { return value; }
 BNK_DEVICE float widen(Half value) { return __half2float(__ushort_as_half(value.bits)); }
-BNK_DEVICE float widen(BFloat16 value) { return __bfloat162float(__ushort_as_bfloat16(value.bits)); }
+BNK_DEVICE float widen(BFloat16 value) { return __uint_as_float(static_cast<uint32_t>(value.bits) << 16); }
 
 template <typename T>
 BNK_DEVICE T narrow(Compute<T> value) {
@@ -87,29 +108,40 @@ BNK_DEVICE T narrow(Compute<T> value) {
 template <typename T>
 BNK_DEVICE void widen_vector(const Vector<T>& in, Compute<T> (&out)[kVectorElements<T>]) {
 #pragma unroll
-  for (int i = 0; i < kVectorElements<T>; ++i) out[i] = widen(in.data[i]);
+  for (int word = 0; word < kVectorBytes / 4; ++word) {
+    const uint32_t bits = in.words[word];
+    if constexpr (sizeof(T) == 8) {
+      if (word % 2 == 0) out[word / 2] = __hiloint2double(in.words[word + 1], bits);
+    } else if constexpr (sizeof(T) == 4) {
+      out[word] = __uint_as_float(bits);
+    } else if constexpr (__is_same(T, Half)) {
+      const float2 pair = __half22float2(reinterpret_cast<const __half2&>(bits));
+      out[2 * word] = pair.x;
+      out[2 * word + 1] = pair.y;
+    } else {
+      out[2 * word] = __uint_as_float(bits << 16);
+      out[2 * word + 1] = __uint_as_float(bits & 0xffff0000u);
+    }
+  }
 }
 
 // 16-bit results are converted in pairs: one instruction packs two.
 template <typename T>
 BNK_DEVICE Vector<T> narrow_vector(const Compute<T> (&in)[kVectorElements<T>]) {
   Vector<T> out;
-  if constexpr (sizeof(T) == 2) {
 #pragma unroll
-    for (int i = 0; i < kVectorElements<T>; i += 2) {
-      if constexpr (__is_same(T, Half)) {
-        const __half2 pair = __floats2half2_rn(in[i], in[i + 1]);
-        out.data[i] = {__half_as_ushort(__low2half(pair))};
-        out.data[i + 1] = {__half_as_ushort(__high2half(pair))};
-      } else {
-        const __nv_bfloat162 pair = __floats2bfloat162_rn(in[i], in[i + 1]);
-        out.data[i] = {__bfloat16_as_ushort(__low2bfloat16(pair))};
-        out.data[i + 1] = {__bfloat16_as_ushort(__high2bfloat16(pair))};
-      }
+  for (int word = 0; word < kVectorBytes / 4; ++word) {
+    if constexpr (sizeof(T) == 8) {
+      out.words[word] = word % 2 == 0 ? __double2loint(in[word / 2]) : __double2hiint(in[word / 2]);
+    } else if constexpr (sizeof(T) == 4) {
+      out.words[word] = __float_as_uint(in[word]);
+    } else if constexpr (__is_same(T, Half)) {
+      const __half2 pair = __floats2half2_rn(in[2 * word], in[2 * word + 1]);
+      out.words[word] = reinterpret_cast<const uint32_t&>(pair);
+    } else {
+      const __nv_bfloat162 pair = __floats2bfloat162_rn(in[2 * word], in[2 * word + 1]);
+      out.words[word] = reinterpret_cast<const uint32_t&>(pair);
     }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kVectorElements<T>; ++i) out.data[i] = in[i];
   }
   return out;
 }

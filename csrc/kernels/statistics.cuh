@@ -72,19 +72,18 @@ statistics_kernel(StatisticsParams params) {
   }
 
   const T* data = static_cast<const T*>(params.x);
-  const View<const T> x{data, Walker_::is_wide(params.walk, data, data)};
+  const View<const T> x{data, elements_of(params.walk), Walker_::is_wide(params.walk, data, data)};
   for (int64_t index = block_rank(); index < shares_of(params.walk); index += grid_blocks()) {
     const Share share = share_at(params.walk, index);
     Walker_ walker(params.walk, share, data);
     Moments total[Walker_::kColumns] = {};
     while (walker.more()) {
       Window windows[kTile];
+      Vector<T> bits[kTile];
       Compute<T> values[kTile][Walker_::kElements];
-#pragma unroll
-      for (int i = 0; i < kTile; ++i) {
-        windows[i] = walker.next();
-        load_window<Reuse::kAgain>(x, windows[i], values[i]);
-      }
+      walker.next_tile(windows);
+      load_tile<Reuse::kAgain>(x, windows, bits);
+      unpack_tile(bits, windows, values);
       join_windows<T>(total, windows, values);
     }
 
@@ -115,11 +114,11 @@ BNK_DEVICE void update_running(const PerChannel& running, int64_t channel, doubl
 
 static BNK_KERNEL(kMaxBlockThreads) finish_statistics(FinishStatisticsParams params) {
   BNK_SHARED(Moments, slots, (kReduceSlots<1, kWarpThreads>));
-  const double factor = params.cumulative ? 1 / static_cast<double>(load(params.num_batches_tracked)) : params.momentum;
-
   finish_channels<Moments>(params.finish, params.partial, slots, [&](int64_t channel, const Moments& all) {
     write(params.mean, channel, all.mean);
     write(params.invstd, channel, reciprocal_sqrt(all.m2 / all.count + params.eps));
+    const double factor =
+        params.cumulative ? 1 / static_cast<double>(load(params.num_batches_tracked)) : params.momentum;
     update_running(params.running_mean, channel, all.mean, factor);
     update_running(params.running_var, channel, all.m2 / (all.count - 1), factor);
   });

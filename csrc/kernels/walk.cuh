@@ -18,6 +18,7 @@ struct Window {
   int end;
 
   BNK_DEVICE int size() const { return end > begin ? end - begin : 0; }
+  BNK_DEVICE bool is_full(int elements) const { return begin == 0 && end == elements; }
 };
 
 // One block's work: share s of a walk is chunk s / slabs of slab s % slabs, so that blocks which run side by side read
@@ -33,6 +34,7 @@ BNK_DEVICE int64_t quotient(int64_t a, int64_t b) {
   return a / b;
 }
 
+BNK_DEVICE int64_t elements_of(const Walk& walk) { return walk.outer * walk.channels * walk.inner; }
 BNK_DEVICE int64_t shares_of(const Walk& walk) { return walk.slabs * walk.chunks; }
 
 BNK_DEVICE Share share_at(const Walk& walk, int64_t index) {
@@ -46,10 +48,11 @@ BNK_DEVICE int phase_of(const T* data) {
   return static_cast<int>((reinterpret_cast<uintptr_t>(data) / sizeof(T)) % kVectorElements<T>);
 }
 
-// A tensor as a kernel sees it. wide: full windows of the walk lie on 16-byte boundaries of this tensor.
+// A tensor as a kernel sees it. wide: the walk's windows lie on 16-byte boundaries of this tensor.
 template <typename T>
 struct View {
   T* data;
+  int64_t elements;
   bool wide;
 };
 
@@ -101,6 +104,12 @@ class Walker<T, Layout::kChannelsFirst> {
     return window;
   }
 
+  template <int kTile>
+  BNK_DEVICE void next_tile(Window (&windows)[kTile]) {
+#pragma unroll
+    for (int i = 0; i < kTile; ++i) windows[i] = next();
+  }
+
   BNK_DEVICE int64_t channel(int /*column*/) const { return channel_; }
   BNK_DEVICE bool has_channel(int /*column*/) const { return true; }
   // Whether this thread is the one of its block that speaks for its channels.
@@ -145,6 +154,12 @@ class Walker<T, Layout::kChannelsLast> {
     return window;
   }
 
+  template <int kTile>
+  BNK_DEVICE void next_tile(Window (&windows)[kTile]) {
+#pragma unroll
+    for (int i = 0; i < kTile; ++i) windows[i] = next();
+  }
+
   BNK_DEVICE int64_t channel(int column) const { return channel_ + column; }
   BNK_DEVICE bool has_channel(int column) const { return column < columns_; }
   BNK_DEVICE bool first_in_block() const { return static_cast<int>(thread_rank()) < walk_.lanes; }
@@ -157,26 +172,42 @@ class Walker<T, Layout::kChannelsLast> {
   int64_t end_row_;
 };
 
-// The elements of a window, widened; those that are not there are 0.
+// Loading is in two steps, so that a thread can have several windows in flight before it waits for the first:
+// load_window only issues the load, unpack_window looks at the bits.
+//
+// A window that lies inside the tensor is loaded whole, also where only a part of it is the walker's row: the other
+// elements share its memory sectors anyway. They are then masked out.
 template <Reuse kReuse, typename T>
-BNK_DEVICE void load_window(const View<const T>& view, const Window& window, Compute<T> (&out)[kVectorElements<T>]) {
+BNK_DEVICE Vector<T> load_window(const View<const T>& view, const Window& window) {
   const T* start = view.data + window.offset;
-  if (view.wide && window.begin == 0 && window.end == kVectorElements<T>) {
-    widen_vector(load_vector<kReuse>(start), out);
-    return;
+  if (view.wide && window.size() > 0 && window.offset >= 0 && window.offset <= view.elements - kVectorElements<T>) {
+    return load_vector<kReuse>(start);
   }
+  Vector<T> bits{};
 #pragma unroll
   for (int i = 0; i < kVectorElements<T>; ++i) {
-    out[i] = i >= window.begin && i < window.end ? widen(load<kReuse>(start + i)) : Compute<T>(0);
+    if (i >= window.begin && i < window.end) set_element(bits, i, load<kReuse>(start + i));
+  }
+  return bits;
+}
+
+// The elements of a window; those that are not there are 0.
+template <typename T>
+BNK_DEVICE void unpack_window(const Vector<T>& bits, const Window& window, Compute<T> (&out)[kVectorElements<T>]) {
+  widen_vector(bits, out);
+  if (window.is_full(kVectorElements<T>)) return;
+#pragma unroll
+  for (int i = 0; i < kVectorElements<T>; ++i) {
+    if (i < window.begin || i >= window.end) out[i] = 0;
   }
 }
 
-// Writes the elements that are there. Results are not read again by the kernel that makes them.
+// Writes the elements that are there, and no others. Results are not read again by the kernel that makes them.
 template <typename T>
 BNK_DEVICE void store_window(const View<T>& view, const Window& window,
                              const Compute<T> (&values)[kVectorElements<T>]) {
   T* start = view.data + window.offset;
-  if (view.wide && window.begin == 0 && window.end == kVectorElements<T>) {
+  if (view.wide && window.is_full(kVectorElements<T>)) {
     store_vector<Reuse::kLast>(start, narrow_vector<T>(values));
     return;
   }
@@ -184,6 +215,20 @@ BNK_DEVICE void store_window(const View<T>& view, const Window& window,
   for (int i = 0; i < kVectorElements<T>; ++i) {
     if (i >= window.begin && i < window.end) store<Reuse::kLast>(start + i, narrow<T>(values[i]));
   }
+}
+
+// A tile of windows: all its loads are issued before the first is waited for.
+template <Reuse kReuse, typename T, int kTile>
+BNK_DEVICE void load_tile(const View<const T>& view, const Window (&windows)[kTile], Vector<T> (&bits)[kTile]) {
+#pragma unroll
+  for (int i = 0; i < kTile; ++i) bits[i] = load_window<kReuse>(view, windows[i]);
+}
+
+template <typename T, int kTile>
+BNK_DEVICE void unpack_tile(const Vector<T> (&bits)[kTile], const Window (&windows)[kTile],
+                            Compute<T> (&values)[kTile][kVectorElements<T>]) {
+#pragma unroll
+  for (int i = 0; i < kTile; ++i) unpack_window(bits[i], windows[i], values[i]);
 }
 
 }  // namespace bnk
