@@ -1,0 +1,35 @@
+from torch import Tensor
+
+def forward_train(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    /,
+) -> tuple[Tensor, Tensor, Tensor]: ...
+def forward_eval(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,  # None raises
+    running_var: Tensor | None,
+    eps: float,
+    /,
+) -> tuple[Tensor, Tensor, Tensor]: ...
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    training: bool,
+    need_input: bool,
+    need_weight: bool,
+    need_bias: bool,
+    /,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]: ...
+def build_info() -> dict[str, object]: ...

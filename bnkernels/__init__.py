@@ -1,0 +1,37 @@
+"""Batch normalisation kernels for PyTorch: CUDA and CPU, drop-in modules, checked against float64.
+
+import bnkernels as bnk
+
+model = bnk.convert(model)                                  # every nn.BatchNorm* of a model, in place
+layer = bnk.BatchNorm2d(64)                                 # nn.BatchNorm2d's signature
+y = bnk.batch_norm(x, running_mean, running_var, weight, bias, training=True)
+"""
+
+from .convert import ConversionReport, convert, revert
+from .functional import batch_norm
+from .modules import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    LazyBatchNorm1d,
+    LazyBatchNorm2d,
+    LazyBatchNorm3d,
+)
+from .ops import build_info
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "ConversionReport",
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyBatchNorm3d",
+    "__version__",
+    "batch_norm",
+    "build_info",
+    "convert",
+    "revert",
+]

@@ -1,0 +1,222 @@
+"""The autograd.Functions of batch_norm. What they compute is in the ops (kernels) and in formulas.py (the rest).
+
+    Eager            backward through the kernels: the way of ordinary training
+    Transformable    the same in the setup_context form that torch.func and torch.compile require, with jvp and vmap
+    Backward         the backward kernel, as a function that is differentiable in its turn
+
+Eager exists for its cost alone: torch binds the arguments of a setup_context function with inspect.signature() on
+every call, which takes longer than a small BatchNorm does (27 us against 4 us, on empty functions of these arguments).
+
+Saved are x, the weight and the statistics of *this* forward, 2C values. The running statistics are not read again, so
+an eval forward that is followed by a train forward still has its own gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import Function
+from torch.compiler import is_compiling
+
+from bnkernels import ops
+
+from . import batching, formulas
+
+_transforms_active = torch._C._are_functorch_transforms_active
+
+
+def batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+) -> Tensor:
+    """y of batch_norm, differentiable in x, weight and bias; if training, the buffers that are there are updated.
+
+    x is (N, C, *), the others (C,) or None, num_batches_tracked one int64; dtypes as the ops take them.
+    Inference needs running_mean and running_var. momentum None averages over all batches: it needs num_batches_tracked.
+    """
+    grad_enabled = torch.is_grad_enabled()
+    if grad_enabled and (
+        (running_mean is not None and running_mean.requires_grad)
+        or (running_var is not None and running_var.requires_grad)
+    ):
+        raise RuntimeError("batch_norm is not differentiable with respect to running_mean and running_var.")
+    if is_compiling() or _transforms_active() or forward_ad._current_level >= 0:
+        return _transformed(x, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps)
+    if grad_enabled and (
+        x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
+    ):
+        rest = (running_mean, running_var, num_batches_tracked, training, momentum, eps)
+        y: Tensor = Eager.apply(x, weight, bias, rest)
+        return y
+    if training:
+        return ops.forward_train(x, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps)[0]
+    return ops.forward_eval(x, weight, bias, running_mean, running_var, eps)[0]
+
+
+def _transformed(*args: Any) -> Tensor:
+    outputs: tuple[Tensor, ...] = Transformable.apply(*args)
+    # Present while tracing only, see Transformable.forward.
+    for buffer, updated in zip(args[3:6], outputs[3:]):
+        if buffer is not None:
+            buffer.copy_(updated)
+    return outputs[0]
+
+
+class Eager(Function):
+    """(x, weight, bias, (running_mean, running_var, num_batches_tracked, training, momentum, eps)) -> y
+
+    What has no gradient is in one tuple, which autograd does not look into: every argument of its own costs time.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        rest: tuple[Tensor | None, Tensor | None, Tensor | None, bool, float | None, float],
+    ) -> Tensor:
+        running_mean, running_var, num_batches_tracked, training, momentum, eps = rest
+        if training:
+            y, mean, invstd = ops.forward_train(
+                x, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps
+            )
+        else:
+            y, mean, invstd = ops.forward_eval(x, weight, bias, running_mean, running_var, eps)
+        ctx.save_for_backward(x, weight, mean, invstd)
+        ctx.call = (training, eps)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, invstd = ctx.saved_tensors
+        training, eps = ctx.call
+        need_input, need_weight, need_bias, _ = ctx.needs_input_grad
+        # Where there is no weight, autograd itself casts the bias's gradient to the bias's dtype.
+        if torch.is_grad_enabled() or _transforms_active() or forward_ad._current_level >= 0:
+            grads = Backward.apply(grad, x, weight, mean, invstd, training, eps, need_input, need_weight, need_bias)
+        else:
+            grads = ops.backward(grad, x, weight, mean, invstd, training, need_input, need_weight, need_bias)
+        return *grads, None
+
+
+class Transformable(Function):
+    """Arguments as Eager's -> (y, mean, invstd), and the updated buffers while tracing."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        num_batches_tracked: Tensor | None,
+        training: bool,
+        momentum: float | None,
+        eps: float,
+    ) -> tuple[Tensor, ...]:
+        if not training:
+            infer: Any = ops.eval_op if is_compiling() else ops.forward_eval
+            return tuple(infer(x, weight, bias, running_mean, running_var, eps))
+        # A compiler must see the mutation of the buffers: the op returns them, and the copy is made outside.
+        train: Any = ops.train_functional if is_compiling() else ops.forward_train
+        return tuple(train(x, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, weight = inputs[:2]
+        mean, invstd = output[1:3]
+        ctx.training, _, ctx.eps = inputs[6:]
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, mean, invstd)
+        ctx.save_for_forward(x, weight, mean, invstd)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 9
+        x, weight, mean, invstd = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        if is_compiling():
+            results = ops.backward_op(grad, x, weight, mean, invstd, ctx.training, *needs)
+            grads = tuple(result if need else None for result, need in zip(results, needs))
+        else:
+            grads = Backward.apply(grad, x, weight, mean, invstd, ctx.training, ctx.eps, *needs)
+        return *grads, None, None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, *_: None) -> tuple[Any, ...]:
+        x, weight, mean, invstd = ctx.saved_tensors
+        s = formulas.Standardised(x, mean, invstd, ctx.training, ctx.eps)
+        dy = formulas.forward_tangent(s, weight, dx, dweight, dbias)
+        return (None if dy is None else dy.to(x.dtype)), None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: batching.Dims, *args: Any) -> tuple[tuple[Tensor, ...], batching.Dims]:
+        return batching.forward(Transformable.apply, info.batch_size, in_dims, *args)
+
+
+class Backward(Function):
+    """(grad, x, weight, mean, invstd, training, eps, need_input, need_weight, need_bias) -> (dx, dweight, dbias)
+
+    Those that are not needed are None. mean and invstd are what the forward returned. In training they are functions of
+    x, and x's derivatives are the total ones; otherwise they are constants. Theirs are never asked for.
+    """
+
+    @staticmethod
+    def forward(
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        mean: Tensor,
+        invstd: Tensor,
+        training: bool,
+        eps: float,
+        need_input: bool,
+        need_weight: bool,
+        need_bias: bool,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return ops.backward(grad, x, weight, mean, invstd, training, need_input, need_weight, need_bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        ctx.training, ctx.eps, *ctx.computed = inputs[5:]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:5])
+        ctx.save_for_forward(*inputs[:5])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad, x, weight, mean, invstd = ctx.saved_tensors
+        s = formulas.Standardised(x, mean, invstd, ctx.training, ctx.eps)
+        results = formulas.double_backward(s, grad, weight, cotangents, ctx.needs_input_grad[:3])
+        return (
+            *(None if result is None else result.to(like.dtype) for result, like in zip(results, (grad, x, weight))),
+            *(None,) * 7,
+        )
+
+    @staticmethod
+    def jvp(ctx: Any, dgrad: Tensor | None, dx: Tensor | None, dweight: Tensor | None, *_: None) -> tuple[Any, ...]:
+        grad, x, weight, mean, invstd = ctx.saved_tensors
+        s = formulas.Standardised(x, mean, invstd, ctx.training, ctx.eps)
+        tangents = formulas.backward_tangent(s, grad, weight, dgrad, dx, dweight)
+        parameter = weight if weight is not None else mean
+        return tuple(
+            None if not computed else torch.zeros_like(like) if tangent is None else tangent.to(like.dtype)
+            for tangent, like, computed in zip(tangents, (x, parameter, parameter), ctx.computed)
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: batching.Dims, *args: Any) -> tuple[tuple[Tensor | None, ...], batching.Dims]:
+        return batching.backward(Backward.apply, info.batch_size, in_dims, *args)

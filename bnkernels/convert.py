@@ -1,0 +1,177 @@
+"""convert() and revert(): a model's BatchNorm modules, in place, to this package's and back.
+
+A module is converted by assigning its __class__: the object stays the same, and with it parameters, buffers, hooks,
+flags, and whatever else refers to it (optimizers, EMA copies, a wrapper around the model).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from torch import nn
+
+# _BatchNorm is the base of SyncBatchNorm too, and of what torch derives for quantization-aware training.
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from . import modules
+
+logger = logging.getLogger("bnkernels")
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+_OURS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm1d: modules.BatchNorm1d,
+    nn.BatchNorm2d: modules.BatchNorm2d,
+    nn.BatchNorm3d: modules.BatchNorm3d,
+    nn.LazyBatchNorm1d: modules.LazyBatchNorm1d,
+    nn.LazyBatchNorm2d: modules.LazyBatchNorm2d,
+    nn.LazyBatchNorm3d: modules.LazyBatchNorm3d,
+}
+_TORCHS = {ours: torchs for torchs, ours in _OURS.items()}
+
+
+@dataclass(frozen=True)
+class Change:
+    """One module whose class was changed. name is its path in the model, "" for the model itself."""
+
+    name: str
+    before: type[nn.Module]
+    after: type[nn.Module]
+
+
+@dataclass(frozen=True)
+class Skip:
+    """One BatchNorm that was left as it is, and why."""
+
+    name: str
+    module: type[nn.Module]
+    reason: str
+
+
+@dataclass
+class ConversionReport:
+    """What convert() or revert() did to each BatchNorm of a model, in the order of named_modules().
+
+    BatchNorms that are already of the package that they were to become of are in neither list. str() gives a table.
+    """
+
+    changed: list[Change] = field(default_factory=list)
+    skipped: list[Skip] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        rows = [
+            (change.name or "(model)", f"{_qualified(change.before)} -> {_qualified(change.after)}")
+            for change in self.changed
+        ]
+        rows += [(skip.name or "(model)", f"{_qualified(skip.module)} left: {skip.reason}") for skip in self.skipped]
+        width = max((len(name) for name, _ in rows), default=0)
+        lines = [f"  {name:<{width}}  {text}" for name, text in rows]
+        return "\n".join([f"{len(self.changed)} BatchNorms changed, {len(self.skipped)} left as they are", *lines])
+
+
+def convert(
+    model: _Model,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    *,
+    report: ConversionReport | None = None,
+) -> _Model:
+    """Makes every torch.nn.BatchNorm1d/2d/3d and LazyBatchNorm1d/2d/3d of a model a bnkernels one, in place.
+
+    Exact types only. SyncBatchNorm and subclasses of torch's classes (parametrized ones among them) compute something
+    of their own and are left as they are, as is a module whose forward has been replaced on the object.
+    Parameters, buffers, hooks, flags and the state_dict do not change. revert() undoes it.
+
+    Args:
+        model: any module; it may be a BatchNorm itself.
+        filter_fn: called with each module that could be converted and its name in the model; False leaves it.
+        report: filled with what was done, where given. A summary is logged to the logger "bnkernels" at INFO, the
+            modules one by one at DEBUG.
+
+    Returns:
+        model.
+    """
+    return _change(model, _OURS, filter_fn, report, "converted")
+
+
+def revert(
+    model: _Model,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    *,
+    report: ConversionReport | None = None,
+) -> _Model:
+    """Makes every bnkernels BatchNorm of a model the torch.nn one of its kind, in place: convert() undone.
+
+    Exact types only; arguments and result as convert()'s.
+    """
+    return _change(model, _TORCHS, filter_fn, report, "reverted")
+
+
+def _change(
+    model: _Model,
+    classes: Mapping[type[nn.Module], type[nn.Module]],
+    filter_fn: Callable[[nn.Module, str], bool] | None,
+    report: ConversionReport | None,
+    verb: str,
+) -> _Model:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    from_ours = classes is _TORCHS
+    done = ConversionReport()
+    for name, module in model.named_modules():  # each module once, however many names it has
+        if not isinstance(module, _BatchNorm) or isinstance(module, modules.ForwardMixin) is not from_ours:
+            continue
+        before: type[nn.Module] = type(module)
+        after = classes.get(before)
+        reason = _reason_to_skip(name, module, after, filter_fn)
+        if after is None or reason:
+            done.skipped.append(Skip(name, before, reason))
+            logger.debug("%s: %s left: %s", name, _qualified(before), reason)
+            continue
+        module.__class__ = after  # type: ignore[assignment]
+        done.changed.append(Change(name, before, after))
+        logger.debug("%s: %s -> %s", name, _qualified(before), _qualified(after))
+    _log(done, verb, type(model).__name__)
+    if report is not None:
+        report.changed += done.changed
+        report.skipped += done.skipped
+    return model
+
+
+def _reason_to_skip(
+    name: str,
+    module: nn.Module,
+    after: type[nn.Module] | None,
+    filter_fn: Callable[[nn.Module, str], bool] | None,
+) -> str:
+    """Why a BatchNorm is left as it is, "" if it is not."""
+    if isinstance(module, nn.SyncBatchNorm):
+        return "synchronises its statistics between processes"
+    if after is None:
+        return "a subclass, whose forward may be its own"
+    if "forward" in module.__dict__:
+        return "its forward has been replaced on the object"
+    if filter_fn is not None and not filter_fn(module, name):
+        return "filter_fn"
+    return ""
+
+
+def _log(report: ConversionReport, verb: str, model: str) -> None:
+    logger.info("%s %d BatchNorm modules of %s", verb, len(report.changed), model)
+    reasons: dict[tuple[str, str], int] = {}
+    for skip in report.skipped:
+        key = (_qualified(skip.module), skip.reason)
+        reasons[key] = reasons.get(key, 0) + 1
+    for (module, reason), count in reasons.items():
+        logger.info("left %d %s as they are: %s", count, module, reason)
+
+
+def _qualified(cls: type[nn.Module]) -> str:
+    """nn.BatchNorm2d, bnkernels.BatchNorm2d, or the full name of another class."""
+    if cls in _OURS:
+        return f"nn.{cls.__name__}"
+    if cls in _TORCHS:
+        return f"bnkernels.{cls.__name__}"
+    return f"{cls.__module__}.{cls.__qualname__}"

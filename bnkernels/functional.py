@@ -1,0 +1,127 @@
+"""batch_norm() as a function, for those who keep the parameters and the buffers themselves."""
+
+from __future__ import annotations
+
+from torch import Size, Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
+
+from . import autograd
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Batch normalisation (Ioffe & Szegedy 2015): torch.nn.functional.batch_norm's signature, results and errors.
+
+        y = (input - mean) / sqrt(var + eps) * weight + bias      per channel
+
+    with the batch's mean and biased variance if training, and running_mean and running_var otherwise. If training, the
+    running statistics that are given are updated in place:
+
+        running_mean += momentum * (mean - running_mean)
+        running_var  += momentum * (var * n/(n - 1) - running_var)      n = elements per channel
+
+    Args:
+        input: (N, C) or (N, C, *), float64, float32, float16 or bfloat16, any strides. Contiguous and channels_last
+            inputs are read as they are; others are copied once.
+        running_mean, running_var: (C,), or both None, which needs training.
+        weight, bias: (C,) or None. These and the running statistics have input's dtype; or float32 if that is 16-bit.
+
+    Returns:
+        y, of input's shape, dtype and memory format. Differentiable in input, weight and bias, to any order.
+
+    Raises:
+        ValueError: one value per channel in training; eps <= 0 in training, or < 0; one running statistic without the
+            other in training; input of fewer than two dimensions.
+        RuntimeError: no running statistics in inference; a wrong size, dtype or device.
+    """
+    if has_torch_function_variadic(input, running_mean, running_var, weight, bias):
+        result: Tensor = handle_torch_function(
+            batch_norm,
+            (input, running_mean, running_var, weight, bias),
+            input,
+            running_mean,
+            running_var,
+            weight=weight,
+            bias=bias,
+            training=training,
+            momentum=momentum,
+            eps=eps,
+        )
+        return result
+    if momentum is None:
+        raise TypeError("batch_norm(): argument 'momentum' must be float, not NoneType")
+    if input.dim() < 2:
+        return _without_channels(input, running_mean, running_var, weight, bias)
+    return batch_norm_tracked(input, weight, bias, running_mean, running_var, None, training, momentum, eps)
+
+
+def batch_norm_tracked(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+) -> Tensor:
+    """What the modules call: batch_norm() that also counts the batches; momentum None averages over all of them."""
+    if has_torch_function_unary(input):
+        result: Tensor = handle_torch_function(
+            batch_norm_tracked,
+            (input,),
+            input,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            num_batches_tracked,
+            training,
+            momentum,
+            eps,
+        )
+        return result
+    # What torch checks in Python or words in its own way. Sizes, dtypes and devices are checked in C++.
+    if training:
+        if input.numel() <= input.shape[1]:
+            _check_values_per_channel(input.shape)
+        if eps <= 0.0:
+            raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
+        if (running_mean is None) is not (running_var is None):
+            raise ValueError("running_mean and running_var must either both be None or neither be None")
+    else:
+        if eps < 0.0:
+            raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
+        if running_mean is None or running_var is None:
+            missing = "running_mean" if running_mean is None else "running_var"
+            raise RuntimeError(f"{missing} must be defined in evaluation mode")
+    return autograd.batch_norm(
+        input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps
+    )
+
+
+def _check_values_per_channel(size: Size) -> None:
+    values = size[0]
+    for extent in size[2:]:
+        values *= extent
+    if values == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
+
+
+def _without_channels(input: Tensor, *vectors: Tensor | None) -> Tensor:
+    """torch lets an empty 1-D input pass, as one of no channels. It reads past the shape of others; here they raise."""
+    if input.dim() == 1 and input.numel() == 0:
+        for name, vector in zip(("running_mean", "running_var", "weight", "bias"), vectors):
+            if vector is not None and vector.numel() != 0:
+                raise RuntimeError(f"{name} should contain 0 elements not {vector.numel()}")
+        return input.clone()
+    raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")

@@ -1,0 +1,95 @@
+"""BatchNorm1d/2d/3d and their lazy forms: torch's modules, with the forward pass of this package.
+
+Subclasses of torch's: constructor, repr, parameters, buffers, state_dict and errors are theirs, isinstance holds, and
+convert() turns one into the other by its class alone. Only forward() differs:
+
+- num_batches_tracked is incremented, and momentum=None averages by it, on the device: the host never waits for it.
+- A call that raises leaves the buffers as they were (torch has counted the batch by then).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .functional import batch_norm_tracked
+
+
+class ForwardMixin(_BatchNorm):
+    """The forward pass of the classes below."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Tensor):  # a tracer's proxy has no dimensions yet
+            self._check_input_dim(input)
+        # Module.__getattr__ would cost more than all these together. A name is missing here where somebody has put
+        # something else in its place: a parametrization, a view into a wrapper's flat parameter.
+        try:
+            parameters, buffers = self._parameters, self._buffers
+            weight = parameters["weight"]
+            bias = parameters["bias"]
+            running_mean = buffers["running_mean"]
+            running_var = buffers["running_var"]
+            num_batches_tracked = buffers["num_batches_tracked"]
+        except KeyError:
+            weight, bias = self.weight, self.bias
+            running_mean, running_var = self.running_mean, self.running_var
+            num_batches_tracked = self.num_batches_tracked
+
+        momentum = self.momentum
+        training = self.training
+        if training:
+            if not self.track_running_stats:
+                running_mean = running_var = num_batches_tracked = None
+        else:
+            num_batches_tracked = None
+            training = running_mean is None and running_var is None
+        if momentum is None and num_batches_tracked is None:
+            momentum = 0.0  # there is nothing to average by, and torch leaves the statistics as they are
+        return batch_norm_tracked(
+            input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, self.eps
+        )
+
+
+class BatchNorm1d(ForwardMixin, nn.BatchNorm1d):
+    """torch.nn.BatchNorm1d for (N, C) and (N, C, L) inputs, with bnkernels' kernels.
+
+    Arguments, attributes, state_dict and errors are torch.nn.BatchNorm1d's. Dtypes: see batch_norm().
+    Source: Ioffe & Szegedy 2015, Algorithms 1 and 2.
+    """
+
+
+class BatchNorm2d(ForwardMixin, nn.BatchNorm2d):
+    """torch.nn.BatchNorm2d for (N, C, H, W) inputs, contiguous or channels_last, with bnkernels' kernels.
+
+    Arguments, attributes, state_dict and errors are torch.nn.BatchNorm2d's. Dtypes: see batch_norm().
+    Source: Ioffe & Szegedy 2015, Algorithms 1 and 2.
+    """
+
+
+class BatchNorm3d(ForwardMixin, nn.BatchNorm3d):
+    """torch.nn.BatchNorm3d for (N, C, D, H, W) inputs, contiguous or channels_last_3d, with bnkernels' kernels.
+
+    Arguments, attributes, state_dict and errors are torch.nn.BatchNorm3d's. Dtypes: see batch_norm().
+    Source: Ioffe & Szegedy 2015, Algorithms 1 and 2.
+    """
+
+
+# A lazy module computes its first call itself, before its class changes for good, hence ForwardMixin in these too.
+
+
+class LazyBatchNorm1d(ForwardMixin, nn.LazyBatchNorm1d):
+    """BatchNorm1d whose num_features is the first input's; becomes a bnkernels.BatchNorm1d with its first call."""
+
+    cls_to_become = BatchNorm1d
+
+
+class LazyBatchNorm2d(ForwardMixin, nn.LazyBatchNorm2d):
+    """BatchNorm2d whose num_features is the first input's; becomes a bnkernels.BatchNorm2d with its first call."""
+
+    cls_to_become = BatchNorm2d
+
+
+class LazyBatchNorm3d(ForwardMixin, nn.LazyBatchNorm3d):
+    """BatchNorm3d whose num_features is the first input's; becomes a bnkernels.BatchNorm3d with its first call."""
+
+    cls_to_become = BatchNorm3d

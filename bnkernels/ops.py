@@ -1,0 +1,178 @@
+"""The compiled library: loads it, names its ops, and describes them to torch's tracers.
+
+The only file that knows how Python reaches C++. Two doors lead to the same kernels and the same argument checks:
+
+    forward_train, forward_eval, backward            pybind functions, for eager: a call costs about a microsecond
+    train_functional, eval_op, backward_op           the registered ops torch.ops.bnkernels.*, for tracing
+
+The pybind functions go through torch's dispatcher as well, so that dispatch modes and tensor subclasses see them.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_FIX = (
+    "Build bnkernels again with the torch that it is to run with:\n"
+    "    pip install --no-build-isolation --force-reinstall --no-deps bnkernels\n"
+    "(from a source tree: pip install --no-build-isolation .)"
+)
+
+
+def _built_against() -> dict[str, str]:
+    """The versions of torch and CUDA that the library beside this file was built against.
+
+    Read from the tag that the build compiles into it, as a library that does not load cannot be asked.
+    """
+    for library in sorted(Path(__file__).parent.glob("_C.*")):
+        if library.suffix in (".so", ".pyd"):
+            tag = re.search(rb"bnkernels-build torch=([^\s\0]+) cuda=([^\s\0]+)", library.read_bytes())
+            if tag is not None:
+                return {"library": library.name, "torch": tag[1].decode(), "cuda": tag[2].decode()}
+            return {"library": library.name, "torch": "an unknown torch", "cuda": "unknown"}
+    return {}
+
+
+def _load_error(reason: object) -> ImportError:
+    running = f"running: torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}"
+    built = _built_against()
+    if not built:
+        return ImportError(f"bnkernels has no compiled library for this Python: it was not built.\n{running}\n{_FIX}")
+    return ImportError(
+        f"bnkernels' compiled library {built['library']} does not fit this torch: {reason}\n"
+        f"built against: torch {built['torch']}, CUDA {built['cuda']}\n{running}\n{_FIX}"
+    )
+
+
+def _release(version: str) -> tuple[str, ...]:
+    """("2", "15") of "2.15.0+cu132": torch keeps its C++ ABI within these, and not beyond."""
+    return tuple(version.split(".")[:2])
+
+
+try:
+    from bnkernels import _C
+except ImportError as error:
+    raise _load_error(error) from error
+
+if _release(str(_C.build_info()["torch"])) != _release(torch.__version__):
+    # It loaded by luck: the layout of torch's C++ objects may differ, and then memory is silently corrupted.
+    raise _load_error("torch's C++ interface changes between releases")
+
+forward_train = _C.forward_train
+forward_eval = _C.forward_eval
+backward = _C.backward
+
+train_op = torch.ops.bnkernels.batch_norm_train.default
+train_functional = torch.ops.bnkernels.batch_norm_train_functional.default
+eval_op = torch.ops.bnkernels.batch_norm_eval.default
+backward_op = torch.ops.bnkernels.batch_norm_backward.default
+
+
+def build_info() -> dict[str, object]:
+    """What this installation was built with: versions of torch, CUDA and the compiler, GPU architectures, CPU SIMD."""
+    return dict(_C.build_info())
+
+
+# Fakes: shapes, dtypes and strides of the outputs, for FakeTensor, torch.compile and torch.export. They check sizes,
+# dtypes and devices as the real ops do, so that a wrong call fails when it is traced, and not in the compiled code. A
+# call that mixes real and meta tensors comes here too.
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x as the real ops read it. What is made like it has the strides that they give, channels_last and all."""
+    return x.contiguous(memory_format=torch._prims_common.suggest_memory_format(x))
+
+
+def _statistic(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def _check(x: Tensor, **vectors: Tensor | None) -> None:
+    if x.dim() < 2:
+        raise RuntimeError(f"batch_norm: expected an input of 2 or more dimensions, but got {x.dim()}")
+    dtypes = {x.dtype, torch.float32} if x.dtype in (torch.float16, torch.bfloat16) else {x.dtype}
+    for name, vector in vectors.items():
+        if vector is None:
+            continue
+        torch._check(vector.numel() == x.shape[1], partial(_wrong_size, name, vector, x))
+        if vector.device != x.device:
+            raise RuntimeError(f"batch_norm: expected {name} on the input's device, {x.device}, not {vector.device}")
+        if vector.dtype not in dtypes:
+            raise RuntimeError(f"batch_norm: expected {name} of one of {dtypes}, not {vector.dtype}")
+
+
+def _wrong_size(name: str, vector: Tensor, x: Tensor) -> str:
+    return f"{name} should contain {x.shape[1]} elements not {vector.numel()}"
+
+
+@torch.library.register_fake("bnkernels::batch_norm_train")
+def _train_fake(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    return torch.empty_like(_dense(x)), _statistic(x), _statistic(x)
+
+
+@torch.library.register_fake("bnkernels::batch_norm_train_functional")
+def _train_functional_fake(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _check(x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    mean, invstd = _statistic(x), _statistic(x)
+    updated_mean, updated_var, updated_counter = (
+        mean.new_empty(0) if buffer is None else torch.empty_like(buffer)
+        for buffer in (running_mean, running_var, num_batches_tracked)
+    )
+    return torch.empty_like(_dense(x)), mean, invstd, updated_mean, updated_var, updated_counter
+
+
+@torch.library.register_fake("bnkernels::batch_norm_eval")
+def _eval_fake(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor, running_var: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    return torch.empty_like(_dense(x)), _statistic(x), _statistic(x)
+
+
+@torch.library.register_fake("bnkernels::batch_norm_backward")
+def _backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    training: bool,
+    need_input: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    torch._check(
+        grad.shape == x.shape,
+        lambda: f"batch_norm backward: expected a gradient of shape {x.shape}, but got {grad.shape}",
+    )
+    _check(x, weight=weight, mean=mean, invstd=invstd)
+    parameter = weight if weight is not None else mean
+    return (
+        torch.empty_like(_dense(x)) if need_input else x.new_empty(0),
+        parameter.new_empty(x.shape[1] if need_weight and weight is not None else 0),
+        parameter.new_empty(x.shape[1] if need_bias else 0),
+    )
