@@ -47,7 +47,11 @@ ROOMS = {
     "cuda": Room(frozenset({"problem", "plan", "kernels", "primitives", "streaming"}), (CUDA_RUNTIME, CUDA_TYPES)),
     # at::parallel_for is all of torch that the CPU backend sees.
     "cpu": Room(frozenset({"problem"}), (re.compile(r"^<ATen/Parallel\.h>$"),)),
-    "ops": Room(frozenset({"problem", "plan", "cuda", "cpu"}), (TORCH, CUDA_RUNTIME)),
+    # Tensors end here: what is checked becomes raw pointers.
+    "arguments": Room(frozenset({"problem"}), (TORCH,)),
+    # CPU or CUDA, and which device and stream.
+    "backend": Room(frozenset({"problem", "plan", "cuda", "cpu"}), (TORCH,)),
+    "ops": Room(frozenset({"problem", "arguments", "backend"}), (TORCH,)),
     "binding": Room(frozenset({"problem", "plan", "ops", "cpu"}), (TORCH,)),
 }
 

@@ -176,7 +176,7 @@ def test_cpu_only(toolkit: Path, nowhere: Path, capsys: pytest.CaptureFixture[st
     assert build_support.plan_cuda({**path, "FORCE_CUDA": "0"}, "2.15.0", "13.2", no_gpu, nowhere) is None
     assert capsys.readouterr().out == ""
     assert build_support.plan_cuda({"PATH": ""}, "2.15.0", "13.2", no_gpu, nowhere) is None
-    assert "no nvcc: building for the CPU only" in capsys.readouterr().out
+    assert "no nvcc was found: building for the CPU only" in capsys.readouterr().out
 
 
 def test_forced_cuda_that_cannot_be_is_an_error(toolkit: Path, nowhere: Path) -> None:
