@@ -33,3 +33,12 @@ def backward(
     /,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]: ...
 def build_info() -> dict[str, object]: ...
+def streaming_plan(
+    outer: int,
+    channels: int,
+    inner: int,
+    dtype: str,
+    aligned: bool,
+    multiprocessors: int,
+    max_threads_per_multiprocessor: int,
+) -> dict[str, int]: ...

@@ -66,6 +66,7 @@ if _release(str(_C.build_info()["torch"])) != _release(torch.__version__):
 forward_train = _C.forward_train
 forward_eval = _C.forward_eval
 backward = _C.backward
+streaming_plan = _C.streaming_plan
 
 train_op = torch.ops.bnkernels.batch_norm_train.default
 train_functional = torch.ops.bnkernels.batch_norm_train_functional.default
