@@ -1,129 +1,209 @@
-// The CPU backend, plain form: one channel after another, every sum in double.
+// The CPU backend's entry points: Ioffe & Szegedy 2015, Algorithms 1 and 2, and their gradients.
+//
+// Here is what is computed for a channel: its statistics, its running statistics, its coefficients, all in double and
+// rounded once. How a problem is cut is layout.h's; who computes a piece is schedule.h's; the loops are kernels.h's.
 #include "backend.h"
 
-#include <ATen/Parallel.h>
-
-#include <algorithm>
 #include <cmath>
 
+#include "layout.h"
 #include "scalar.h"
+#include "schedule.h"
 
 namespace bnk::cpu {
 namespace {
 
-double get(const double* p, int64_t i) { return p[i]; }
-double get(const float* p, int64_t i) { return p[i]; }
-double get(const Float16* p, int64_t i) { return to_float(p[i]); }
-double get(const BFloat16* p, int64_t i) { return to_float(p[i]); }
-void put(double* p, int64_t i, double v) { p[i] = v; }
-void put(float* p, int64_t i, double v) { p[i] = static_cast<float>(v); }
-void put(Float16* p, int64_t i, double v) { p[i] = to_float16(to_odd_float(v)); }
-void put(BFloat16* p, int64_t i, double v) { p[i] = to_bfloat16(to_odd_float(v)); }
+constexpr int64_t kInPlaceValues = 256;  // by-channel vectors up to this length need no heap
 
-template <typename F>
-void each_element(const Problem& p, int64_t c, F&& f) {
-  for (int64_t o = 0; o < p.outer; ++o) {
-    const int64_t base = (o * p.channels + c) * p.inner;
-    for (int64_t i = 0; i < p.inner; ++i) f(base + i);
+// A vector by channel in the arithmetic type: the caller's own where it is that already, else a converted copy.
+class Coefficients {
+ public:
+  Coefficients(ConstPerChannel vector, double otherwise, const Problem& problem) {
+    const Dtype dtype = accumulate_dtype(problem.dtype);
+    if (vector.data != nullptr && vector.dtype == dtype) {
+      data_ = vector.data;
+      return;
+    }
+    const PerChannel copy = space(problem);
+    for (int64_t c = 0; c < problem.channels; ++c) write(copy, c, read_or(vector, c, otherwise));
+    data_ = copy.data;
   }
-}
+  // Uninitialised, to be written through space().
+  explicit Coefficients(const Problem& problem) { data_ = space(problem).data; }
 
-template <typename F>
-void each_channel(const Problem& p, F&& f) {
-  const int64_t grain = std::max<int64_t>(1, 32768 / p.elements_per_channel());
-  at::parallel_for(0, p.channels, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) f(c);
-  });
-}
-
-template <typename F>
-void with_type(Dtype dtype, F&& f) {
-  switch (dtype) {
-    case Dtype::kFloat64: return f(double());
-    case Dtype::kFloat32: return f(float());
-    case Dtype::kFloat16: return f(Float16());
-    case Dtype::kBFloat16: return f(BFloat16());
+  PerChannel space(const Problem& problem) {
+    const int64_t bytes = problem.channels * size_of(accumulate_dtype(problem.dtype));
+    if (bytes > static_cast<int64_t>(sizeof(in_place_)) && heap_ == nullptr) {
+      heap_.reset(new double[static_cast<size_t>(bytes / 8 + 1)]);
+    }
+    return {heap_ ? heap_.get() : in_place_, accumulate_dtype(problem.dtype)};
   }
+  const void* data() const { return data_; }
+
+ private:
+  const void* data_;
+  std::unique_ptr<double[]> heap_;
+  double in_place_[kInPlaceValues];
+};
+
+// Channels-first in the widest form: one channel is one run, whatever the outer size.
+Problem normal_form(Problem problem) {
+  if (problem.channels == 1) {
+    problem.inner *= problem.outer;
+    problem.outer = 1;
+  }
+  return problem;
 }
+
+// Calls f(layout) with the layout of the problem. `tensors`: how many of its size are read and written.
+template <typename F>
+void with_layout(const Problem& problem, int tensors, const F& f) {
+  const int64_t channel_bytes = problem.elements_per_channel() * size_of(problem.dtype) * tensors;
+  if (problem.inner >= 16 || problem.channels == 1) {
+    const Rows rows(problem);
+    return f(static_cast<const Layout&>(rows), channel_bytes * rows.block_channels());
+  }
+  const int threads = threads_for(problem.elements());
+  // A line of two vectors' width at least; blocks enough for all threads, and small enough for their caches, if possible.
+  int64_t width = 64;
+  if (problem.channels * problem.inner < width * 4 * threads || channel_bytes * width * threads > kCacheBytes)
+    width = 1024;
+  const Columns columns(problem, width);
+  f(static_cast<const Layout&>(columns), channel_bytes * columns.block_channels());
+}
+
+// An element's share in a sum of squares under which float's underflow would count beside eps: none for any usual eps.
+double underflow_floor(double eps) { return eps < 1e-36 ? 1e-30 : 0; }
+
+struct TrainForward {
+  const ForwardTrainArgs& args;
+  const Layout& layout;
+  AffineVectors affine;
+  double factor;
+  double floor;
+  double n;
+  static constexpr bool has_partials = true;
+  static constexpr bool has_apply = true;
+
+  void partials(int64_t block, int64_t chunk, Partial* out) const { layout.moments(args.x, floor, block, chunk, out); }
+  void merge(Partial* into, double before, const Partial& from, double count) const {
+    merge_moments(into, before, from, count);
+  }
+  void finish(int64_t c, const Partial& total) const {
+    const double mean = total.first;
+    write(args.mean, c, mean);
+    write(args.invstd, c, 1 / std::sqrt(total.second / n + args.eps));
+    if (args.running_mean.data != nullptr) {
+      const double old = read(args.running_mean, c);
+      write(args.running_mean, c, old + factor * (mean - old));
+    }
+    if (args.running_var.data != nullptr) {
+      const double old = read(args.running_var, c);
+      write(args.running_var, c, old + factor * (total.second / (n - 1) - old));
+    }
+  }
+  void apply(int64_t block, int64_t chunk) const { layout.normalize(args.x, args.y, affine, block, chunk); }
+};
+
+struct EvalForward {
+  const ForwardEvalArgs& args;
+  const Layout& layout;
+  AffineVectors affine;
+  static constexpr bool has_partials = false;
+  static constexpr bool has_apply = true;
+
+  void partials(int64_t, int64_t, Partial*) const {}
+  void merge(Partial*, double, const Partial&, double) const {}
+  void finish(int64_t, const Partial&) const {}
+  void apply(int64_t block, int64_t chunk) const { layout.normalize(args.x, args.y, affine, block, chunk); }
+};
+
+struct Backward {
+  const BackwardArgs& args;
+  const Layout& layout;
+  GradientVectors vectors;
+  PerChannel scale, mean_g, mean_gx;
+  double n;
+  bool has_partials;
+  bool has_apply;
+
+  void partials(int64_t block, int64_t chunk, Partial* out) const {
+    layout.sums(args.grad_y, args.x, args.mean.data, args.invstd.data, block, chunk, out);
+  }
+  void merge(Partial* into, double, const Partial& from, double) const {
+    into->first += from.first;
+    into->second += from.second;
+  }
+  void finish(int64_t c, const Partial& total) const {
+    write(args.grad_bias, c, total.first);
+    write(args.grad_weight, c, total.second);
+    if (!args.training || !has_apply) return;
+    write(mean_g, c, total.first / n);
+    write(mean_gx, c, total.second / n);
+  }
+  void apply(int64_t block, int64_t chunk) const {
+    layout.gradient(args.grad_y, args.training ? args.x : nullptr, args.grad_x, vectors, block, chunk);
+  }
+};
 
 }  // namespace
 
-void forward_train(const ForwardTrainArgs& a) {
-  double factor = a.momentum;
-  if (a.num_batches_tracked != nullptr) {
-    *a.num_batches_tracked += 1;
-    if (a.cumulative) factor = 1.0 / static_cast<double>(*a.num_batches_tracked);
+void forward_train(const ForwardTrainArgs& args) {
+  double factor = args.momentum;
+  if (args.num_batches_tracked != nullptr) {
+    *args.num_batches_tracked += 1;
+    if (args.cumulative) factor = 1.0 / static_cast<double>(*args.num_batches_tracked);
   }
-  with_type(a.problem.dtype, [&](auto tag) {
-    using T = decltype(tag);
-    const T* x = static_cast<const T*>(a.x);
-    T* y = static_cast<T*>(a.y);
-    const double n = static_cast<double>(a.problem.elements_per_channel());
-    each_channel(a.problem, [&](int64_t c) {
-      double sum = 0, squares = 0;
-      each_element(a.problem, c, [&](int64_t i) { sum += get(x, i); });
-      const double mean = sum / n;
-      each_element(a.problem, c, [&](int64_t i) { squares += (get(x, i) - mean) * (get(x, i) - mean); });
-      const double var = squares / n, invstd = 1 / std::sqrt(var + a.eps);
-      write(a.mean, c, mean);
-      write(a.invstd, c, invstd);
-      if (a.running_mean.data) {
-        const double old = read(a.running_mean, c);
-        write(a.running_mean, c, old + factor * (mean - old));
-      }
-      if (a.running_var.data) {
-        const double old = read(a.running_var, c);
-        write(a.running_var, c, old + factor * (squares / (n - 1) - old));
-      }
-      const double w = read_or(a.weight, c, 1), b = read_or(a.bias, c, 0);
-      each_element(a.problem, c, [&](int64_t i) { put(y, i, (get(x, i) - mean) * invstd * w + b); });
-    });
+  const Problem problem = normal_form(args.problem);
+  const Coefficients weight(args.weight, 1, problem);
+  const Coefficients bias(args.bias, 0, problem);
+  const AffineVectors affine{args.mean.data, args.invstd.data, weight.data(), bias.data()};
+  with_layout(problem, 2, [&](const Layout& layout, int64_t block_bytes) {
+    const TrainForward work{
+        args, layout, affine, factor, underflow_floor(args.eps), static_cast<double>(problem.elements_per_channel())};
+    run(layout, work, problem.elements(), block_bytes);
   });
 }
 
-void forward_eval(const ForwardEvalArgs& a) {
-  with_type(a.problem.dtype, [&](auto tag) {
-    using T = decltype(tag);
-    const T* x = static_cast<const T*>(a.x);
-    T* y = static_cast<T*>(a.y);
-    each_channel(a.problem, [&](int64_t c) {
-      const double mean = read(a.running_mean, c), invstd = 1 / std::sqrt(read(a.running_var, c) + a.eps);
-      write(a.mean, c, mean);
-      write(a.invstd, c, invstd);
-      const double w = read_or(a.weight, c, 1), b = read_or(a.bias, c, 0);
-      each_element(a.problem, c, [&](int64_t i) { put(y, i, (get(x, i) - mean) * invstd * w + b); });
-    });
+void forward_eval(const ForwardEvalArgs& args) {
+  const Problem problem = normal_form(args.problem);
+  for (int64_t c = 0; c < problem.channels; ++c) {
+    write(args.mean, c, read(args.running_mean, c));
+    write(args.invstd, c, 1 / std::sqrt(read(args.running_var, c) + args.eps));
+  }
+  const Coefficients weight(args.weight, 1, problem);
+  const Coefficients bias(args.bias, 0, problem);
+  const AffineVectors affine{args.mean.data, args.invstd.data, weight.data(), bias.data()};
+  with_layout(problem, 2, [&](const Layout& layout, int64_t block_bytes) {
+    run(layout, EvalForward{args, layout, affine}, problem.elements(), block_bytes);
   });
 }
 
-void backward(const BackwardArgs& a) {
-  with_type(a.problem.dtype, [&](auto tag) {
-    using T = decltype(tag);
-    const T* x = static_cast<const T*>(a.x);
-    const T* g = static_cast<const T*>(a.grad_y);
-    T* dx = static_cast<T*>(a.grad_x);
-    const double n = static_cast<double>(a.problem.elements_per_channel());
-    each_channel(a.problem, [&](int64_t c) {
-      const double mean = read(a.mean, c), invstd = read(a.invstd, c), w = read_or(a.weight, c, 1);
-      double db = 0, dw = 0;
-      if (a.training || a.grad_weight.data || a.grad_bias.data) {
-        each_element(a.problem, c, [&](int64_t i) {
-          db += get(g, i);
-          dw += get(g, i) * ((get(x, i) - mean) * invstd);
-        });
-      }
-      write(a.grad_weight, c, dw);
-      write(a.grad_bias, c, db);
-      if (dx == nullptr) return;
-      if (!a.training) db = dw = 0;
-      each_element(a.problem, c, [&](int64_t i) {
-        const double xhat = a.training ? (get(x, i) - mean) * invstd : 0;
-        put(dx, i, w * invstd * (get(g, i) - db / n - xhat * (dw / n)));
-      });
-    });
+void backward(const BackwardArgs& args) {
+  const Problem problem = normal_form(args.problem);
+  const bool has_apply = args.grad_x != nullptr;
+  const bool has_partials =
+      args.grad_weight.data != nullptr || args.grad_bias.data != nullptr || (args.training && has_apply);
+  if (!has_apply && !has_partials) return;
+  Coefficients scale(problem), mean_g(problem), mean_gx(problem);
+  if (has_apply) {
+    for (int64_t c = 0; c < problem.channels; ++c) {
+      write(scale.space(problem), c, read_or(args.weight, c, 1) * read(args.invstd, c));
+    }
+  }
+  const GradientVectors vectors{args.mean.data, args.invstd.data, scale.data(), mean_g.data(), mean_gx.data()};
+  with_layout(problem, 3, [&](const Layout& layout, int64_t block_bytes) {
+    const Backward work{args,
+                        layout,
+                        vectors,
+                        scale.space(problem),
+                        mean_g.space(problem),
+                        mean_gx.space(problem),
+                        static_cast<double>(problem.elements_per_channel()),
+                        has_partials,
+                        has_apply};
+    run(layout, work, problem.elements(), block_bytes);
   });
 }
-
-const char* simd_level() { return "baseline"; }
 
 }  // namespace bnk::cpu

@@ -75,10 +75,14 @@ inline float to_odd_float(double value) {
 
 inline double read(ConstPerChannel vector, int64_t channel) {
   switch (vector.dtype) {
-    case Dtype::kFloat64: return static_cast<const double*>(vector.data)[channel];
-    case Dtype::kFloat32: return static_cast<const float*>(vector.data)[channel];
-    case Dtype::kFloat16: return to_float(static_cast<const Float16*>(vector.data)[channel]);
-    case Dtype::kBFloat16: return to_float(static_cast<const BFloat16*>(vector.data)[channel]);
+    case Dtype::kFloat64:
+      return static_cast<const double*>(vector.data)[channel];
+    case Dtype::kFloat32:
+      return static_cast<const float*>(vector.data)[channel];
+    case Dtype::kFloat16:
+      return to_float(static_cast<const Float16*>(vector.data)[channel]);
+    case Dtype::kBFloat16:
+      return to_float(static_cast<const BFloat16*>(vector.data)[channel]);
   }
   return 0;
 }
@@ -92,10 +96,18 @@ inline double read_or(ConstPerChannel vector, int64_t channel, double otherwise)
 inline void write(PerChannel vector, int64_t channel, double value) {
   if (vector.data == nullptr) return;
   switch (vector.dtype) {
-    case Dtype::kFloat64: static_cast<double*>(vector.data)[channel] = value; break;
-    case Dtype::kFloat32: static_cast<float*>(vector.data)[channel] = static_cast<float>(value); break;
-    case Dtype::kFloat16: static_cast<Float16*>(vector.data)[channel] = to_float16(to_odd_float(value)); break;
-    case Dtype::kBFloat16: static_cast<BFloat16*>(vector.data)[channel] = to_bfloat16(to_odd_float(value)); break;
+    case Dtype::kFloat64:
+      static_cast<double*>(vector.data)[channel] = value;
+      break;
+    case Dtype::kFloat32:
+      static_cast<float*>(vector.data)[channel] = static_cast<float>(value);
+      break;
+    case Dtype::kFloat16:
+      static_cast<Float16*>(vector.data)[channel] = to_float16(to_odd_float(value));
+      break;
+    case Dtype::kBFloat16:
+      static_cast<BFloat16*>(vector.data)[channel] = to_bfloat16(to_odd_float(value));
+      break;
   }
 }
 

@@ -1,0 +1,185 @@
+// Columns: channels-last, and channels-first with runs too short for vectors.
+//
+// The problem [outer][channels][inner] is `outer` contiguous rows of channels*inner columns. Where a row is shorter than
+// a few vectors, kFold rows are taken as one. A column then belongs to channel (column / inner) % channels, and a
+// channel's statistics are those of its columns, merged in order; in the plain case (inner 1, no fold) a column is a channel.
+#include <algorithm>
+#include <cstring>
+
+#include "layout.h"
+#include "scalar.h"
+
+namespace bnk::cpu {
+namespace {
+
+constexpr int64_t kTileRows = 64;    // a tile's float chain
+constexpr int64_t kChunkRows = 256;  // at least, in a chunk
+constexpr int64_t kMaxChunks = 256;
+constexpr int64_t kFold = 16;       // makes any number of columns whole vectors
+constexpr int64_t kFoldBelow = 64;  // columns; kFold * kFoldBelow columns fit kMaxColumns
+constexpr int64_t kMaxColumns = 1024;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+
+Columns::Columns(const Problem& problem, int64_t block_columns) : Layout(problem) {
+  const int64_t columns = problem.channels * problem.inner;
+  fold_ = columns < kFoldBelow && problem.outer >= kFold ? kFold : 1;
+  rows_ = problem.outer / fold_;
+  rest_columns_ = problem.outer % fold_ * columns;
+  row_columns_ = columns * fold_;
+  chunk_rows_ = std::max(kChunkRows, ceil_div(rows_, kMaxChunks * kTileRows) * kTileRows);
+  chunks_ = ceil_div(rows_, chunk_rows_);
+  if (fold_ > 1) {
+    block_channels_ = problem.channels;
+  } else {
+    const int64_t width = std::min(block_columns, kMaxColumns);
+    block_channels_ = std::min(std::max<int64_t>(1, width / problem.inner), problem.channels);
+  }
+  block_columns_ = fold_ > 1 ? row_columns_ : block_channels_ * problem.inner;
+  blocks_ = ceil_div(problem.channels, block_channels_);
+}
+
+double Columns::count(int64_t chunk) const {
+  const int64_t rows = std::min(chunk_rows_, rows_ - chunk * chunk_rows_) * fold_;
+  const int64_t rest = chunk + 1 == chunks_ ? problem_.outer % fold_ : 0;
+  return static_cast<double>((rows + rest) * problem_.inner);
+}
+
+Columns::Piece Columns::body(int64_t block, int64_t chunk) const {
+  const int64_t row = chunk * chunk_rows_;
+  const int64_t column = block * block_columns_;
+  return {row * row_columns_ + column,
+          {std::min(chunk_rows_, rows_ - row), std::min(block_columns_, row_columns_ - column), row_columns_}};
+}
+
+Columns::Piece Columns::rest(int64_t, int64_t chunk) const {  // there is one only where a block is a whole row
+  return {rows_ * row_columns_, {1, chunk + 1 == chunks_ ? rest_columns_ : 0, row_columns_}};
+}
+
+// A vector by channel as a vector by column of the block; `space` holds kMaxColumns doubles.
+const void* Columns::by_column(const void* vector, int64_t block, void* space) const {
+  const int64_t size = size_of(accumulate_dtype(problem_.dtype));
+  const char* from = static_cast<const char*>(vector) + first_channel(block) * size;
+  if (plain()) return from;
+  char* to = static_cast<char*>(space);
+  const int64_t channels = last_channel(block) - first_channel(block);
+  for (int64_t fold = 0; fold < fold_; ++fold) {
+    for (int64_t c = 0; c < channels; ++c) {
+      for (int64_t i = 0; i < problem_.inner; ++i, to += size) {
+        std::memcpy(to, from + c * size, static_cast<size_t>(size));
+      }
+    }
+  }
+  return space;
+}
+
+// Calls merge(partial, first, second) over the columns of each channel, in order.
+template <typename Merge>
+void Columns::by_channel(int64_t block, const double* first, const double* second, Partial* partials,
+                         Merge merge) const {
+  const int64_t channels = last_channel(block) - first_channel(block);
+  for (int64_t fold = 0; fold < fold_; ++fold) {
+    for (int64_t c = 0; c < channels; ++c) {
+      for (int64_t i = 0; i < problem_.inner; ++i) {
+        const int64_t column = (fold * channels + c) * problem_.inner + i;
+        merge(partials[c], first[column], second[column]);
+      }
+    }
+  }
+}
+
+void Columns::moments(const void* x, double floor, int64_t block, int64_t chunk, Partial* partials) const {
+  const Piece part = body(block, chunk);
+  alignas(64) double mean[kMaxColumns];
+  alignas(64) double squares[kMaxColumns];
+  std::fill_n(mean, part.tile.length, 0.0);
+  std::fill_n(squares, part.tile.length, 0.0);
+  for (int64_t row = 0; row < part.tile.rows; row += kTileRows) {
+    const Tile tile{std::min(kTileRows, part.tile.rows - row), part.tile.length, part.tile.stride};
+    kernels_.column_moments(at(x, part.offset + row * part.tile.stride), tile, floor * static_cast<double>(tile.rows),
+                            row, mean, squares);
+  }
+  const int64_t channels = last_channel(block) - first_channel(block);
+  if (plain()) {
+    for (int64_t c = 0; c < channels; ++c) partials[c] = {mean[c], squares[c]};
+    return;
+  }
+  // Sets of equal size: the mean of the means, then the squares about it.
+  const double rows = static_cast<double>(part.tile.rows);
+  const double columns = static_cast<double>(fold_ * problem_.inner);
+  std::fill_n(partials, channels, Partial{});
+  by_channel(block, mean, squares, partials, [](Partial& p, double m, double) { p.first += m; });
+  for (int64_t c = 0; c < channels; ++c) partials[c].first /= columns;
+  by_channel(block, mean, squares, partials, [rows](Partial& p, double m, double s) {
+    const double delta = m - p.first;
+    p.second += s + rows * (delta * delta);
+  });
+  const Piece last = rest(block, chunk);
+  if (last.tile.length == 0) return;
+  // One element to a column.
+  kernels_.column_moments(at(x, last.offset), last.tile, 0, 0, mean, squares);
+  double before = rows * columns;
+  for (int64_t column = 0; column < last.tile.length; column += channels * problem_.inner) {
+    for (int64_t i = 0; i < problem_.inner; ++i, before += 1) {
+      for (int64_t c = 0; c < channels; ++c) {
+        merge_moments(&partials[c], before, {mean[column + c * problem_.inner + i], 0}, 1);
+      }
+    }
+  }
+}
+
+void Columns::sums(const void* g, const void* x, const void* mean, const void* invstd, int64_t block, int64_t chunk,
+                   Partial* partials) const {
+  const Piece part = body(block, chunk);
+  const Piece last = rest(block, chunk);
+  alignas(64) double mean_space[kMaxColumns], invstd_space[kMaxColumns];
+  const void* mean_columns = by_column(mean, block, mean_space);
+  const void* invstd_columns = by_column(invstd, block, invstd_space);
+  alignas(64) double sum_g[kMaxColumns];
+  alignas(64) double sum_gx[kMaxColumns];
+  std::fill_n(sum_g, part.tile.length, 0.0);
+  std::fill_n(sum_gx, part.tile.length, 0.0);
+  for (int64_t row = 0; row < part.tile.rows; row += kTileRows) {
+    const Tile tile{std::min(kTileRows, part.tile.rows - row), part.tile.length, part.tile.stride};
+    const int64_t offset = part.offset + row * part.tile.stride;
+    kernels_.column_sums(at(g, offset), at(x, offset), tile, mean_columns, invstd_columns, sum_g, sum_gx);
+  }
+  if (last.tile.length > 0) {
+    kernels_.column_sums(at(g, last.offset), at(x, last.offset), last.tile, mean_columns, invstd_columns, sum_g,
+                         sum_gx);
+  }
+  std::fill_n(partials, last_channel(block) - first_channel(block), Partial{});
+  by_channel(block, sum_g, sum_gx, partials, [](Partial& p, double first, double second) {
+    p.first += first;
+    p.second += second;
+  });
+}
+
+void Columns::normalize(const void* x, void* y, const AffineVectors& affine, int64_t block, int64_t chunk) const {
+  alignas(64) double space[4][kMaxColumns];
+  const AffineVectors columns{by_column(affine.mean, block, space[0]), by_column(affine.invstd, block, space[1]),
+                              by_column(affine.weight, block, space[2]), by_column(affine.bias, block, space[3])};
+  for (const Piece& part : {rest(block, chunk), body(block, chunk)}) {
+    if (part.tile.length == 0) continue;
+    kernels_.column_normalize(at(x, part.offset), at(y, part.offset), part.tile, columns);
+  }
+}
+
+void Columns::gradient(const void* g, const void* x, void* grad_x, const GradientVectors& vectors, int64_t block,
+                       int64_t chunk) const {
+  alignas(64) double space[5][kMaxColumns];
+  GradientVectors columns{nullptr, nullptr, by_column(vectors.scale, block, space[0]), nullptr, nullptr};
+  if (x != nullptr) {
+    columns = {by_column(vectors.mean, block, space[1]), by_column(vectors.invstd, block, space[2]), columns.scale,
+               by_column(vectors.mean_g, block, space[3]), by_column(vectors.mean_gx, block, space[4])};
+  }
+  for (const Piece& part : {rest(block, chunk), body(block, chunk)}) {
+    if (part.tile.length == 0) continue;
+    kernels_.column_gradient(at(g, part.offset), x == nullptr ? nullptr : at(x, part.offset), at(grad_x, part.offset),
+                             part.tile, columns);
+  }
+}
+
+}  // namespace bnk::cpu

@@ -1,0 +1,135 @@
+// Layout: how a problem is cut, and the arithmetic on one piece of it.
+//
+// A problem is cut into blocks (of neighbouring channels) x chunks (of each channel's elements). A piece is computed by
+// one thread; the statistics of a channel are those of its chunks, merged in order. Chunks, and the tiles inside of
+// them, follow from the problem alone: how many threads there are, and how wide a block is, cannot change a bit.
+#pragma once
+
+#include <cstdint>
+
+#include "../problem.h"
+#include "kernels.h"
+
+namespace bnk::cpu {
+
+// Two sums of one channel over some of its elements.
+//   forward: first = mean, second = sum of squares about it.    backward: first = sum(g), second = sum(g*xhat).
+struct Partial {
+  double first;
+  double second;
+};
+
+// The mean and squares of the union of two sets (Chan, Golub, LeVeque 1983), `before` and `count` elements.
+inline void merge_moments(Partial* into, double before, const Partial& from, double count) {
+  const double delta = from.first - into->first;
+  const double share = count / (before + count);
+  into->first += delta * share;
+  into->second += from.second + delta * delta * before * share;
+}
+
+class Layout {
+ public:
+  static constexpr int kMaxBlockChannels = 1024;
+
+  int64_t blocks() const { return blocks_; }
+  int64_t chunks() const { return chunks_; }
+  int64_t first_channel(int64_t block) const { return block * block_channels_; }
+  int64_t last_channel(int64_t block) const {  // one past it
+    const int64_t last = (block + 1) * block_channels_;
+    return last < problem_.channels ? last : problem_.channels;
+  }
+  int64_t block_channels() const { return block_channels_; }
+  // Elements of each channel in a chunk.
+  virtual double count(int64_t chunk) const = 0;
+
+  // One piece; partials by channel of the block. `floor`: kernels.h, for each element of a sum.
+  virtual void moments(const void* x, double floor, int64_t block, int64_t chunk, Partial* partials) const = 0;
+  virtual void normalize(const void* x, void* y, const AffineVectors& affine, int64_t block, int64_t chunk) const = 0;
+  virtual void sums(const void* g, const void* x, const void* mean, const void* invstd, int64_t block, int64_t chunk,
+                    Partial* partials) const = 0;
+  // x == nullptr: the inference gradient.
+  virtual void gradient(const void* g, const void* x, void* grad_x, const GradientVectors& vectors, int64_t block,
+                        int64_t chunk) const = 0;
+
+ protected:
+  Layout(const Problem& problem) : problem_(problem), kernels_(kernels(problem.dtype)) {}
+  ~Layout() = default;
+
+  const void* at(const void* data, int64_t element) const {
+    return static_cast<const char*>(data) + element * size_of(problem_.dtype);
+  }
+  void* at(void* data, int64_t element) const { return static_cast<char*>(data) + element * size_of(problem_.dtype); }
+
+  Problem problem_;
+  const Kernels& kernels_;
+  int64_t blocks_ = 0;
+  int64_t chunks_ = 0;
+  int64_t block_channels_ = 0;
+};
+
+// Channels-first: runs of `inner` elements (rows.cpp). Any problem, best where inner is not tiny.
+class Rows final : public Layout {
+ public:
+  explicit Rows(const Problem& problem);
+  double count(int64_t chunk) const override;
+  void moments(const void* x, double floor, int64_t block, int64_t chunk, Partial* partials) const override;
+  void normalize(const void* x, void* y, const AffineVectors& affine, int64_t block, int64_t chunk) const override;
+  void sums(const void* g, const void* x, const void* mean, const void* invstd, int64_t block, int64_t chunk,
+            Partial* partials) const override;
+  void gradient(const void* g, const void* x, void* grad_x, const GradientVectors& vectors, int64_t block,
+                int64_t chunk) const override;
+
+ private:
+  struct Piece {
+    int64_t offset;  // of its first element, for channel 0
+    Tile tile;
+  };
+  Piece piece(int64_t tile) const;
+  int64_t elements_before(int64_t tile) const;
+  int64_t first_tile(int64_t chunk) const { return chunk * chunk_tiles_; }
+  int64_t last_tile(int64_t chunk) const {
+    const int64_t last = (chunk + 1) * chunk_tiles_;
+    return last < tiles_ ? last : tiles_;
+  }
+
+  int64_t tiles_;        // of a channel
+  int64_t chunk_tiles_;  // tiles of a chunk
+  int64_t segments_;     // tiles of a run; 1 where a tile holds whole runs
+  int64_t length_;       // elements of a segment
+  int64_t tile_rows_;    // runs of a tile
+};
+
+// Channels-last, and channels-first with tiny runs: columns (columns.cpp). `block_columns`: about how many to a block.
+class Columns final : public Layout {
+ public:
+  Columns(const Problem& problem, int64_t block_columns);
+  double count(int64_t chunk) const override;
+  void moments(const void* x, double floor, int64_t block, int64_t chunk, Partial* partials) const override;
+  void normalize(const void* x, void* y, const AffineVectors& affine, int64_t block, int64_t chunk) const override;
+  void sums(const void* g, const void* x, const void* mean, const void* invstd, int64_t block, int64_t chunk,
+            Partial* partials) const override;
+  void gradient(const void* g, const void* x, void* grad_x, const GradientVectors& vectors, int64_t block,
+                int64_t chunk) const override;
+
+ private:
+  struct Piece {
+    int64_t offset;
+    Tile tile;
+  };
+  // The whole rows of a piece, and what remains of an incomplete row (no columns: none).
+  Piece body(int64_t block, int64_t chunk) const;
+  Piece rest(int64_t block, int64_t chunk) const;
+  bool plain() const { return fold_ == 1 && problem_.inner == 1; }  // a column is a channel
+  const void* by_column(const void* vector, int64_t block, void* space) const;
+  template <typename Merge>
+  void by_channel(int64_t block, const double* first, const double* second, Partial* partials, Merge merge) const;
+
+  int64_t fold_;          // rows of the problem in a row of columns
+  int64_t rows_;          // whole rows
+  int64_t rest_columns_;  // of the incomplete row after them
+  int64_t row_columns_;
+  int64_t chunk_rows_;
+  int64_t block_columns_;
+};
+
+}  // namespace bnk::cpu

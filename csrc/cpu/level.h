@@ -1,0 +1,47 @@
+// The body of a SIMD level: its vectors, its kernels, its table. Included once by each level_*.cpp, inside namespace
+// bnk::cpu::<level> and after the pragma that names the level's instructions.
+//
+// Everything from outside (std, scalar.h) must be included before that pragma: an inline function shared with other
+// files, compiled here, could otherwise be the linker's choice for all of them, and not run on lesser processors.
+
+template <typename T>
+struct AccumulateOf {
+  using Type = float;
+};
+template <>
+struct AccumulateOf<double> {
+  using Type = double;
+};
+template <typename T>
+using Accumulate = typename AccumulateOf<T>::Type;
+
+#include "lanes.h"
+
+BNK_INLINE double to_double(double value) { return value; }
+BNK_INLINE double to_double(float value) { return value; }
+BNK_INLINE double to_double(BFloat16 value) { return to_float(value); }
+BNK_INLINE double to_double(Float16 value) { return to_float(value); }
+
+// Whether a float sum can be trusted: finite, and not below `floor`. Sums in double are always final.
+template <typename A>
+BNK_INLINE bool in_range(double sum, double floor = -__builtin_huge_val()) {
+  return sizeof(A) == sizeof(double) || ((sum >= floor) & (__builtin_fabs(sum) < __builtin_huge_val()));
+}
+
+// NaN stays.
+BNK_INLINE double not_negative(double value) { return value < 0 ? 0 : value; }
+
+#include "row_kernels.h"
+// after row_kernels.h, whose exact_* they use
+#include "column_kernels.h"
+
+template <typename T>
+constexpr Kernels table() {
+  return {row_moments<T>,    row_normalize<T>,    row_sums<T>,    row_gradient<T>,
+          column_moments<T>, column_normalize<T>, column_sums<T>, column_gradient<T>};
+}
+
+const Kernels& kernels(Dtype dtype) {
+  static constexpr Kernels kTables[] = {table<double>(), table<float>(), table<Float16>(), table<BFloat16>()};
+  return kTables[static_cast<int>(dtype)];
+}

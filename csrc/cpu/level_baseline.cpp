@@ -1,0 +1,14 @@
+// The baseline SIMD level: what every processor of the architecture has (SSE2 on x86-64). See level.h.
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+#include "scalar.h"
+
+#define BNK_NATIVE_BYTES 16
+#define BNK_AVX2 0
+#define BNK_AVX512 0
+
+namespace bnk::cpu::baseline {
+#include "level.h"
+}  // namespace bnk::cpu::baseline

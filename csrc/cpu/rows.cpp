@@ -1,0 +1,126 @@
+// Rows: channels-first. A channel is `outer` runs of `inner` contiguous elements.
+//
+// Tiles of about kTileElements: a piece of a long run, or several short runs. A block holds several channels where runs
+// are short, so that a thread walks neighbouring runs together and every cache line that it fetches is used.
+#include <algorithm>
+
+#include "layout.h"
+#include "scalar.h"
+
+namespace bnk::cpu {
+namespace {
+
+constexpr int64_t kTileElements = 2048;  // two passes of a tile stay in the first-level cache; 64 lanes: chains of 32
+constexpr int64_t kChunkTiles = 32;      // at least, in a chunk
+constexpr int64_t kMaxChunks = 256;
+constexpr int64_t kBlockRunBytes = 2048;  // neighbouring runs that a block walks together
+constexpr int64_t kMaxBlockChannels = 16;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+
+Rows::Rows(const Problem& problem) : Layout(problem) {
+  const int64_t inner = problem.inner;
+  if (inner >= kTileElements) {
+    length_ = ceil_div(ceil_div(inner, ceil_div(inner, kTileElements)), 64) * 64;
+    segments_ = ceil_div(inner, length_);
+    tile_rows_ = 1;
+    tiles_ = problem.outer * segments_;
+  } else {
+    length_ = inner;
+    segments_ = 1;
+    tile_rows_ = kTileElements / inner;
+    tiles_ = ceil_div(problem.outer, tile_rows_);
+  }
+  chunk_tiles_ = std::max(kChunkTiles, ceil_div(tiles_, kMaxChunks));
+  chunks_ = ceil_div(tiles_, chunk_tiles_);
+  block_channels_ = std::clamp<int64_t>(ceil_div(kBlockRunBytes, inner * size_of(problem.dtype)), 1, kMaxBlockChannels);
+  block_channels_ = std::min(block_channels_, problem.channels);
+  blocks_ = ceil_div(problem.channels, block_channels_);
+}
+
+Rows::Piece Rows::piece(int64_t tile) const {
+  const int64_t row_elements = problem_.channels * problem_.inner;
+  if (segments_ > 1) {
+    const int64_t row = tile / segments_;
+    const int64_t begin = tile % segments_ * length_;
+    return {row * row_elements + begin, {1, std::min(length_, problem_.inner - begin), row_elements}};
+  }
+  const int64_t row = tile * tile_rows_;
+  return {row * row_elements, {std::min(tile_rows_, problem_.outer - row), problem_.inner, row_elements}};
+}
+
+int64_t Rows::elements_before(int64_t tile) const {
+  if (segments_ > 1) return tile / segments_ * problem_.inner + tile % segments_ * length_;
+  return std::min(tile * tile_rows_, problem_.outer) * problem_.inner;
+}
+
+double Rows::count(int64_t chunk) const {
+  return static_cast<double>(elements_before(last_tile(chunk)) - elements_before(first_tile(chunk)));
+}
+
+void Rows::moments(const void* x, double floor, int64_t block, int64_t chunk, Partial* partials) const {
+  const int64_t first = first_channel(block);
+  std::fill_n(partials, last_channel(block) - first, Partial{});
+  double before = 0;
+  for (int64_t tile = first_tile(chunk); tile < last_tile(chunk); ++tile) {
+    const Piece part = piece(tile);
+    const double count = static_cast<double>(part.tile.rows * part.tile.length);
+    for (int64_t c = first; c < last_channel(block); ++c) {
+      Partial of_tile;
+      kernels_.row_moments(at(x, part.offset + c * problem_.inner), part.tile, floor * count, &of_tile.first,
+                           &of_tile.second);
+      merge_moments(&partials[c - first], before, of_tile, count);
+    }
+    before += count;
+  }
+}
+
+void Rows::sums(const void* g, const void* x, const void* mean, const void* invstd, int64_t block, int64_t chunk,
+                Partial* partials) const {
+  const Dtype dtype = accumulate_dtype(problem_.dtype);
+  const int64_t first = first_channel(block);
+  std::fill_n(partials, last_channel(block) - first, Partial{});
+  for (int64_t tile = first_tile(chunk); tile < last_tile(chunk); ++tile) {
+    const Piece part = piece(tile);
+    for (int64_t c = first; c < last_channel(block); ++c) {
+      const int64_t offset = part.offset + c * problem_.inner;
+      kernels_.row_sums(at(g, offset), at(x, offset), part.tile, read({mean, dtype}, c), read({invstd, dtype}, c),
+                        &partials[c - first].first, &partials[c - first].second);
+    }
+  }
+}
+
+void Rows::normalize(const void* x, void* y, const AffineVectors& affine, int64_t block, int64_t chunk) const {
+  const Dtype dtype = accumulate_dtype(problem_.dtype);
+  for (int64_t tile = last_tile(chunk) - 1; tile >= first_tile(chunk); --tile) {
+    const Piece part = piece(tile);
+    for (int64_t c = first_channel(block); c < last_channel(block); ++c) {
+      const int64_t offset = part.offset + c * problem_.inner;
+      kernels_.row_normalize(at(x, offset), at(y, offset), part.tile,
+                             {read({affine.mean, dtype}, c), read({affine.invstd, dtype}, c),
+                              read({affine.weight, dtype}, c), read({affine.bias, dtype}, c)});
+    }
+  }
+}
+
+void Rows::gradient(const void* g, const void* x, void* grad_x, const GradientVectors& vectors, int64_t block,
+                    int64_t chunk) const {
+  const Dtype dtype = accumulate_dtype(problem_.dtype);
+  for (int64_t tile = last_tile(chunk) - 1; tile >= first_tile(chunk); --tile) {
+    const Piece part = piece(tile);
+    for (int64_t c = first_channel(block); c < last_channel(block); ++c) {
+      const int64_t offset = part.offset + c * problem_.inner;
+      Gradient gradient{0, 0, read({vectors.scale, dtype}, c), 0, 0};
+      if (x != nullptr) {
+        gradient = {read({vectors.mean, dtype}, c), read({vectors.invstd, dtype}, c), gradient.scale,
+                    read({vectors.mean_g, dtype}, c), read({vectors.mean_gx, dtype}, c)};
+      }
+      kernels_.row_gradient(at(g, offset), x == nullptr ? nullptr : at(x, offset), at(grad_x, offset), part.tile,
+                            gradient);
+    }
+  }
+}
+
+}  // namespace bnk::cpu
