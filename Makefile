@@ -2,7 +2,7 @@
 #
 #   make demo     trains a small residual network on real images with nn.BatchNorm2d and with bnkernels, side by side
 #   make test     builds and runs all tests
-#   make lint     ruff, mypy, clang-format
+#   make lint     ruff, mypy, clang-format (make format: lets them write)
 #   make bench    the benchmark harness (CPU, and the GPU where there is one)
 #   make gpu      on a machine with a GPU: build, tests marked cuda, compute-sanitizer, bench, in one go, without network
 #   make ptxas    registers and spills of every kernel for every supported architecture (needs nvcc, no GPU)
@@ -57,6 +57,9 @@ CPP_FILES = $(shell git ls-files -co --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 
     'tests/simt/*.h' 'tests/simt/*.cpp' 'tests/simt/*.cuh' 'tests/simt/*.cu' 2>/dev/null || \
     find csrc tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
+# The one installed beside the interpreter.
+CLANG_FORMAT = "$$(dirname "$$($(PY) -c 'import sys; print(sys.executable)')")/clang-format"
+
 .PHONY: help demo test lint format bench gpu ptxas build clean distclean
 
 help:
@@ -68,17 +71,22 @@ demo: $(call environment,demo)
 test: $(call environment,dev)
 	$(PY) -m pytest $(PYTEST_ARGS)
 
+format: $(call environment,dev)
+	$(PY) -m ruff check --fix --select I .
+	$(PY) -m ruff format .
+	$(CLANG_FORMAT) -i $(CPP_FILES)
+
 lint: $(call environment,dev)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	@echo "clang-format: $(words $(CPP_FILES)) files"
-	@"$$(dirname "$$($(PY) -c 'import sys; print(sys.executable)')")/clang-format" --dry-run -Werror $(CPP_FILES)
+	@$(CLANG_FORMAT) --dry-run -Werror $(CPP_FILES)
 
 bench: $(call environment,bench)
 	$(PY) -m bench $(if $(RESULTS),--out $(RESULTS))
 
-gpu: build
+gpu: $(call environment,dev)
 	PYTHON="$(PY)" RESULTS="$(or $(RESULTS),$(CURDIR)/out/gpu)" bash bench/gpu.sh
 
 ptxas: $(call environment,bench)
