@@ -22,8 +22,12 @@ def _offset(t: Tensor) -> Tensor:
     return storage[1:].as_strided(t.shape, t.stride()).copy_(t)
 
 
+def _contiguous(t: Tensor) -> Tensor:
+    return t.clone(memory_format=torch.contiguous_format)  # contiguous() would return t itself where it can
+
+
 def _channels_last(t: Tensor) -> Tensor:
-    return t.movedim(1, -1).contiguous().movedim(-1, 1)
+    return _contiguous(t.movedim(1, -1)).movedim(-1, 1)
 
 
 def _sliced(t: Tensor) -> Tensor:
@@ -40,12 +44,12 @@ def _channel_slice(t: Tensor) -> Tensor:
 
 def _transposed(t: Tensor) -> Tensor:
     """The last two dimensions swapped in memory."""
-    return t.transpose(-1, -2).contiguous().transpose(-1, -2)
+    return _contiguous(t.transpose(-1, -2)).transpose(-1, -2)
 
 
 def _odd_ones(t: Tensor) -> Tensor:
     """Contiguous, but for the strides of the dimensions of size 1, which mean nothing and must not be trusted."""
-    t = t.contiguous()
+    t = _contiguous(t)
     strides = [7 + 2 * d if size == 1 else stride for d, (size, stride) in enumerate(zip(t.shape, t.stride()))]
     return t.as_strided(t.shape, strides)
 
@@ -57,10 +61,10 @@ class Layout:
 
 
 LAYOUTS: dict[str, Layout] = {
-    "contiguous": Layout(lambda t: t.contiguous()),
+    "contiguous": Layout(_contiguous),
     # Three dimensions have no torch.channels_last; (N, L, C) in memory is met all the same, after a transpose.
     "channels_last": Layout(_channels_last, lambda shape: len(shape) > 2),
-    "offset": Layout(lambda t: _offset(t.contiguous())),
+    "offset": Layout(lambda t: _offset(_contiguous(t))),
     "channels_last_offset": Layout(lambda t: _offset(_channels_last(t)), lambda shape: len(shape) > 2),
     "sliced": Layout(_sliced),
     "channel_slice": Layout(_channel_slice),
