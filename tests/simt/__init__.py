@@ -1,0 +1,18 @@
+"""The host execution of the kernels: csrc/kernels compiled by the host's compiler and run thread by thread as fibers.
+
+A test instrument and no backend. What it consists of, lowest first:
+
+    fiber.h, .cpp        a function on a stack of its own, as the sanitizers are told of it
+    run_queue.h          the set of threads that can run
+    schedule.h           which of them goes next
+    shared_memory.h      one block's shared memory, poisoned and guarded
+    buffers.h, .cpp      global memory, checked and counted
+    engine.h, .cpp       a launch: barriers, shuffles, waits, and everything that can go wrong with them
+    float16.h            the 16-bit formats
+    primitives_host.h    the primitives of csrc/kernels/primitives.cuh over all this
+    planted.h            small kernels with a fault each, and run_planted.cpp, which runs them
+    run_kernels.cpp      a server that runs the real launch sequences
+    build.py             compiles these in three builds: plain, AddressSanitizer + UBSan, ThreadSanitizer
+    server.py            run_kernels from Python, on tensors
+    drop_barriers.py     removes each barrier of the kernels in turn and sees the tests fail
+"""

@@ -1,0 +1,122 @@
+"""Compiles the programs of tests/simt, each in several builds, once for each content of their sources.
+
+    plain     optimised: many seeds
+    asan      AddressSanitizer and UndefinedBehaviorSanitizer
+    tsan      ThreadSanitizer
+    portable  plain, with the stack switch that every machine has
+
+Needs a C++20 compiler ($CXX, else g++) with its sanitizer libraries, which g++ ships with (Debian, Ubuntu: package g++;
+Fedora: libasan, libubsan and libtsan beside gcc-c++). Binaries lie in build/simt under a hash of sources, flags and
+compiler, so that another test run finds them; `make clean` removes them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shlex
+import subprocess
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+OUTPUT = ROOT / "build" / "simt"
+
+# -ffp-contract=off: a*b + c is rounded twice unless the source says fused_multiply_add, as in the CUDA build.
+COMMON = ["-std=c++20", "-ffp-contract=off", "-g1", "-fno-omit-frame-pointer"]
+BUILDS = {
+    "plain": ["-O2"],
+    "asan": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "tsan": ["-O1", "-fsanitize=thread"],
+    "portable": ["-O2", "-DSIMT_UCONTEXT"],
+}
+# Compiled without sanitizers in every build: its own memory is not under test, and it calls the sanitizers itself.
+ENGINE = ["tests/simt/fiber.cpp", "tests/simt/buffers.cpp", "tests/simt/engine.cpp"]
+PROGRAMS = {
+    "convert16": ["tests/simt/convert16.cpp"],
+    "run_planted": ["tests/simt/run_planted.cpp"],
+    "run_kernels": ["tests/simt/run_kernels.cpp", "csrc/plan.cpp"],
+}
+# What a program is run with. A race stops nothing, so that one run tells all of them.
+ENVIRONMENT = {
+    "ASAN_OPTIONS": "detect_leaks=1",
+    "UBSAN_OPTIONS": "print_stacktrace=1",
+    "TSAN_OPTIONS": "halt_on_error=0 history_size=4",
+}
+
+
+def program(name: str, build: str, root: Path = ROOT) -> Path:
+    """The path of a program of PROGRAMS in a build of BUILDS, compiled from `root`'s csrc and tests/simt if need be.
+
+    Raises RuntimeError with the compiler's words where it does not compile.
+    """
+    flags = BUILDS[build]
+    headers = _headers(root)
+    unsanitized = ["-O2", *(flag for flag in flags if flag.startswith("-D"))]
+    engine = [_compile(root, file, unsanitized, headers) for file in ENGINE]
+    own = [_compile(root, file, flags, headers) for file in PROGRAMS[name]]
+    # The engine first: of an inline function that both sides instantiate the linker keeps the first, uninstrumented.
+    objects = engine + own
+    link = [flag for flag in flags if flag.startswith("-fsanitize")]
+    return _make(f"{name}-{build}", [*map(str, objects), *link], [path.name.encode() for path in objects])
+
+
+def programs(wanted: Iterable[tuple[str, str]], root: Path = ROOT) -> dict[tuple[str, str], Path]:
+    """Several, by name and build, two compilers at a time."""
+    wanted = list(wanted)
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        return dict(zip(wanted, pool.map(lambda pair: program(*pair, root), wanted)))
+
+
+def run(executable: Path, *arguments: object, input: bytes | None = None) -> subprocess.CompletedProcess[bytes]:
+    """Runs a program to its end. A run of a minute is taken for one that hangs."""
+    command = [str(executable), *map(str, arguments)]
+    return subprocess.run(command, input=input, capture_output=True, env=os.environ | ENVIRONMENT, timeout=60)
+
+
+@cache
+def _compiler() -> tuple[tuple[str, ...], bytes]:
+    """The command, and the version that it tells."""
+    command = tuple(shlex.split(os.environ.get("CXX", "g++")))
+    try:
+        return command, subprocess.run([*command, "--version"], check=True, capture_output=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise RuntimeError(f"tests/simt needs a C++20 compiler; {shlex.join(command)} does not run: {error}") from error
+
+
+def _headers(root: Path) -> list[bytes]:
+    """All that a source may include: names and contents."""
+    found = [*root.glob("csrc/*.h"), *root.glob("csrc/kernels/*.cuh"), *root.glob("tests/simt/*.h")]
+    return [part for path in sorted(found) for part in (path.name.encode(), path.read_bytes())]
+
+
+def _compile(root: Path, file: str, flags: list[str], headers: list[bytes]) -> Path:
+    source = root / file
+    flags = [*COMMON, *flags]
+    includes = [f"-I{root / 'tests'}", f"-I{root / 'csrc'}"]
+    contents = [*map(str.encode, flags), source.read_bytes(), *headers]
+    return _make(f"{source.stem}.o", [*flags, *includes, "-c", str(source)], contents)
+
+
+def _make(name: str, arguments: list[str], contents: list[bytes]) -> Path:
+    """Runs the compiler, once for these contents even where several processes ask at the same time."""
+    command, version = _compiler()
+    digest = hashlib.sha256()
+    for content in (name.encode(), version, *contents):
+        digest.update(len(content).to_bytes(8, "little") + content)
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+    target = OUTPUT / f"{digest.hexdigest()[:20]}-{name}"
+    if target.exists():
+        return target
+    with open(f"{target}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            partial = Path(f"{target}.partial")
+            result = subprocess.run([*command, *arguments, "-o", str(partial)], capture_output=True, text=True)
+            if result.returncode != 0:
+                raise RuntimeError(f"{shlex.join([*command, *arguments])}\n{result.stderr}")
+            partial.rename(target)
+    return target

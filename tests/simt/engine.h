@@ -1,0 +1,81 @@
+// The engine: runs a grid of threads as fibers, interleaved as a seed or a schedule tells, and watches over them.
+//
+//   simt::Report report = simt::launch({.grid = 4, .block = 64, .seed = 7}, [&] { kernel<float>(parameters); });
+//
+// Threads give way at every barrier, every shuffle and every wait for a group. What ends a launch, with a message that names
+// block, thread and line:
+//   - a divergent barrier: threads of one block at different barriers, or some returned while others wait
+//   - a divergent shuffle: a lane of the warp returned, or waits elsewhere
+//   - a deadlock: no thread can move (who waits where, who has returned)
+//   - an access to global memory out of bounds or misaligned (buffers.h)
+//   - shared memory written beside its arrays, or more of it than a block may have
+// Shuffles order no memory, and barriers only their block's, as the race detector is told; it finds the rest.
+//
+// One launch at a time, on one thread of the host. Consecutive launches are ordered, as on one CUDA stream.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "simt/buffers.h"
+#include "simt/schedule.h"
+
+namespace simt {
+
+inline constexpr unsigned kWarp = 32;
+inline constexpr unsigned kMaxBlock = 1024;
+inline constexpr size_t kSharedBytes = 48 * 1024;  // of static shared memory: CUDA's limit for a block
+
+struct Launch {
+  unsigned grid = 1;
+  unsigned block = kWarp;  // a multiple of a warp, at most kMaxBlock
+  uint64_t seed = 0;
+  Schedule schedule = Schedule::kSeeded;
+  unsigned resident_blocks = 0;  // blocks that run at a time, the next starting where one ended; 0: all
+};
+
+struct Report {
+  std::string fault;  // empty: the launch ran to its end
+  std::vector<Traffic> traffic;
+  size_t switches = 0;
+
+  bool ok() const { return fault.empty(); }
+  // Bytes of one buffer, by name. 0 for a name that is not there.
+  size_t read(const std::string& buffer) const;
+  size_t written(const std::string& buffer) const;
+};
+
+Report launch(const Launch& launch, void (*kernel)(void*), void* argument);
+
+template <typename Kernel>
+Report launch(const Launch& configuration, Kernel&& kernel) {
+  using Body = std::remove_reference_t<Kernel>;
+  return launch(configuration, [](void* body) { (*static_cast<Body*>(body))(); }, std::addressof(kernel));
+}
+
+// ---- what the running kernel calls ----------------------------------------------------------------------------------
+
+struct Position {
+  unsigned thread, threads, block, blocks;
+};
+const Position& position();
+
+void block_barrier(const Site& site);
+double shuffle_xor(double value, int mask, const Site& site);
+
+// What a group barrier is made of. arrive: release of all that this thread knows of, and one more on the counter.
+// wait_for: until the counter is at least the target, then acquire. `counter` is a device address.
+void arrive(unsigned* counter, const Site& site);
+void wait_for(const unsigned* counter, unsigned target, const Site& site);
+
+// The block's array of this key, poisoned when the block starts: the same for every thread of the block.
+void* shared_array(const void* key, const char* name, size_t bytes, const Site& site);
+
+// Ends the launch: every thread is unwound, and the report carries the message.
+[[noreturn]] void fault(const std::string& what, const Site& site);
+
+}  // namespace simt

@@ -1,0 +1,291 @@
+// run_kernels: a server that runs the streaming path's launch sequences (csrc/streaming.h) on the engine.
+//
+// Requests on stdin, answers on stdout, one after the other until stdin ends. A request is a line of words
+//
+//   OPERATION key=value ... tensor=NAME:MODE:DTYPE:BYTES:MISALIGNMENT ...
+//
+// followed by the bytes of its tensors of mode `in` and `inout`, in order. OPERATION is forward_train, forward_eval or
+// backward, a tensor's NAME that of the field of its arguments (problem.h); what is not named is null. The keys:
+//
+//   outer channels inner dtype           the problem
+//   momentum cumulative eps training     as in problem.h
+//   block chunks                         the plan: make_streaming(), or, with multiprocessors and threads instead, plan_streaming()
+//   finish_block grid                    another block size for the finishing kernels; a limit to every grid
+//   seeds first_seed schedule resident   each seed is one run of the whole sequence, on memory poisoned anew
+//
+// The answer is lines of text, then the bytes of the tensors of mode `inout` and `out`, in order:
+//
+//   fault SEED LAUNCH TEXT               a launch ended in a fault (no bytes follow; line breaks in TEXT are '|')
+//   differs SEED TENSOR BYTE             a run's results are not, bit for bit, the first run's (no bytes follow)
+//   launch GRID BLOCK SWITCHES NAME:READ:WRITTEN ...     one for each launch of the sequence, with its traffic
+//   done
+//
+// Traffic that is not the same in every run is a difference too.
+#include <cstdio>
+#include <cstring>
+#include <iostream>
+#include <map>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "simt/engine.h"
+#include "streaming.h"
+
+namespace {
+
+struct Tensor {
+  std::string name;
+  std::string mode;
+  bnk::Dtype dtype;
+  std::unique_ptr<simt::Buffer> buffer;
+  std::vector<char> initial;
+
+  void reset() {
+    if (mode == "out") {
+      buffer->poison();
+    } else {
+      std::memcpy(buffer->host<char>(), initial.data(), initial.size());
+    }
+  }
+};
+
+bnk::Dtype dtype_named(const std::string& name) {
+  static const std::map<std::string, bnk::Dtype> all{{"float64", bnk::Dtype::kFloat64},
+                                                     {"float32", bnk::Dtype::kFloat32},
+                                                     {"float16", bnk::Dtype::kFloat16},
+                                                     {"bfloat16", bnk::Dtype::kBFloat16},
+                                                     {"int64", bnk::Dtype::kFloat64}};  // its size is all that is asked
+  return all.at(name);
+}
+
+simt::Schedule schedule_named(const std::string& name) {
+  static const std::map<std::string, simt::Schedule> all{{"seeded", simt::Schedule::kSeeded},
+                                                         {"in_order", simt::Schedule::kInOrder},
+                                                         {"reverse", simt::Schedule::kReverse},
+                                                         {"stall_one", simt::Schedule::kStallOne}};
+  return all.at(name);
+}
+
+struct Request {
+  std::string operation;
+  std::map<std::string, std::string> options;
+  std::vector<Tensor> tensors;
+
+  int64_t integer(const std::string& key, int64_t otherwise) const {
+    const auto found = options.find(key);
+    return found == options.end() ? otherwise : std::stoll(found->second);
+  }
+  double real(const std::string& key) const { return std::strtod(options.at(key).c_str(), nullptr); }
+
+  const Tensor* find(const std::string& name) const {
+    for (const Tensor& tensor : tensors) {
+      if (tensor.name == name) return &tensor;
+    }
+    return nullptr;
+  }
+  void* data(const std::string& name) const {
+    const Tensor* tensor = find(name);
+    return tensor ? tensor->buffer->device<void>() : nullptr;
+  }
+  bnk::PerChannel vector(const std::string& name) const {
+    const Tensor* tensor = find(name);
+    return tensor ? bnk::PerChannel{tensor->buffer->device<void>(), tensor->dtype} : bnk::PerChannel{};
+  }
+
+  bnk::Problem problem() const {
+    return {integer("outer", 0), integer("channels", 0), integer("inner", 0), dtype_named(options.at("dtype"))};
+  }
+};
+
+bool read_request(std::istream& in, Request& request) {
+  std::string line, word;
+  if (!std::getline(in, line)) return false;
+  std::istringstream words(line);
+  words >> request.operation;
+  while (words >> word) {
+    const size_t equals = word.find('=');
+    const std::string key = word.substr(0, equals), value = word.substr(equals + 1);
+    if (key != "tensor") {
+      request.options[key] = value;
+      continue;
+    }
+    std::istringstream fields(value);
+    Tensor tensor;
+    std::string dtype, bytes, misalignment;
+    std::getline(fields, tensor.name, ':');
+    std::getline(fields, tensor.mode, ':');
+    std::getline(fields, dtype, ':');
+    std::getline(fields, bytes, ':');
+    std::getline(fields, misalignment);
+    tensor.dtype = dtype_named(dtype);
+    tensor.buffer = std::make_unique<simt::Buffer>(tensor.name, std::stoul(bytes), std::stoul(misalignment));
+    if (tensor.mode != "out") tensor.initial.resize(std::stoul(bytes));
+    request.tensors.push_back(std::move(tensor));
+  }
+  for (Tensor& tensor : request.tensors)
+    in.read(tensor.initial.data(), static_cast<std::streamsize>(tensor.initial.size()));
+  return static_cast<bool>(in);
+}
+
+// What streaming.h's sequences run on, here: one launch after the other on the engine, none after a fault.
+class HostExecutor {
+ public:
+  HostExecutor(const Request& request, uint64_t seed)
+      : seed_(seed),
+        schedule_(schedule_named(request.options.at("schedule"))),
+        resident_(static_cast<unsigned>(request.integer("resident", 0))) {}
+
+  template <typename Params>
+  void launch(bnk::Launch launch, void (*kernel)(Params), const Params& params) {
+    if (!fault.empty()) return;
+    const auto grid = static_cast<unsigned>(launch.grid);
+    const auto block = static_cast<unsigned>(launch.block);
+    const simt::Report report = simt::launch(
+        {.grid = grid, .block = block, .seed = 8 * seed_ + count, .schedule = schedule_, .resident_blocks = resident_},
+        [&] { kernel(params); });
+    std::ostringstream line;
+    line << "launch " << grid << ' ' << block << ' ' << report.switches;
+    for (const simt::Traffic& entry : report.traffic) {
+      line << ' ' << entry.buffer << ':' << entry.bytes_read << ':' << entry.bytes_written;
+    }
+    lines.push_back(line.str());
+    fault = report.fault;
+    ++count;
+  }
+
+  unsigned count = 0;
+  std::string fault;
+  std::vector<std::string> lines;
+
+ private:
+  uint64_t seed_;
+  simt::Schedule schedule_;
+  unsigned resident_;
+};
+
+bnk::StreamingPlan make_plan(const Request& request, const void* lead) {
+  const bnk::Problem problem = request.problem();
+  const bool aligned = bnk::streaming::is_aligned(lead);
+  bnk::StreamingPlan plan = request.options.count("multiprocessors")
+                                ? bnk::plan_streaming(problem, aligned,
+                                                      {static_cast<int>(request.integer("multiprocessors", 0)),
+                                                       static_cast<int>(request.integer("threads", 0))})
+                                : bnk::make_streaming(problem, aligned, static_cast<int>(request.integer("block", 0)),
+                                                      request.integer("chunks", 1));
+  plan.finish_launch.block = static_cast<int>(request.integer("finish_block", plan.finish_launch.block));
+  for (bnk::Launch* launch : {&plan.walk_launch, &plan.finish_launch}) {
+    launch->grid = std::min(launch->grid, request.integer("grid", launch->grid));
+  }
+  return plan;
+}
+
+void run_sequence(const Request& request, simt::Buffer& scratch, HostExecutor& executor) {
+  const bnk::StreamingPlan plan = make_plan(request, request.data("x"));
+  scratch.poison();
+  if (request.operation == "forward_train") {
+    const bnk::ForwardTrainArgs args{.problem = request.problem(),
+                                     .x = request.data("x"),
+                                     .y = request.data("y"),
+                                     .weight = request.vector("weight"),
+                                     .bias = request.vector("bias"),
+                                     .running_mean = request.vector("running_mean"),
+                                     .running_var = request.vector("running_var"),
+                                     .num_batches_tracked = static_cast<int64_t*>(request.data("num_batches_tracked")),
+                                     .momentum = request.real("momentum"),
+                                     .cumulative = request.integer("cumulative", 0) != 0,
+                                     .eps = request.real("eps"),
+                                     .mean = request.vector("mean"),
+                                     .invstd = request.vector("invstd")};
+    bnk::streaming::forward_train(args, plan, scratch.device<double>(), executor);
+  } else if (request.operation == "forward_eval") {
+    const bnk::ForwardEvalArgs args{.problem = request.problem(),
+                                    .x = request.data("x"),
+                                    .y = request.data("y"),
+                                    .weight = request.vector("weight"),
+                                    .bias = request.vector("bias"),
+                                    .running_mean = request.vector("running_mean"),
+                                    .running_var = request.vector("running_var"),
+                                    .eps = request.real("eps"),
+                                    .mean = request.vector("mean"),
+                                    .invstd = request.vector("invstd")};
+    bnk::streaming::forward_eval(args, plan, executor);
+  } else {
+    const bnk::BackwardArgs args{.problem = request.problem(),
+                                 .grad_y = request.data("grad_y"),
+                                 .x = request.data("x"),
+                                 .grad_x = request.data("grad_x"),
+                                 .weight = request.vector("weight"),
+                                 .mean = request.vector("mean"),
+                                 .invstd = request.vector("invstd"),
+                                 .grad_weight = request.vector("grad_weight"),
+                                 .grad_bias = request.vector("grad_bias"),
+                                 .training = request.integer("training", 0) != 0};
+    bnk::streaming::backward(args, plan, scratch.device<double>(), executor);
+  }
+}
+
+int64_t scratch_doubles(const Request& request) {
+  const bnk::StreamingPlan plan = make_plan(request, request.data("x"));
+  if (request.operation == "forward_train") return bnk::streaming::forward_train_scratch(plan);
+  return request.operation == "backward" ? bnk::streaming::backward_scratch(plan) : 0;
+}
+
+// Empty if the two are the same; else "TENSOR BYTE", or "traffic 0".
+std::string difference(const Request& request, const std::vector<std::vector<char>>& first,
+                       const HostExecutor& first_executor, const HostExecutor& executor) {
+  for (size_t i = 0; i < request.tensors.size(); ++i) {
+    const char* bytes = request.tensors[i].buffer->host<char>();
+    for (size_t byte = 0; byte < first[i].size(); ++byte) {
+      if (bytes[byte] != first[i][byte]) return request.tensors[i].name + " " + std::to_string(byte);
+    }
+  }
+  return first_executor.lines == executor.lines ? "" : "traffic 0";
+}
+
+void answer(Request& request) {
+  simt::Buffer scratch("scratch", static_cast<size_t>(scratch_doubles(request)) * sizeof(double));
+  const auto first_seed = static_cast<uint64_t>(request.integer("first_seed", 0));
+  const auto seeds = static_cast<uint64_t>(request.integer("seeds", 1));
+  std::vector<std::vector<char>> first;
+  std::unique_ptr<HostExecutor> first_executor;
+  for (uint64_t seed = first_seed; seed < first_seed + seeds; ++seed) {
+    for (Tensor& tensor : request.tensors) tensor.reset();
+    auto executor = std::make_unique<HostExecutor>(request, seed);
+    run_sequence(request, scratch, *executor);
+    if (!executor->fault.empty()) {
+      for (char& c : executor->fault) c = c == '\n' ? '|' : c;
+      std::cout << "fault " << seed << ' ' << executor->count - 1 << ' ' << executor->fault << std::endl;
+      return;
+    }
+    if (first_executor) {
+      const std::string what = difference(request, first, *first_executor, *executor);
+      if (what.empty()) continue;
+      std::cout << "differs " << seed << ' ' << what << std::endl;
+      return;
+    }
+    for (const Tensor& tensor : request.tensors) {
+      const char* bytes = tensor.buffer->host<char>();
+      first.emplace_back(bytes, bytes + tensor.buffer->bytes());
+    }
+    first_executor = std::move(executor);
+  }
+  for (const std::string& line : first_executor->lines) std::cout << line << '\n';
+  std::cout << "done\n";
+  for (size_t i = 0; i < request.tensors.size(); ++i) {
+    if (request.tensors[i].mode == "in") continue;
+    std::cout.write(first[i].data(), static_cast<std::streamsize>(first[i].size()));
+  }
+  std::cout.flush();
+}
+
+}  // namespace
+
+int main() {
+  std::ios::sync_with_stdio(false);
+  for (;;) {
+    Request request;
+    if (!read_request(std::cin, request)) return 0;
+    answer(request);
+  }
+}

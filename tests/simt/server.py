@@ -1,0 +1,230 @@
+"""run_kernels from Python: the launch sequences of csrc/streaming.h on tensors, thread by thread on the host.
+
+    server = Server("plain")
+    forward = server.forward_train(inputs, How(block=64, chunks=3, seeds=range(20)))
+    forward.outputs.y, forward.launches[0].read["x"]
+
+Tensors are dense: their memory is taken as it is in the order that `channels_last` tells. `How` is everything about the
+execution that must not change a bit of the results, and the plan.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bnkernels.testing import Inputs, Outputs
+
+from . import build
+
+SCHEDULES = ("seeded", "in_order", "reverse", "stall_one")
+
+
+@dataclass(frozen=True)
+class How:
+    """How to run a sequence. A field left at None takes the plan's own choice."""
+
+    block: int = 64
+    chunks: int = 1
+    device: tuple[int, int] | None = None
+    """Multiprocessors and threads of each: plan_streaming's choice instead of block and chunks."""
+    finish_block: int | None = None
+    grid: int | None = None
+    """A limit to every grid."""
+    seeds: range = field(default=range(1))
+    schedule: str = "seeded"
+    resident: int = 0
+    """Blocks that run at a time; 0: all."""
+    misaligned: Mapping[str, int] = field(default_factory=dict)
+    """Elements that a tensor, by its name in problem.h, lies past a 16-byte boundary."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch and the bytes that it moved, by tensor, "scratch" among them."""
+
+    grid: int
+    block: int
+    switches: int
+    read: dict[str, int]
+    written: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Run:
+    outputs: Outputs
+    launches: list[Launch]
+
+
+class Failure(AssertionError):
+    """The engine ended a launch in a fault, a seed changed the results, or a sanitizer had something to say."""
+
+
+class Server:
+    """One process of run_kernels. A context manager; `close` raises Failure for what the sanitizers said."""
+
+    def __init__(self, build_name: str, root: Path = build.ROOT) -> None:
+        program = build.program("run_kernels", build_name, root)
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
+        self._process = subprocess.Popen(
+            [str(program)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            env=os.environ | build.ENVIRONMENT,
+        )
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if exception[0] is None:
+            self.close()
+        else:
+            self._process.kill()
+            self._process.wait()
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        if self._process.wait() != 0:
+            raise Failure(self._complaint())
+
+    def forward_train(self, inputs: Inputs, how: How, *, channels_last: bool) -> Run:
+        names = ("x", "weight", "bias")
+        tensors: list[tuple[str, str, Tensor]] = [(n, "in", t) for n in names if (t := getattr(inputs, n)) is not None]
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            if (tensor := getattr(inputs, name)) is not None:
+                tensors.append((name, "inout", tensor))
+        tensors += self._forward_outputs(inputs)
+        cumulative = inputs.momentum is None
+        options = {"momentum": 0.0 if cumulative else inputs.momentum, "cumulative": int(cumulative), "eps": inputs.eps}
+        return self._run("forward_train", inputs.x, tensors, options, how, channels_last)
+
+    def forward_eval(self, inputs: Inputs, how: How, *, channels_last: bool) -> Run:
+        names = ("x", "weight", "bias", "running_mean", "running_var")
+        tensors: list[tuple[str, str, Tensor]] = [(n, "in", t) for n in names if (t := getattr(inputs, n)) is not None]
+        tensors += self._forward_outputs(inputs)
+        return self._run("forward_eval", inputs.x, tensors, {"eps": inputs.eps}, how, channels_last)
+
+    def backward(
+        self,
+        inputs: Inputs,
+        mean: Tensor,
+        invstd: Tensor,
+        how: How,
+        *,
+        channels_last: bool,
+        need: tuple[bool, bool, bool] = (True, True, True),
+    ) -> Run:
+        """`need`: the gradients of x, weight and bias."""
+        tensors = [("grad_y", "in", inputs.grad), ("x", "in", inputs.x), ("mean", "in", mean), ("invstd", "in", invstd)]
+        if inputs.weight is not None:
+            tensors.append(("weight", "in", inputs.weight))
+        like = (inputs.x, inputs.weight if inputs.weight is not None else mean, mean)
+        like = (like[0], like[1], like[1])
+        for name, tensor, needed in zip(("grad_x", "grad_weight", "grad_bias"), like, need):
+            if needed:
+                tensors.append((name, "out", torch.empty_like(tensor)))
+        return self._run("backward", inputs.x, tensors, {"training": int(inputs.training)}, how, channels_last)
+
+    @staticmethod
+    def _forward_outputs(inputs: Inputs) -> list[tuple[str, str, Tensor]]:
+        channels = inputs.x.shape[1]
+        saved = torch.float64 if inputs.x.dtype == torch.float64 else torch.float32
+        vectors = [(name, "out", torch.empty(channels, dtype=saved)) for name in ("mean", "invstd")]
+        return [("y", "out", torch.empty_like(inputs.x)), *vectors]
+
+    def _run(
+        self,
+        operation: str,
+        x: Tensor,
+        tensors: list[tuple[str, str, Tensor]],
+        options: Mapping[str, object],
+        how: How,
+        channels_last: bool,
+    ) -> Run:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        channels = x.shape[1]
+        outer, inner = (x.numel() // channels, 1) if channels_last else (x.shape[0], math.prod(x.shape[2:]))
+        settings: dict[str, object] = {
+            "outer": outer,
+            "channels": channels,
+            "inner": inner,
+            "dtype": _name(x),
+            "schedule": how.schedule,
+            "first_seed": how.seeds.start,
+            "seeds": len(how.seeds),
+            "resident": how.resident,
+            **options,
+        }
+        if how.device is not None:
+            settings |= {"multiprocessors": how.device[0], "threads": how.device[1]}
+        else:
+            settings |= {"block": how.block, "chunks": how.chunks}
+        for key in ("finish_block", "grid"):
+            if (value := getattr(how, key)) is not None:
+                settings[key] = value
+        words = [operation, *(f"{key}={value}" for key, value in settings.items())]
+        for name, mode, tensor in tensors:
+            shift = how.misaligned.get(name, 0) * tensor.element_size()
+            words.append(f"tensor={name}:{mode}:{_name(tensor)}:{tensor.numel() * tensor.element_size()}:{shift}")
+        content = [_to_bytes(tensor, channels_last) for _, mode, tensor in tensors if mode != "out"]
+        try:
+            self._process.stdin.write(b"".join([" ".join(words).encode() + b"\n", *content]))
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise Failure(self._complaint()) from None
+        return self._answer(tensors, channels_last)
+
+    def _answer(self, tensors: list[tuple[str, str, Tensor]], channels_last: bool) -> Run:
+        assert self._process.stdout is not None
+        launches = []
+        while (line := self._process.stdout.readline().decode().strip()) != "done":
+            kind, _, rest = line.partition(" ")
+            if kind != "launch":
+                raise Failure(line.replace("|", "\n") if line else self._complaint())
+            grid, block, switches, *traffic = rest.split()
+            moved = [entry.split(":") for entry in traffic]
+            read = {name: int(count) for name, count, _ in moved}
+            written = {name: int(count) for name, _, count in moved}
+            launches.append(Launch(int(grid), int(block), int(switches), read, written))
+        results = {}
+        for name, mode, tensor in tensors:
+            if mode != "in":
+                data = self._process.stdout.read(tensor.numel() * tensor.element_size())
+                results[_OUTPUT_NAMES.get(name, name)] = _from_bytes(data, tensor, channels_last)
+        return Run(Outputs(**results), launches)
+
+    def _complaint(self) -> str:
+        code = self._process.wait()
+        self._stderr.seek(0)
+        return f"exit code {code}\n" + self._stderr.read().decode(errors="replace")[:20_000]
+
+
+_OUTPUT_NAMES = {"grad_x": "dx", "grad_weight": "dweight", "grad_bias": "dbias"}
+
+
+def _name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _to_bytes(tensor: Tensor, channels_last: bool) -> bytes:
+    if channels_last and tensor.dim() > 1:
+        tensor = tensor.movedim(1, -1)
+    return bytes(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _from_bytes(data: bytes, like: Tensor, channels_last: bool) -> Tensor:
+    flat = torch.frombuffer(bytearray(data), dtype=like.dtype)
+    if not channels_last or like.dim() <= 1:
+        return flat.reshape(like.shape)
+    return flat.reshape(like.shape[0], *like.shape[2:], like.shape[1]).movedim(-1, 1)

@@ -1,0 +1,90 @@
+// SharedMemory: one block's arena of shared memory. Poisoned at the start of the block, its arrays kept apart by gaps that
+// AddressSanitizer forbids and that every build inspects when the block has ended.
+#pragma once
+
+#include <cstddef>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "simt/buffers.h"
+#include "simt/fiber.h"
+
+namespace simt {
+
+class SharedMemory {
+ public:
+  explicit SharedMemory(size_t capacity) : capacity_(capacity), arena_(new (std::align_val_t{kGap}) char[bytes()]) {
+    arrays_.reserve(64);
+  }
+  ~SharedMemory() {
+    permit_access(arena_, bytes());
+    ::operator delete[](arena_, std::align_val_t{kGap});
+  }
+  SharedMemory(const SharedMemory&) = delete;
+  SharedMemory& operator=(const SharedMemory&) = delete;
+
+  void start_block() {
+    permit_access(arena_, bytes());
+    std::memset(arena_, kPoison, bytes());
+    forbid_access(arena_, bytes());
+    arrays_.clear();
+    used_ = 0;
+    top_ = kGap;
+  }
+
+  // The array of this key; made if it is new. nullptr: it does not fit.
+  void* array(const void* key, const char* name, size_t size) {
+    for (const Array& array : arrays_) {
+      if (array.key == key) return array.begin;
+    }
+    const size_t rounded = (size + kAlignment - 1) / kAlignment * kAlignment;
+    if (used_ + rounded > capacity_ || arrays_.size() == kMaxArrays) return nullptr;
+    char* begin = arena_ + top_;
+    arrays_.push_back({key, name, begin, size});
+    used_ += rounded;
+    top_ += rounded + kGap;
+    permit_access(begin, size);
+    return begin;
+  }
+
+  size_t used() const { return used_; }
+
+  // The name of an array with bytes changed right before or after it; nullptr: none.
+  const char* overrun() const {
+    for (const Array& array : arrays_) {
+      if (changed(array.begin - kGap, kGap) || changed(array.begin + array.size, kGap)) return array.name;
+    }
+    return nullptr;
+  }
+
+ private:
+  static constexpr size_t kAlignment = 16;
+  static constexpr size_t kGap = 64;
+  static constexpr size_t kMaxArrays = 32;
+
+  struct Array {
+    const void* key;
+    const char* name;
+    char* begin;
+    size_t size;
+  };
+
+  size_t bytes() const { return capacity_ + (kMaxArrays + 1) * kGap; }
+
+  static bool changed(const char* begin, size_t size) {
+    for (size_t i = 0; i < size; ++i) {
+      if (static_cast<unsigned char>(begin[i]) != kPoison) return true;
+    }
+    return false;
+  }
+
+  size_t capacity_;
+  char* arena_;
+  std::vector<Array> arrays_;
+  size_t used_ = 0;
+  size_t top_ = 0;
+};
+
+}  // namespace simt
