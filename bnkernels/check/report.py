@@ -83,35 +83,39 @@ GROUPINGS = (
 )
 
 
-def _their_worst(results: Iterable[Result]) -> Result | None:
-    judged = [r for r in results if r.theirs is not None]
-    return max(judged, key=lambda r: worst_ratio(r.theirs or ()), default=None)
-
-
-def _where(result: Result) -> str:
-    if result.problems:
-        return result.problems[0]
-    verdict = max(result.ours, key=lambda v: v.ratio)
-    return f"{verdict.quantity}, {result.case.dtype}" if verdict.ratio else "-"
+_SHORT = {torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
 def _mark(ratio: float) -> str:
     return "!" if ratio > 1 else "*" if ratio * K >= REPORT_FROM else " "
 
 
+def _where(verdicts: tuple[Verdict, ...]) -> str:
+    worst = max(verdicts, key=lambda v: v.ratio, default=None)
+    return f"{worst.quantity} {_SHORT[worst.dtype]}" if worst is not None and worst.ratio > 0 else "-"
+
+
+def _their_worst(results: Iterable[Result]) -> Result | None:
+    judged = [r for r in results if r.theirs is not None]
+    return max(judged, key=lambda r: worst_ratio(r.theirs or ()), default=None)
+
+
 def table(backend: Backend) -> str:
-    """Worst error over bound by group of inputs, 79 columns."""
+    """Worst error over bound by group of inputs, 79 columns: ours and in which output, torch's and in which."""
     lines = []
     for group in GROUPINGS:
-        lines.append(f"{group.title:<22}{'cases':>6}{'bnkernels':>12} {'torch':>10}   bnkernels' worst in")
+        lines.append(f"{group.title:<17}{'cases':>5}{'bnkernels':>11} in{'torch':>24}  in")
         lines.append(_RULE)
         for name, results in group(backend.results).items():
             worst = max(results, key=lambda r: r.ratio)
+            where = "see below" if worst.problems else _where(worst.ours)
+            line = f"{name:<17}{len(results):>5}{ratio_text(worst.ratio):>10}{_mark(worst.ratio)} {where:<17}"
             theirs = _their_worst(results)
-            torch_text = ratio_text(worst_ratio(theirs.theirs or ())) if theirs else "n/a"
-            ours = ratio_text(worst.ratio)
-            line = f"{name:<22}{len(results):>6}{ours:>12}{_mark(worst.ratio)}{torch_text:>10}   {_where(worst)}"
-            lines.append(line[:79].rstrip())
+            if theirs is None or theirs.theirs is None:
+                line += f"{'n/a':>9}"
+            else:
+                line += f"{ratio_text(worst_ratio(theirs.theirs)):>9}  {_where(theirs.theirs)}"
+            lines.append(line.rstrip())
         lines.append("")
     return "\n".join(lines)
 
@@ -159,8 +163,8 @@ def details(result: Result, device: torch.device) -> str:
 
 
 LEGEND = (
-    "Worst error over bound of each row, against float64; 1 is the limit. The rounding\n"
-    f"of the output's own dtype is free.  ! out of bounds  * above {REPORT_FROM / K:.2f}, worth a look"
+    "Worst error over bound of each row, against float64; 1 is the limit, and the\n"
+    f"output's own rounding is free.  ! out of bounds   * above {REPORT_FROM / K:.2f}, worth a look"
 )
 
 
