@@ -59,7 +59,7 @@ Problem normal_form(Problem problem) {
 template <typename F>
 void with_layout(const Problem& problem, int tensors, const F& f) {
   const int64_t channel_bytes = problem.elements_per_channel() * size_of(problem.dtype) * tensors;
-  if (problem.inner >= 16 || problem.channels == 1) {
+  if (problem.inner >= 32 || problem.channels == 1) {
     const Rows rows(problem);
     return f(static_cast<const Layout&>(rows), channel_bytes * rows.block_channels());
   }

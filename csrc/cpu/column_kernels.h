@@ -11,7 +11,7 @@ struct Span {
   int first;
 };
 
-constexpr int kGroup = BNK_AVX512 ? 4 : 2;  // vectors; what the registers hold. The result does not depend on it.
+constexpr int kGroup = BNK_AVX512 ? 2 : 1;  // vectors; what the registers hold. The result does not depend on it.
 
 // Calls group<G, kWhole>(span) over all columns.
 template <typename A, typename Group>
@@ -32,6 +32,16 @@ template <bool kWhole, typename T>
 BNK_INLINE Lanes<Accumulate<T>> load_columns(const T* from, const Span& span, int g) {
   if constexpr (kWhole) return load(from + g * Lanes<Accumulate<T>>::kCount);
   return load_first(from, span.width);
+}
+
+// By-column values in the arithmetic type, in the lane order of T.
+template <bool kWhole, typename T>
+BNK_INLINE Lanes<Accumulate<T>> load_coefficients(const Accumulate<T>* from, const Span& span, int g) {
+  using A = Accumulate<T>;
+  if constexpr (kWhole) return load_like<T>(from + g * Lanes<A>::kCount);
+  A padded[Lanes<A>::kCount] = {};
+  std::memcpy(padded, from, static_cast<size_t>(span.width) * sizeof(A));
+  return load_like<T>(padded);
 }
 
 template <bool kWhole, typename T>
@@ -76,19 +86,17 @@ struct ColumnMoments {
     }
     alignas(64) A c[kWidth], s1[kWidth], s2[kWidth];
     for (int g = 0; g < G; ++g) {
-      store(c + g * Lanes<A>::kCount, center[g]);
-      store(s1 + g * Lanes<A>::kCount, sum[g]);
-      store(s2 + g * Lanes<A>::kCount, square[g]);
+      store_like<T>(c + g * Lanes<A>::kCount, center[g]);
+      store_like<T>(s1 + g * Lanes<A>::kCount, sum[g]);
+      store_like<T>(s2 + g * Lanes<A>::kCount, square[g]);
     }
     alignas(64) double tile_mean[kWidth], tile_squares[kWidth];
-    bool good = true;
     for (int j = 0; j < kWidth; ++j) {
       const double shift = static_cast<double>(s1[j]) / rows;
       tile_mean[j] = static_cast<double>(c[j]) + shift;
       tile_squares[j] = not_negative(static_cast<double>(s2[j]) - static_cast<double>(s1[j]) * shift);
-      good &= in_range<A>(s2[j], floor);
     }
-    if (!good) {
+    if (!all_in_range<kWidth>(s2, floor)) {
       for (int j = span.first; j < span.width; ++j) {
         if (!in_range<A>(s2[j], floor)) {
           exact_moments(first + j, Tile{tile.rows, 1, tile.stride}, tile_mean + j, tile_squares + j);
@@ -146,8 +154,8 @@ struct ColumnSums {
     constexpr int kWidth = G * Lanes<A>::kCount;
     Lanes<A> center[G], scale[G];
     for (int k = 0; k < G; ++k) {
-      center[k] = load_columns<kWhole>(mean + span.begin, span, k);
-      scale[k] = load_columns<kWhole>(invstd + span.begin, span, k);
+      center[k] = load_coefficients<kWhole, T>(mean + span.begin, span, k);
+      scale[k] = load_coefficients<kWhole, T>(invstd + span.begin, span, k);
     }
     Lanes<A> sum[G] = {};
     Lanes<A> product[G] = {};
@@ -162,11 +170,10 @@ struct ColumnSums {
     }
     alignas(64) A s1[kWidth], s2[kWidth];
     for (int k = 0; k < G; ++k) {
-      store(s1 + k * Lanes<A>::kCount, sum[k]);
-      store(s2 + k * Lanes<A>::kCount, product[k]);
+      store_like<T>(s1 + k * Lanes<A>::kCount, sum[k]);
+      store_like<T>(s2 + k * Lanes<A>::kCount, product[k]);
     }
-    bool good = true;
-    for (int j = 0; j < kWidth; ++j) good &= in_range<A>(s1[j]) & in_range<A>(s2[j]);
+    const bool good = all_in_range<kWidth>(s1) && all_in_range<kWidth>(s2);
     double* to_g = sum_g + span.begin;
     double* to_gx = sum_gx + span.begin;
     if (good && span.first == 0 && span.width == kWidth) {
@@ -230,10 +237,10 @@ struct NormalizeColumns {
     const int64_t c = span.begin;
     Lanes<A> m[G], s[G], w[G], b[G];
     for (int g = 0; g < G; ++g) {
-      m[g] = load_columns<kWhole>(mean + c, span, g);
-      s[g] = load_columns<kWhole>(invstd + c, span, g);
-      w[g] = load_columns<kWhole>(weight + c, span, g);
-      b[g] = load_columns<kWhole>(bias + c, span, g);
+      m[g] = load_coefficients<kWhole, T>(mean + c, span, g);
+      s[g] = load_coefficients<kWhole, T>(invstd + c, span, g);
+      w[g] = load_coefficients<kWhole, T>(weight + c, span, g);
+      b[g] = load_coefficients<kWhole, T>(bias + c, span, g);
     }
     const T* from = x + offset + c;
     T* to = y + offset + c;
@@ -275,7 +282,7 @@ struct InputGradientColumns {
     const T* from_g = g + offset + c;
     T* to = grad_x + offset + c;
     for (int k = 0; k < G; ++k) {  // one vector of columns after another: five coefficients and two streams each
-      const Lanes<A> w = load_columns<kWhole>(scale + c, span, k);
+      const Lanes<A> w = load_coefficients<kWhole, T>(scale + c, span, k);
       if (x == nullptr) {
         for (int64_t r = 0; r < rows; ++r) {
           const Lanes<A> gradient = load_columns<kWhole>(from_g + r * stride, span, k);
@@ -283,10 +290,10 @@ struct InputGradientColumns {
         }
         continue;
       }
-      const Lanes<A> m = load_columns<kWhole>(mean + c, span, k);
-      const Lanes<A> s = load_columns<kWhole>(invstd + c, span, k);
-      const Lanes<A> a = load_columns<kWhole>(mean_g + c, span, k);
-      const Lanes<A> b = load_columns<kWhole>(mean_gx + c, span, k);
+      const Lanes<A> m = load_coefficients<kWhole, T>(mean + c, span, k);
+      const Lanes<A> s = load_coefficients<kWhole, T>(invstd + c, span, k);
+      const Lanes<A> a = load_coefficients<kWhole, T>(mean_g + c, span, k);
+      const Lanes<A> b = load_coefficients<kWhole, T>(mean_gx + c, span, k);
       const T* from_x = x + offset + c;
       for (int64_t r = 0; r < rows; ++r) {
         const Lanes<A> gradient = load_columns<kWhole>(from_g + r * stride, span, k);

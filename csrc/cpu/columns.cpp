@@ -15,8 +15,8 @@ namespace {
 constexpr int64_t kTileRows = 64;    // a tile's float chain
 constexpr int64_t kChunkRows = 256;  // at least, in a chunk
 constexpr int64_t kMaxChunks = 256;
-constexpr int64_t kFold = 16;       // makes any number of columns whole vectors
-constexpr int64_t kFoldBelow = 64;  // columns; kFold * kFoldBelow columns fit kMaxColumns
+constexpr int64_t kFold = 32;       // makes any number of columns whole vectors
+constexpr int64_t kFoldBelow = 32;  // columns; kFold * kFoldBelow columns fit kMaxColumns
 constexpr int64_t kMaxColumns = 1024;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -1,8 +1,12 @@
-// Lanes<A>: 64 bytes of arithmetic type A (16 floats or 8 doubles), and the loads and stores between it and memory.
+// Lanes<A>: 128 bytes of arithmetic type A (32 floats or 16 doubles), and what passes between it and memory.
 //
 // Included by level.h once for each SIMD level, inside that level's namespace and compiled for it. A level decides how
 // many native registers hold one Lanes and which instructions convert; it never decides what is computed. Every level
 // has the same lanes, the same accumulators and no fused multiply-add, so every level gives the same bits.
+//
+// Lanes of bfloat16 hold the even elements first, then the odd ones: a 32-bit word of memory is two elements, and a
+// shift and a mask are all that it takes to widen them, no shuffle. Whatever meets such lanes element by element (a
+// coefficient of its own for each column) is brought into the same order by load_like and store_like.
 //
 // Memory may be aligned to its element only. Level: BNK_NATIVE_BYTES (16, 32 or 64), BNK_AVX2, BNK_AVX512 (0 or 1).
 
@@ -12,6 +16,7 @@ typedef float NativeFloat __attribute__((vector_size(BNK_NATIVE_BYTES)));
 typedef double NativeDouble __attribute__((vector_size(BNK_NATIVE_BYTES)));
 typedef int32_t NativeInt32 __attribute__((vector_size(BNK_NATIVE_BYTES)));
 typedef int64_t NativeInt64 __attribute__((vector_size(BNK_NATIVE_BYTES)));
+typedef uint32_t NativeUint32 __attribute__((vector_size(BNK_NATIVE_BYTES)));
 
 template <typename A>
 struct NativeOf;
@@ -26,12 +31,14 @@ struct NativeOf<double> {
   using Bits = NativeInt64;
 };
 
-constexpr int kParts = 64 / BNK_NATIVE_BYTES;
+constexpr int kLanesBytes = 128;
+constexpr int kParts = kLanesBytes / BNK_NATIVE_BYTES;
+constexpr int kHalf = kParts / 2;
 
 template <typename A>
 struct Lanes {
   using Native = typename NativeOf<A>::Vector;
-  static constexpr int kCount = 64 / sizeof(A);
+  static constexpr int kCount = kLanesBytes / sizeof(A);
   static constexpr int kNativeCount = BNK_NATIVE_BYTES / sizeof(A);
   Native part[kParts];
 };
@@ -39,6 +46,7 @@ struct Lanes {
 template <typename A>
 BNK_INLINE Lanes<A> broadcast(A value) {
   Lanes<A> r;
+#pragma GCC unroll 8
   for (int p = 0; p < kParts; ++p) r.part[p] = value - typename Lanes<A>::Native{};
   return r;
 }
@@ -46,6 +54,7 @@ BNK_INLINE Lanes<A> broadcast(A value) {
 template <typename A>
 BNK_INLINE Lanes<A> operator+(const Lanes<A>& a, const Lanes<A>& b) {
   Lanes<A> r;
+#pragma GCC unroll 8
   for (int p = 0; p < kParts; ++p) r.part[p] = a.part[p] + b.part[p];
   return r;
 }
@@ -53,6 +62,7 @@ BNK_INLINE Lanes<A> operator+(const Lanes<A>& a, const Lanes<A>& b) {
 template <typename A>
 BNK_INLINE Lanes<A> operator-(const Lanes<A>& a, const Lanes<A>& b) {
   Lanes<A> r;
+#pragma GCC unroll 8
   for (int p = 0; p < kParts; ++p) r.part[p] = a.part[p] - b.part[p];
   return r;
 }
@@ -60,30 +70,36 @@ BNK_INLINE Lanes<A> operator-(const Lanes<A>& a, const Lanes<A>& b) {
 template <typename A>
 BNK_INLINE Lanes<A> operator*(const Lanes<A>& a, const Lanes<A>& b) {
   Lanes<A> r;
+#pragma GCC unroll 8
   for (int p = 0; p < kParts; ++p) r.part[p] = a.part[p] * b.part[p];
   return r;
 }
 
 // ---- lanes that count, where a run does not end with a whole vector ----
 
-// Lane i of the window that starts at element `remainder` is set if and only if i >= kCount - remainder.
-alignas(64) constexpr int32_t kTailMask32[32] = {0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,
-                                                 -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
-alignas(64) constexpr int64_t kTailMask64[16] = {0, 0, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1, -1, -1, -1};
-
 template <typename A>
 struct Mask {
   typename NativeOf<A>::Bits part[kParts];
 };
 
-// The mask of the last `remainder` lanes.
-template <typename A>
-BNK_INLINE Mask<A> last_lanes(int64_t remainder) {
+// Zeros, then as many ones: a window that starts at element i has its last i lanes set.
+constexpr int kHalfCount32 = kLanesBytes / 2 / 4;
+alignas(64) constexpr int32_t kSteps[2 * kHalfCount32] = {
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
+
+// The mask of the last `remainder` elements of memory, for lanes loaded from T.
+template <typename T>
+BNK_INLINE Mask<Accumulate<T>> last_elements(int64_t remainder) {
+  using A = Accumulate<T>;
+  constexpr int64_t kHalfCount = Lanes<A>::kCount / 2;
+  constexpr int64_t kWords = sizeof(A) / sizeof(int32_t);
+  const bool interleaved = std::is_same<T, BFloat16>::value;
+  const int64_t second = interleaved ? (remainder + 1) / 2 : remainder < kHalfCount ? remainder : kHalfCount;
+  const int32_t* windows[2] = {kSteps + (remainder - second) * kWords, kSteps + second * kWords};
   Mask<A> mask;
-  if constexpr (sizeof(A) == 4) {
-    std::memcpy(&mask, kTailMask32 + remainder, sizeof(mask));
-  } else {
-    std::memcpy(&mask, kTailMask64 + remainder, sizeof(mask));
+#pragma GCC unroll 8
+  for (int p = 0; p < kParts; ++p) {
+    std::memcpy(&mask.part[p], windows[p / kHalf] + p % kHalf * (BNK_NATIVE_BYTES / 4), BNK_NATIVE_BYTES);
   }
   return mask;
 }
@@ -94,6 +110,7 @@ BNK_INLINE Lanes<A> keep(const Lanes<A>& a, const Mask<A>& mask) {
   using Native = typename NativeOf<A>::Vector;
   using Bits = typename NativeOf<A>::Bits;
   Lanes<A> r;
+#pragma GCC unroll 8
   for (int p = 0; p < kParts; ++p) r.part[p] = (Native)((Bits)a.part[p] & mask.part[p]);
   return r;
 }
@@ -102,112 +119,125 @@ BNK_INLINE Lanes<A> keep(const Lanes<A>& a, const Mask<A>& mask) {
 
 template <typename A>
 BNK_INLINE Lanes<A> load(const A* from) {
-  Lanes<A> r;
-  std::memcpy(&r, from, sizeof(r));
+  Lanes<A> r;  // register by register: a copy of all 128 bytes would go through memory
+#pragma GCC unroll 8
+  for (int p = 0; p < kParts; ++p) std::memcpy(&r.part[p], from + p * Lanes<A>::kNativeCount, BNK_NATIVE_BYTES);
   return r;
 }
 
 template <typename A>
 BNK_INLINE void store(A* to, const Lanes<A>& a) {
-  std::memcpy(to, &a, sizeof(a));
+#pragma GCC unroll 8
+  for (int p = 0; p < kParts; ++p) std::memcpy(to + p * Lanes<A>::kNativeCount, &a.part[p], BNK_NATIVE_BYTES);
 }
-
-#if BNK_AVX512
 
 BNK_INLINE Lanes<float> load(const BFloat16* from) {
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-  return {{(NativeFloat)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)}};
-}
-
-BNK_INLINE __m256i to_bfloat16_bits(const Lanes<float>& a) {
-  const __m512i bits = (__m512i)a.part[0];
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  const __mmask16 nan = _mm512_cmp_ps_mask((__m512)a.part[0], (__m512)a.part[0], _CMP_UNORD_Q);
-  const __m512i kept = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x00400000));
-  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
-}
-
-BNK_INLINE Lanes<float> load(const Float16* from) {
-  return {{(NativeFloat)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)))}};
-}
-
-BNK_INLINE __m256i to_float16_bits(const Lanes<float>& a) {
-  return _mm512_cvtps_ph((__m512)a.part[0], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
-
-#elif BNK_AVX2
-
-BNK_INLINE Lanes<float> load(const BFloat16* from) {
-  const __m128i* halves = reinterpret_cast<const __m128i*>(from);
   Lanes<float> r;
-  for (int p = 0; p < kParts; ++p) {
-    r.part[p] = (NativeFloat)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(halves + p)), 16);
+#pragma GCC unroll 8
+  for (int p = 0; p < kHalf; ++p) {
+    NativeUint32 words;
+    std::memcpy(&words, from + 2 * p * Lanes<float>::kNativeCount, sizeof(words));
+    r.part[p] = (NativeFloat)(words << 16);
+    r.part[p + kHalf] = (NativeFloat)(words & 0xffff0000u);
   }
   return r;
 }
 
-BNK_INLINE __m256i round_to_bfloat16(NativeFloat a) {
-  const __m256i bits = (__m256i)a;
-  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-  const __m256i nan = (__m256i)_mm256_cmp_ps((__m256)a, (__m256)a, _CMP_UNORD_Q);
-  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x00400000));
-  return _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+// To nearest even, in the upper half of each lane; the lower half is left as it comes. NaN is never rounded, as the carry
+// could leave it infinite or zero; it is quiet already, coming from arithmetic.
+BNK_INLINE NativeUint32 round_to_bfloat16(NativeFloat a) {
+#if BNK_AVX512
+  const __m512i bits = (__m512i)a;
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+  const __m512i half = _mm512_mask_blend_epi32(odd, _mm512_set1_epi32(0x7fff), _mm512_set1_epi32(0x8000));
+  const __mmask16 number = _mm512_cmp_ps_mask((__m512)a, (__m512)a, _CMP_ORD_Q);
+  return (NativeUint32)_mm512_mask_add_epi32(bits, number, bits, half);
+#else
+  const NativeUint32 bits = (NativeUint32)a;
+  const NativeUint32 half = ((bits >> 16) & 1u) + 0x7fffu;
+  return bits + (half & (NativeUint32)(a == a));
+#endif
 }
 
-BNK_INLINE __m256i to_bfloat16_bits(const Lanes<float>& a) {
-  // The pack interleaves its operands' 128-bit halves; the permutation puts them in order.
-  const __m256i packed = _mm256_packus_epi32(round_to_bfloat16(a.part[0]), round_to_bfloat16(a.part[1]));
-  return _mm256_permute4x64_epi64(packed, 0xd8);
+BNK_INLINE void store(BFloat16* to, const Lanes<float>& a) {
+#pragma GCC unroll 8
+  for (int p = 0; p < kHalf; ++p) {
+    const NativeUint32 even = round_to_bfloat16(a.part[p]);
+    const NativeUint32 odd = round_to_bfloat16(a.part[p + kHalf]);
+    const NativeUint32 words = (even >> 16) | (odd & 0xffff0000u);
+    std::memcpy(to + 2 * p * Lanes<float>::kNativeCount, &words, sizeof(words));
+  }
 }
+
+#if BNK_AVX512
+BNK_INLINE NativeFloat widen(const Float16* from) {
+  return (NativeFloat)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+BNK_INLINE void narrow(Float16* to, NativeFloat a) {
+  const __m256i bits = _mm512_cvtps_ph((__m512)a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bits);
+}
+#elif BNK_AVX2
+BNK_INLINE NativeFloat widen(const Float16* from) {
+  return (NativeFloat)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+BNK_INLINE void narrow(Float16* to, NativeFloat a) {
+  const __m128i bits = _mm256_cvtps_ph((__m256)a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bits);
+}
+#else
+BNK_INLINE NativeFloat widen(const Float16* from) {
+  NativeFloat r;
+  for (int i = 0; i < Lanes<float>::kNativeCount; ++i) r[i] = to_float(from[i]);
+  return r;
+}
+BNK_INLINE void narrow(Float16* to, NativeFloat a) {
+  for (int i = 0; i < Lanes<float>::kNativeCount; ++i) to[i] = to_float16(a[i]);
+}
+#endif
 
 BNK_INLINE Lanes<float> load(const Float16* from) {
-  const __m128i* halves = reinterpret_cast<const __m128i*>(from);
   Lanes<float> r;
-  for (int p = 0; p < kParts; ++p) r.part[p] = (NativeFloat)_mm256_cvtph_ps(_mm_loadu_si128(halves + p));
+#pragma GCC unroll 8
+  for (int p = 0; p < kParts; ++p) r.part[p] = widen(from + p * Lanes<float>::kNativeCount);
   return r;
 }
 
-BNK_INLINE __m256i to_float16_bits(const Lanes<float>& a) {
-  constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-  return _mm256_set_m128i(_mm256_cvtps_ph((__m256)a.part[1], kNearest), _mm256_cvtps_ph((__m256)a.part[0], kNearest));
-}
-
-#else  // the conversions of scalar.h, lane by lane; those of bfloat16 the compiler vectorises
-
-template <typename Half>
-BNK_INLINE Lanes<float> load_lane_by_lane(const Half* from) {
-  alignas(64) float lane[16];
-  for (int i = 0; i < 16; ++i) lane[i] = to_float(from[i]);
-  return load(lane);
-}
-
-BNK_INLINE Lanes<float> load(const BFloat16* from) { return load_lane_by_lane(from); }
-BNK_INLINE Lanes<float> load(const Float16* from) { return load_lane_by_lane(from); }
-
-BNK_INLINE void store(BFloat16* to, const Lanes<float>& a) {
-  alignas(64) float lane[16];
-  store(lane, a);
-  for (int i = 0; i < 16; ++i) to[i] = to_bfloat16(lane[i]);
-}
-
 BNK_INLINE void store(Float16* to, const Lanes<float>& a) {
-  alignas(64) float lane[16];
-  store(lane, a);
-  for (int i = 0; i < 16; ++i) to[i] = to_float16(lane[i]);
+#pragma GCC unroll 8
+  for (int p = 0; p < kParts; ++p) narrow(to + p * Lanes<float>::kNativeCount, a.part[p]);
 }
 
-#endif
+// Arithmetic values in memory order, from and to lanes in the order that lanes loaded from T have.
+template <typename T>
+BNK_INLINE Lanes<Accumulate<T>> load_like(const Accumulate<T>* from) {
+  if constexpr (!std::is_same<T, BFloat16>::value) {
+    return load(from);
+  } else {
+    constexpr int kCount = Lanes<float>::kCount;
+    float ordered[kCount];
+    for (int i = 0; i < kCount / 2; ++i) {
+      ordered[i] = from[2 * i];
+      ordered[i + kCount / 2] = from[2 * i + 1];
+    }
+    return load(ordered);
+  }
+}
 
-#if BNK_AVX2 || BNK_AVX512
-BNK_INLINE void store(BFloat16* to, const Lanes<float>& a) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), to_bfloat16_bits(a));
+template <typename T>
+BNK_INLINE void store_like(Accumulate<T>* to, const Lanes<Accumulate<T>>& a) {
+  if constexpr (!std::is_same<T, BFloat16>::value) {
+    store(to, a);
+  } else {
+    constexpr int kCount = Lanes<float>::kCount;
+    float ordered[kCount];
+    store(ordered, a);
+    for (int i = 0; i < kCount / 2; ++i) {
+      to[2 * i] = ordered[i];
+      to[2 * i + 1] = ordered[i + kCount / 2];
+    }
+  }
 }
-BNK_INLINE void store(Float16* to, const Lanes<float>& a) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), to_float16_bits(a));
-}
-#endif
 
 // The first `count` elements of a vector that memory does not hold as a whole; the other lanes are zero.
 template <typename T>

@@ -28,6 +28,22 @@ BNK_INLINE bool in_range(double sum, double floor = -__builtin_huge_val()) {
   return sizeof(A) == sizeof(double) || ((sum >= floor) & (__builtin_fabs(sum) < __builtin_huge_val()));
 }
 
+template <int kCount>
+BNK_INLINE bool all_in_range(const double*, double = 0) {
+  return true;
+}
+template <int kCount>
+BNK_INLINE bool all_in_range(const float* sums, double floor = -__builtin_huge_val()) {
+  const float least = static_cast<float>(floor);
+  int32_t bad = 0;  // integers all the way, as only their reductions are vectorised
+  for (int i = 0; i < kCount; ++i) {
+    int32_t bits;
+    std::memcpy(&bits, sums + i, sizeof(bits));
+    bad |= ((bits & 0x7fffffff) >= 0x7f800000 ? 1 : 0) | (sums[i] < least ? 1 : 0);
+  }
+  return bad == 0;
+}
+
 // NaN stays.
 BNK_INLINE double not_negative(double value) { return value < 0 ? 0 : value; }
 

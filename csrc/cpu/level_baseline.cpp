@@ -1,6 +1,7 @@
 // The baseline SIMD level: what every processor of the architecture has (SSE2 on x86-64). See level.h.
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "kernels.h"
 #include "scalar.h"

@@ -14,23 +14,26 @@ T* at(void* data, int64_t element) {
 }
 
 // Runs of at least one vector. The first argument of whole() and tail() numbers the accumulator: independent chains.
+// Written out, as an accumulator whose number is not a constant would live in memory.
 template <typename A, typename Visitor>
 BNK_INLINE void visit_run(int64_t length, const Mask<A>& mask, Visitor& visitor) {
   constexpr int64_t kCount = Lanes<A>::kCount;
   int64_t i = 0;
-  for (; i + 4 * kCount <= length; i += 4 * kCount) {
+  for (; i + 2 * kCount <= length; i += 2 * kCount) {
     visitor.whole(0, i);
     visitor.whole(1, i + kCount);
-    visitor.whole(2, i + 2 * kCount);
-    visitor.whole(3, i + 3 * kCount);
   }
-  for (int k = 0; k < 3 && i + kCount <= length; ++k, i += kCount) visitor.whole(k, i);
-  if (i < length) visitor.tail(3, length - kCount, mask);
+  if (i + kCount <= length) {
+    visitor.whole(0, i);
+    i += kCount;
+  }
+  if (i < length) visitor.tail(1, length - kCount, mask);
 }
 
-template <typename A, typename Visitor>
+template <typename T, typename Visitor>
 BNK_INLINE void visit_rows(const Tile& tile, Visitor& visitor) {
-  const Mask<A> mask = last_lanes<A>(tile.length % Lanes<A>::kCount);
+  using A = Accumulate<T>;
+  const Mask<A> mask = last_elements<T>(tile.length % Lanes<A>::kCount);
   for (int64_t row = 0; row < tile.rows; ++row) {
     visit_run<A>(tile.length, mask, visitor);
     visitor.advance(tile.stride);
@@ -63,12 +66,12 @@ template <typename T>
 struct Sum {
   using A = Accumulate<T>;
   const T* x;
-  Lanes<A> sum[4] = {};
+  Lanes<A> sum[2] = {};
 
   BNK_INLINE void whole(int k, int64_t i) { sum[k] = sum[k] + load(x + i); }
   BNK_INLINE void tail(int k, int64_t i, const Mask<A>& mask) { sum[k] = sum[k] + keep(load(x + i), mask); }
   BNK_INLINE void advance(int64_t stride) { x += stride; }
-  double total() const { return sum_of_lanes((sum[0] + sum[1]) + (sum[2] + sum[3])); }
+  double total() const { return sum_of_lanes(sum[0] + sum[1]); }
 };
 
 template <typename T>
@@ -76,15 +79,15 @@ struct CenteredSums {
   using A = Accumulate<T>;
   const T* x;
   Lanes<A> center;
-  Lanes<A> sum[2] = {};
-  Lanes<A> squares[2] = {};
+  Lanes<A> sum = {};
+  Lanes<A> squares = {};
 
-  BNK_INLINE void add(int k, const Lanes<A>& d) {
-    sum[k & 1] = sum[k & 1] + d;
-    squares[k & 1] = squares[k & 1] + d * d;
+  BNK_INLINE void add(const Lanes<A>& d) {
+    sum = sum + d;
+    squares = squares + d * d;
   }
-  BNK_INLINE void whole(int k, int64_t i) { add(k, load(x + i) - center); }
-  BNK_INLINE void tail(int k, int64_t i, const Mask<A>& mask) { add(k, keep(load(x + i) - center, mask)); }
+  BNK_INLINE void whole(int, int64_t i) { add(load(x + i) - center); }
+  BNK_INLINE void tail(int, int64_t i, const Mask<A>& mask) { add(keep(load(x + i) - center, mask)); }
   BNK_INLINE void advance(int64_t stride) { x += stride; }
 };
 
@@ -97,12 +100,12 @@ void row_moments(const void* data, Tile tile, double floor, double* mean, double
   if (tile.length < Lanes<A>::kCount) return exact_moments(x, tile, mean, squares);
   const double count = static_cast<double>(tile.rows * tile.length);
   Sum<T> first{x};
-  visit_rows<A>(tile, first);
+  visit_rows<T>(tile, first);
   const A center = static_cast<A>(first.total() / count);
   CenteredSums<T> second{x, broadcast(center)};
-  visit_rows<A>(tile, second);
-  const double s1 = sum_of_lanes(second.sum[0] + second.sum[1]);
-  const double s2 = sum_of_lanes(second.squares[0] + second.squares[1]);
+  visit_rows<T>(tile, second);
+  const double s1 = sum_of_lanes(second.sum);
+  const double s2 = sum_of_lanes(second.squares);
   if (!in_range<A>(s2, floor)) return exact_moments(x, tile, mean, squares);
   const double shift = s1 / count;
   *mean = center + shift;
@@ -132,15 +135,15 @@ struct GradientSums {
   const T* g;
   const T* x;
   Lanes<A> mean, invstd;
-  Lanes<A> sum_g[2] = {};
-  Lanes<A> sum_gx[2] = {};
+  Lanes<A> sum_g = {};
+  Lanes<A> sum_gx = {};
 
-  BNK_INLINE void add(int k, const Lanes<A>& gradient, const Lanes<A>& value) {
-    sum_g[k & 1] = sum_g[k & 1] + gradient;
-    sum_gx[k & 1] = sum_gx[k & 1] + gradient * ((value - mean) * invstd);
+  BNK_INLINE void add(const Lanes<A>& gradient, const Lanes<A>& value) {
+    sum_g = sum_g + gradient;
+    sum_gx = sum_gx + gradient * ((value - mean) * invstd);
   }
-  BNK_INLINE void whole(int k, int64_t i) { add(k, load(g + i), load(x + i)); }
-  BNK_INLINE void tail(int k, int64_t i, const Mask<A>& mask) { add(k, keep(load(g + i), mask), load(x + i)); }
+  BNK_INLINE void whole(int, int64_t i) { add(load(g + i), load(x + i)); }
+  BNK_INLINE void tail(int, int64_t i, const Mask<A>& mask) { add(keep(load(g + i), mask), load(x + i)); }
   BNK_INLINE void advance(int64_t stride) { g += stride, x += stride; }
 };
 
@@ -151,9 +154,9 @@ void row_sums(const void* g, const void* x, Tile tile, double mean, double invst
   const T* from_x = static_cast<const T*>(x);
   if (tile.length < Lanes<A>::kCount) return exact_sums(from_g, from_x, tile, mean, invstd, sum_g, sum_gx);
   GradientSums<T> sums{from_g, from_x, broadcast(static_cast<A>(mean)), broadcast(static_cast<A>(invstd))};
-  visit_rows<A>(tile, sums);
-  const double s1 = sum_of_lanes(sums.sum_g[0] + sums.sum_g[1]);
-  const double s2 = sum_of_lanes(sums.sum_gx[0] + sums.sum_gx[1]);
+  visit_rows<T>(tile, sums);
+  const double s1 = sum_of_lanes(sums.sum_g);
+  const double s2 = sum_of_lanes(sums.sum_gx);
   if (!(in_range<A>(s1) && in_range<A>(s2))) {
     return exact_sums(from_g, from_x, tile, mean, invstd, sum_g, sum_gx);
   }
@@ -164,9 +167,9 @@ void row_sums(const void* g, const void* x, Tile tile, double mean, double invst
 // ---- elementwise ----
 
 // Runs shorter than a vector are the visitor's part().
-template <typename A, typename Visitor>
+template <typename T, typename Visitor>
 BNK_INLINE void write_rows(const Tile& tile, Visitor& visitor) {
-  if (tile.length >= Lanes<A>::kCount) return visit_rows<A>(tile, visitor);
+  if (tile.length >= Lanes<Accumulate<T>>::kCount) return visit_rows<T>(tile, visitor);
   for (int64_t row = 0; row < tile.rows; ++row) {
     visitor.part(tile.length);
     visitor.advance(tile.stride);
@@ -196,7 +199,7 @@ void row_normalize(const void* x, void* y, Tile tile, const Affine& affine) {
                          broadcast(static_cast<A>(affine.invstd)),
                          broadcast(static_cast<A>(affine.weight)),
                          broadcast(static_cast<A>(affine.bias))};
-  write_rows<A>(tile, normalize);
+  write_rows<T>(tile, normalize);
 }
 
 template <typename T>
@@ -235,7 +238,7 @@ void row_gradient(const void* g, const void* x, void* grad_x, Tile tile, const G
   const Lanes<A> scale = broadcast(static_cast<A>(gradient.scale));
   if (x == nullptr) {
     ScaledGradient<T> scaled{static_cast<const T*>(g), static_cast<T*>(grad_x), scale};
-    return write_rows<A>(tile, scaled);
+    return write_rows<T>(tile, scaled);
   }
   InputGradient<T> result{static_cast<const T*>(g),
                           static_cast<const T*>(x),
@@ -245,5 +248,5 @@ void row_gradient(const void* g, const void* x, void* grad_x, Tile tile, const G
                           scale,
                           broadcast(static_cast<A>(gradient.mean_g)),
                           broadcast(static_cast<A>(gradient.mean_gx))};
-  write_rows<A>(tile, result);
+  write_rows<T>(tile, result);
 }

@@ -1,6 +1,6 @@
 // Rows: channels-first. A channel is `outer` runs of `inner` contiguous elements.
 //
-// Tiles of about kTileElements: a piece of a long run, or several short runs. A block holds several channels where runs
+// Tiles of about kTileBytes: a piece of a long run, or several short runs. A block holds several channels where runs
 // are short, so that a thread walks neighbouring runs together and every cache line that it fetches is used.
 #include <algorithm>
 
@@ -10,8 +10,8 @@
 namespace bnk::cpu {
 namespace {
 
-constexpr int64_t kTileElements = 2048;  // two passes of a tile stay in the first-level cache; 64 lanes: chains of 32
-constexpr int64_t kChunkTiles = 32;      // at least, in a chunk
+constexpr int64_t kTileBytes = 8192;  // in the arithmetic type: short chains, and its second pass is from the cache
+constexpr int64_t kChunkTiles = 32;   // at least, in a chunk
 constexpr int64_t kMaxChunks = 256;
 constexpr int64_t kBlockRunBytes = 2048;  // neighbouring runs that a block walks together
 constexpr int64_t kMaxBlockChannels = 16;
@@ -22,15 +22,16 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 Rows::Rows(const Problem& problem) : Layout(problem) {
   const int64_t inner = problem.inner;
-  if (inner >= kTileElements) {
-    length_ = ceil_div(ceil_div(inner, ceil_div(inner, kTileElements)), 64) * 64;
+  const int64_t tile_elements = kTileBytes / size_of(accumulate_dtype(problem.dtype));
+  if (inner >= tile_elements) {
+    length_ = ceil_div(ceil_div(inner, ceil_div(inner, tile_elements)), 64) * 64;
     segments_ = ceil_div(inner, length_);
     tile_rows_ = 1;
     tiles_ = problem.outer * segments_;
   } else {
     length_ = inner;
     segments_ = 1;
-    tile_rows_ = kTileElements / inner;
+    tile_rows_ = tile_elements / inner;
     tiles_ = ceil_div(problem.outer, tile_rows_);
   }
   chunk_tiles_ = std::max(kChunkTiles, ceil_div(tiles_, kMaxChunks));
