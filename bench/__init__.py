@@ -1,0 +1,18 @@
+"""The benchmark harness of bnkernels: `python -m bench` (see bench/NOTES.md for how to read what it prints).
+
+shapes.py       the BatchNorm layers that are timed
+cases.py        one case: shape, layout, dtype; its inputs, and the bytes it must move
+contestants.py  who runs: nn.BatchNorm2d eager, the same under torch.compile, bnkernels
+gate.py         nobody is timed before their results were held against the float64 reference
+sampling.py     interleaved samples of the contestants' times; the CPU clock
+cuda.py         the same on a GPU: CUDA graphs, L2 cold and warm, the device's copy bandwidth
+stats.py        medians, quantiles, ratios
+machine.py      what the figures were taken on
+report.py       JSON and Markdown;  plot.py the picture
+cli.py          the command line
+
+registers.py    registers, spills and shared memory of each kernel by architecture (needs nvcc, no GPU)
+sanitize.py     every kernel variant at small sizes, to be run under compute-sanitizer
+ncu.py          DRAM bytes as the hardware counts them, against the floor
+gpu.sh          all of it on a machine with a GPU, in one go
+"""

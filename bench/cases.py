@@ -1,0 +1,101 @@
+"""One case of the benchmark: which input, in which layout and dtype, in which direction; and the bytes it must move."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .shapes import LayerShape
+
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+LAYOUTS: dict[str, torch.memory_format] = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+
+# Tensors of the input's size that must cross the memory bus: forward reads x and writes y; backward reads x and grad_y
+# and writes grad_x. The per-channel vectors are left out: they are 1/(N*H*W) of a tensor.
+FLOOR_TENSORS: dict[str, int] = {"forward": 2, "eval": 2, "backward": 3, "step": 5}
+
+DIRECTION_TITLES: dict[str, str] = {
+    "forward": "forward in training",
+    "eval": "forward in evaluation",
+    "backward": "backward of training",
+    "step": "forward + backward of training",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A BatchNorm2d input (shape, batch, layout, dtype by the names above)."""
+
+    shape: LayerShape
+    batch: int
+    layout: str
+    dtype: str
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape.input_shape(self.batch))
+
+    @property
+    def tensor_bytes(self) -> int:
+        return self.elements * self.torch_dtype.itemsize
+
+    def floor_bytes(self, direction: str) -> int:
+        return FLOOR_TENSORS[direction] * self.tensor_bytes
+
+    def __str__(self) -> str:
+        return f"{self.batch}x{self.shape.name} {self.layout} {self.dtype}"
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """One input and one gradient of the output. x is a leaf that requires grad."""
+
+    x: Tensor
+    grad: Tensor
+
+
+def make_buffers(case: Case, device: torch.device, seed: int = 0) -> Buffers:
+    """Normal data whose mean and scale differ by channel, as activations' do; the gradient is plain normal."""
+    generator = torch.Generator(device=device).manual_seed(seed)
+    size = case.shape.input_shape(case.batch)
+    channels = (1, case.shape.channels, 1, 1)
+    memory_format = LAYOUTS[case.layout]
+
+    def normal(shape: Sequence[int]) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device)
+
+    x = normal(size).mul_(normal(channels).exp_()).add_(normal(channels))
+    grad = normal(size)
+    return Buffers(
+        x.to(case.torch_dtype).contiguous(memory_format=memory_format).requires_grad_(),
+        grad.to(case.torch_dtype).contiguous(memory_format=memory_format),
+    )
+
+
+def make_ring(case: Case, device: torch.device, count: int, seed: int = 0) -> list[Buffers]:
+    """`count` buffers of the same values at different addresses, for calls to go round."""
+    first = make_buffers(case, device, seed)
+    ring = [first]
+    for _ in range(count - 1):
+        ring.append(Buffers(first.x.detach().clone().requires_grad_(), first.grad.clone()))
+    return ring
+
+
+def ring_length(case: Case, per_call: int, cold_bytes: int, limit_bytes: int) -> int:
+    """How many buffers a ring needs so that more than `cold_bytes` pass before a buffer comes round again.
+
+    `per_call` is what one call touches of memory that goes round with the ring. At least 2 buffers; no more than hold
+    `limit_bytes` of inputs (x and grad), so that small memories survive.
+    """
+    wanted = max(2, cold_bytes // per_call + 2)
+    affordable = max(2, limit_bytes // (2 * case.tensor_bytes))
+    return min(wanted, affordable)

@@ -1,0 +1,238 @@
+"""The command line: `python -m bench [--quick | --full] [options]`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from . import cuda, gate, harness, machine
+from .cases import DTYPES, FLOOR_TENSORS, LAYOUTS, Case
+from .contestants import BUILDERS, COMPILED, TITLES, why_no_compiler
+from .report import render
+from .results import Run
+from .sampling import Effort
+from .shapes import FAMILIES, LayerShape
+
+EFFORTS = {
+    ("cpu", "quick"): Effort(sample_s=4e-3, budget_s=0.3, min_rounds=5, max_rounds=15),
+    ("cpu", "default"): Effort(sample_s=10e-3, budget_s=1.5, min_rounds=7, max_rounds=31),
+    ("cpu", "full"): Effort(sample_s=20e-3, budget_s=5.0, min_rounds=15, max_rounds=101),
+    ("cuda", "quick"): Effort(sample_s=1e-3, budget_s=0.1, min_rounds=9, max_rounds=31),
+    ("cuda", "default"): Effort(sample_s=2e-3, budget_s=0.3, min_rounds=11, max_rounds=51),
+    ("cuda", "full"): Effort(sample_s=5e-3, budget_s=1.0, min_rounds=21, max_rounds=101),
+}
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What is run where the options do not say."""
+
+    batch: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    directions: tuple[str, ...]
+
+
+DEFAULTS = {
+    ("cpu", "quick"): Defaults((8,), ("fp32", "bf16"), ("forward", "eval", "step")),
+    ("cpu", "default"): Defaults((8, 32), ("fp32", "bf16"), ("forward", "eval", "step")),
+    ("cuda", "quick"): Defaults((32, 256), ("fp32", "bf16"), ("forward", "backward", "step")),
+    ("cuda", "default"): Defaults((32, 256), ("fp32", "bf16", "fp16"), ("forward", "backward", "eval", "step")),
+}
+
+
+def _one_of(known: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
+    """An argparse type: names out of `known`, separated by commas."""
+    names = tuple(known)
+
+    def parse(text: str) -> tuple[str, ...]:
+        chosen = tuple(part.strip() for part in text.split(",") if part.strip())
+        unknown = [name for name in chosen if name not in names]
+        if unknown or not chosen:
+            raise argparse.ArgumentTypeError(f"{', '.join(unknown) or 'nothing'} is not among {', '.join(names)}")
+        return chosen
+
+    return parse
+
+
+def _shapes(text: str) -> tuple[LayerShape, ...]:
+    """An argparse type: a family of shapes.py, or shapes as CxHxW, separated by commas."""
+    if text in FAMILIES:
+        return FAMILIES[text]()
+    try:
+        sizes = [tuple(int(size) for size in part.split("x")) for part in text.split(",")]
+        shapes = tuple(LayerShape(*size) for size in sizes if len(size) == 3 and min(size) > 0)
+    except ValueError:
+        shapes = ()
+    if not shapes or len(shapes) != len(text.split(",")):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither one of {', '.join(FAMILIES)} nor shapes such as 64x56x56"
+        )
+    return shapes
+
+
+def _batches(text: str) -> tuple[int, ...]:
+    try:
+        batches = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        batches = ()
+    if not batches or min(batches) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of positive numbers")
+    return batches
+
+
+def parser() -> argparse.ArgumentParser:
+    parse = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="Times bnkernels beside nn.BatchNorm2d and torch.compile of it on ResNet-50's BatchNorm layers. "
+        "Every result is held against the float64 reference first. Writes <date>-<machine>-<what>.json, .md and .png.",
+    )
+    effort = parse.add_mutually_exclusive_group()
+    effort.add_argument("--quick", action="store_true", help="four shapes, few samples")
+    effort.add_argument("--full", action="store_true", help="many samples; the compiled layer in every direction")
+    parse.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: the GPU if there is one"
+    )
+    parse.add_argument(
+        "--shapes", type=_shapes, metavar="NAME|CxHxW,..", help="resnet50 (default), quick, tiny, or shapes"
+    )
+    parse.add_argument("--batch", type=_batches, metavar="N,..", help="default: 8,32 on a CPU, 32,256 on a GPU")
+    parse.add_argument("--dtypes", type=_one_of(DTYPES), metavar="D,..", help=f"of {', '.join(DTYPES)}")
+    parse.add_argument("--layouts", type=_one_of(LAYOUTS), metavar="L,..", help=f"of {', '.join(LAYOUTS)}")
+    parse.add_argument(
+        "--directions", type=_one_of(FLOOR_TENSORS), metavar="D,..", help=f"of {', '.join(FLOOR_TENSORS)}"
+    )
+    parse.add_argument("--contestants", type=_one_of(BUILDERS), metavar="C,..", help=f"of {', '.join(BUILDERS)}")
+    parse.add_argument(
+        "--modes", type=_one_of(cuda.MODES), metavar="M,..", help="GPU only, of cold, warm, user; default: cold,warm"
+    )
+    parse.add_argument(
+        "--budget", type=float, metavar="S", help="seconds for one case and direction, instead of the preset's"
+    )
+    parse.add_argument("--threads", type=int, metavar="T", help="CPU threads (default: torch's)")
+    parse.add_argument("--out", type=Path, default=Path("out/bench"), metavar="DIR", help="default: out/bench")
+    parse.add_argument("--name", metavar="WHAT", help="last part of the files' name (default: quick, default or full)")
+    parse.add_argument("--no-plot", action="store_true")
+    parse.add_argument(
+        "--render", type=Path, metavar="JSON", help="measure nothing: write the report of this run again"
+    )
+    return parse
+
+
+def make_plan(options: argparse.Namespace) -> harness.Plan:
+    """The options with every default filled in. Raises SystemExit where the device is not there."""
+    kind = options.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda, but torch sees no GPU")
+    preset = "quick" if options.quick else "full" if options.full else "default"
+    defaults = DEFAULTS[kind, "quick" if options.quick else "default"]
+    effort = EFFORTS[kind, preset]
+    if options.budget is not None:
+        effort = Effort(effort.sample_s, options.budget, effort.min_rounds, effort.max_rounds)
+    shapes = options.shapes or FAMILIES["quick" if options.quick else "resnet50"]()
+    cases = [
+        Case(shape, batch, layout, dtype)
+        for dtype in options.dtypes or defaults.dtypes
+        for layout in options.layouts or tuple(LAYOUTS)
+        for batch in options.batch or defaults.batch
+        for shape in shapes
+    ]
+    modes: Sequence[str] = ("cpu",)
+    if kind == "cuda":
+        modes = options.modes or ("cold", "warm")
+    return harness.Plan(
+        device=torch.device(kind),
+        cases=cases,
+        directions=options.directions or defaults.directions,
+        contestants=options.contestants or tuple(BUILDERS),
+        modes=modes,
+        effort=effort,
+        compile_all=options.full,
+    )
+
+
+def _without_compiler(plan: harness.Plan, run: Run) -> harness.Plan:
+    """The plan, without the compiled layer where torch.compile does not work; the report says so."""
+    if COMPILED not in plan.contestants:
+        return plan
+    why = why_no_compiler(plan.device)
+    if why is None:
+        return plan
+    run.notes.append(f"no figures of {TITLES[COMPILED]}: it does not work in this environment ({why})")
+    print(run.notes[-1], file=sys.stderr)
+    return replace(plan, contestants=tuple(name for name in plan.contestants if name != COMPILED))
+
+
+def _progress(cases: Iterable[Case]) -> Iterable[Case]:
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return cases
+    bar: Iterable[Case] = tqdm(cases, unit="case", file=sys.stderr, dynamic_ncols=True, smoothing=0)
+    return bar
+
+
+def write(run: Run, stem: Path, plot: bool) -> list[Path]:
+    """Writes stem.json, stem.md and, unless told not to or without matplotlib, stem.png."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    written = [stem.with_name(stem.name + ".json")]
+    run.save(written[0])
+    picture = None
+    if plot:
+        try:
+            from .plot import plot as draw
+        except ImportError as error:
+            print(f"no plot: {error}", file=sys.stderr)
+        else:
+            picture = stem.with_name(stem.name + ".png")
+            draw(run, picture)
+            written.append(picture)
+    report = stem.with_name(stem.name + ".md")
+    report.write_text(render(run, picture.name if picture else None))
+    return [*written, report]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0: measured and written. 1: bnkernels' results are outside the bound. 2: it could not run."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parser().parse_args(arguments)
+    if options.render is not None:
+        run = Run.load(options.render)
+        for path in write(run, options.render.with_suffix(""), not options.no_plot):
+            print(path)
+        return 0
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    plan = make_plan(options)
+    preset = "quick" if options.quick else "full" if options.full else "default"
+    facts = machine.describe(plan.device, arguments)
+    run = Run(
+        machine=facts,
+        settings={
+            "preset": preset,
+            "sample_s": plan.effort.sample_s,
+            "budget_s": plan.effort.budget_s,
+            "rounds": [plan.effort.min_rounds, plan.effort.max_rounds],
+            "compile_all": plan.compile_all,
+        },
+    )
+    plan = _without_compiler(plan, run)
+    load = facts["load_average_at_start"]
+    if plan.device.type == "cpu" and load is not None and load > 0.5 * facts["cores"]:
+        run.notes.append(f"the machine was busy when the run began (load average {load}): expect wide spreads")
+    try:
+        harness.execute(plan, run, _progress)
+    except gate.GateError as error:
+        print(f"{error}\nnothing is reported", file=sys.stderr)
+        return 1
+    stem = options.out / f"{facts['date'][:10]}-{machine.slug(facts)}-{options.name or preset}"
+    written = write(run, stem, not options.no_plot)
+    print(render(run).split("## All cases")[0].rstrip())
+    print("\nwritten: " + ", ".join(str(path) for path in written))
+    return 0

@@ -1,0 +1,140 @@
+"""Who is timed, and what one call of each direction is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .cases import Buffers, Case
+
+OURS = "ours"
+EAGER = "eager"
+COMPILED = "compiled"
+COPY = "copy"
+
+TITLES: dict[str, str] = {
+    OURS: "bnkernels",
+    EAGER: "nn.BatchNorm2d",
+    COMPILED: "torch.compile(nn.BatchNorm2d)",
+    COPY: "a copy of x (the yardstick: reads and writes one tensor)",
+}
+
+
+def make_layer(case: Case, device: torch.device, seed: int = 1) -> nn.BatchNorm2d:
+    """A torch layer with parameters and running statistics that are not the initial ones.
+
+    Parameters and statistics are float32 for 16-bit inputs too, as in mixed-precision training.
+    """
+    channels = case.shape.channels
+    generator = torch.Generator().manual_seed(seed)
+    layer = nn.BatchNorm2d(channels)
+    with torch.no_grad():
+        layer.weight.copy_(torch.rand(channels, generator=generator) + 0.5)
+        layer.bias.copy_(torch.randn(channels, generator=generator))
+        assert layer.running_mean is not None and layer.running_var is not None
+        layer.running_mean.copy_(torch.randn(channels, generator=generator))
+        layer.running_var.copy_(torch.rand(channels, generator=generator) + 0.5)
+    return layer.to(device)
+
+
+def _convert(layer: nn.BatchNorm2d) -> nn.Module:
+    import bnkernels  # here, so that the parts that time nothing of ours work without the extension
+
+    converted: nn.Module = bnkernels.convert(layer)
+    return converted
+
+
+def _compile(layer: nn.BatchNorm2d) -> nn.Module:
+    torch._dynamo.reset()  # each case is compiled for its own shape, as the first one is
+    layer.compile(dynamic=False, fullgraph=True)
+    return layer
+
+
+BUILDERS: dict[str, Callable[[nn.BatchNorm2d], nn.Module]] = {
+    OURS: _convert,
+    EAGER: lambda layer: layer,
+    COMPILED: _compile,
+}
+
+
+@dataclass
+class Contestant:
+    """A module ready to run one case, with the torch layer that owns its parameters and buffers."""
+
+    name: str
+    layer: nn.BatchNorm2d
+    module: nn.Module
+    initial: dict[str, Tensor]
+
+    @classmethod
+    def make(cls, name: str, case: Case, device: torch.device) -> Contestant:
+        layer = make_layer(case, device)
+        initial = {key: value.clone() for key, value in layer.state_dict().items()}
+        return cls(name, layer, BUILDERS[name](layer), initial)
+
+    def reset(self) -> None:
+        """Parameters and running statistics as make_layer made them, in place."""
+        self.layer.load_state_dict(self.initial)
+
+    def leaves(self, buffers: Buffers) -> tuple[Tensor, ...]:
+        return (buffers.x, self.layer.weight, self.layer.bias)
+
+
+def make_call(contestant: Contestant, direction: str, ring: Sequence[Buffers]) -> Callable[[int], object]:
+    """call(i): the direction's work on ring[i]. It returns every tensor that it made, so that a caller can keep them.
+
+    "backward" runs the forward of every buffer of the ring here, outside of what is timed.
+    """
+    module = contestant.module
+    module.train(direction != "eval")
+
+    if direction == "eval":
+
+        def evaluate(index: int) -> object:
+            with torch.no_grad():
+                return module(ring[index].x)
+
+        return evaluate
+
+    if direction == "forward":
+        return lambda index: module(ring[index].x)
+
+    if direction == "step":
+
+        def step(index: int) -> object:
+            buffers = ring[index]
+            y = module(buffers.x)
+            return y, torch.autograd.grad(y, contestant.leaves(buffers), buffers.grad)
+
+        return step
+
+    if direction == "backward":
+        outputs = [module(buffers.x) for buffers in ring]
+
+        def backward(index: int) -> object:
+            buffers = ring[index]
+            return torch.autograd.grad(outputs[index], contestant.leaves(buffers), buffers.grad, retain_graph=True)
+
+        return backward
+
+    raise ValueError(f"no direction {direction!r}")
+
+
+def make_copy(ring: Sequence[Buffers]) -> Callable[[int], object]:
+    return lambda index: ring[index].x.detach().clone()
+
+
+def why_no_compiler(device: torch.device) -> str | None:
+    """Why torch.compile cannot run on this device (no compiler, no Triton), or None where it can."""
+    layer = nn.BatchNorm2d(2).to(device)
+    x = torch.randn(2, 2, 2, 2, device=device, requires_grad=True)
+    try:
+        torch._dynamo.reset()
+        torch.compile(layer, dynamic=False, fullgraph=True)(x).sum().backward()
+    except Exception as error:  # whatever stops the compiler: the run goes on without it and says so
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        return f"{type(error).__name__}: {first_line}"
+    return None

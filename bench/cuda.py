@@ -1,0 +1,145 @@
+"""Timing on a GPU: graphs of the bare calls, L2 cold or warm, and the bandwidth of a device copy.
+
+A CUDA graph replays the kernels without Python or dispatch between them, so that what is timed is what the GPU does.
+  cold   the graph holds one call on each buffer of a ring larger than 5 times L2, every output in memory of its own:
+         nothing that a call reads or writes is in L2 from an earlier call
+  warm   the graph holds calls on one buffer, each output in the same memory: what fits in L2 stays there
+  user   no graph: module calls from Python one after another, the device awaited at the end; what a small call costs
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from .sampling import Ring, Timer
+
+MODES = ("cold", "warm", "user")
+
+COLD_L2_MULTIPLE = 5
+WARM_CALLS = 8
+WARMUP_CALLS = 3
+COPY_BYTES = 1 << 30
+COPY_SAMPLES = 15
+COPY_REPEATS = 4  # copies a sample
+
+Call = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class GpuTimer:
+    """A Timer, and how it takes the time: "graph", "events" (a graph could not be captured: see why) or "wall"."""
+
+    timer: Timer
+    method: str
+    why: str = ""
+
+
+def l2_bytes(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).L2_cache_size)
+
+
+def _elapsed(work: Callable[[], object], repeats: int, stream: torch.cuda.Stream) -> float:
+    """Seconds on the device for `repeats` times `work`, enqueued on `stream`."""
+    start = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
+    with torch.cuda.stream(stream):
+        start.record(stream)
+        for _ in range(repeats):
+            work()
+        end.record(stream)
+    end.synchronize()
+    return start.elapsed_time(end) * 1e-3
+
+
+def _capture(call: Call, indices: list[int], stream: torch.cuda.Stream, distinct_outputs: bool) -> torch.cuda.CUDAGraph:
+    """A graph of call(i) for the indices; with distinct_outputs each call's results have memory of their own."""
+    graph = torch.cuda.CUDAGraph()
+    kept: list[object] = []
+    with torch.cuda.graph(graph, stream=stream):
+        for index in indices:
+            made = call(index)
+            if distinct_outputs:
+                kept.append(made)
+    return graph
+
+
+def graph_timer(make_call: Callable[[], Call], ring: Ring, mode: str) -> GpuTimer:
+    """A timer of the call in mode "cold" or "warm". `make_call` runs on the stream that the graph is captured on.
+
+    The unit is one call: a request for n calls replays the graph until at least n have run, and is scaled to n.
+    """
+    stream = torch.cuda.Stream()
+    indices = list(range(ring.length)) if mode == "cold" else [0] * WARM_CALLS
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        # Autograd runs a backward on its forward's stream: what make_call prepares belongs on this one.
+        call = make_call()
+        for _ in range(WARMUP_CALLS):
+            call(0)
+    torch.cuda.synchronize()
+
+    why = ""
+    try:
+        graph = _capture(call, indices, stream, distinct_outputs=mode == "cold")
+        work: Callable[[], object] = graph.replay
+    except RuntimeError as error:
+        why = (str(error).strip().splitlines() or ["unknown error"])[0]
+        torch.cuda.synchronize()
+
+        def work() -> None:
+            for index in indices:
+                call(index)
+
+    def timer(count: int) -> float:
+        repeats = max(1, round(count / len(indices)))
+        return _elapsed(work, repeats, stream) * count / (repeats * len(indices))
+
+    return GpuTimer(timer, "events" if why else "graph", why)
+
+
+def user_timer(call: Call, ring: Ring) -> GpuTimer:
+    """A timer of calls from Python, the device awaited before and after."""
+
+    def timer(count: int) -> float:
+        indices = ring.take(count)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for index in indices:
+            call(index)
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    return GpuTimer(timer, "wall")
+
+
+def copy_bandwidth(device: torch.device) -> list[float]:
+    """Bytes/s, read plus written, of a device-to-device copy of 1 GiB: samples by events, after a warm-up.
+
+    It is the ceiling that the achieved floor bytes/s are quoted against: what this device does today with a plain copy.
+    """
+    samples = _copy_samples(device)
+    free_memory()
+    return samples
+
+
+def _copy_samples(device: torch.device) -> list[float]:
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    stream = torch.cuda.current_stream()
+    _elapsed(lambda: target.copy_(source), WARMUP_CALLS, stream)
+    return [
+        2 * COPY_BYTES * COPY_REPEATS / _elapsed(lambda: target.copy_(source), COPY_REPEATS, stream)
+        for _ in range(COPY_SAMPLES)
+    ]
+
+
+def free_memory() -> None:
+    """Gives the graphs' pools back, so that the next case starts with an empty device."""
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()

@@ -1,0 +1,126 @@
+"""Runs the cases: gate, then interleaved samples, one direction and mode after another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import cuda, gate, machine
+from .cases import Buffers, Case, make_buffers, make_ring, ring_length
+from .contestants import COMPILED, COPY, Contestant, make_call, make_copy
+from .results import Record, Run
+from .sampling import Effort, Ring, Timer, cpu_timer, interleave
+
+# Buffers that a CPU ring goes through before it returns: their sum is more than the last-level cache holds.
+CPU_CACHE_MULTIPLE = 2
+CPU_RING_LIMIT = 1 << 30
+GATE_SEED = 12345
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run."""
+
+    device: torch.device
+    cases: Sequence[Case]
+    directions: Sequence[str]
+    contestants: Sequence[str]
+    modes: Sequence[str]  # ("cpu",), or modes of cuda.py
+    effort: Effort
+    compile_all: bool  # the compiled layer in every direction, not only in the training step
+
+    def takes_part(self, name: str, direction: str) -> bool:
+        return name != COMPILED or direction == "step" or self.compile_all
+
+
+def execute(plan: Plan, run: Run, progress: Callable[[Iterable[Case]], Iterable[Case]] = iter) -> None:
+    """Fills run with gate records and samples. Raises gate.GateError where bnkernels' results are wrong."""
+    if plan.device.type == "cuda":
+        run.device_copy += cuda.copy_bandwidth(plan.device)
+    for case in progress(plan.cases):
+        contestants = {name: Contestant.make(name, case, plan.device) for name in plan.contestants}
+        _hold(plan, case, contestants, run)
+        for direction in plan.directions:
+            for mode in plan.modes:
+                run.records.append(_measure(plan, case, contestants, direction, mode))
+    if plan.device.type == "cuda":
+        run.device_copy += cuda.copy_bandwidth(plan.device)
+        run.machine["gpu"]["state_at_end"] = machine.gpu_state()
+    run.machine["load_average_at_end"] = machine.load_average()
+    run.notes += _fallbacks(run.records)
+
+
+def _hold(plan: Plan, case: Case, contestants: dict[str, Contestant], run: Run) -> None:
+    """Holds the results of each contestant in each kind of call that will be timed against the reference."""
+    buffers = make_buffers(case, plan.device, GATE_SEED)
+    for training in (True, False):
+        directions = [name for name in plan.directions if (name != "eval") == training]
+        chosen = {
+            name: contestant
+            for name, contestant in contestants.items()
+            if any(plan.takes_part(name, direction) for direction in directions)
+        }
+        if directions:
+            run.gate += gate.hold(case, chosen, buffers, training)
+
+
+def _measure(plan: Plan, case: Case, contestants: dict[str, Contestant], direction: str, mode: str) -> Record:
+    chosen = {name: one for name, one in contestants.items() if plan.takes_part(name, direction)}
+    on_gpu = plan.device.type == "cuda"
+    length = _ring_length(plan, case, direction, mode)
+    buffers = make_ring(case, plan.device, length)
+    ring = Ring(length)
+    timers: dict[str, Timer] = {}
+    method: dict[str, str] = {}
+    for name, make in _makers(chosen, direction, buffers):
+        if not on_gpu:
+            timers[name], method[name] = cpu_timer(make(), ring), "wall"
+            continue
+        timed = cuda.user_timer(make(), ring) if mode == "user" else cuda.graph_timer(make, ring, mode)
+        timers[name], method[name] = timed.timer, timed.method if not timed.why else f"{timed.method}: {timed.why}"
+    seconds = interleave(timers, plan.effort)
+    record = Record.of(case, direction, mode, method, seconds)
+    del timers, buffers
+    if on_gpu:
+        cuda.free_memory()
+    return record
+
+
+def _makers(
+    contestants: dict[str, Contestant], direction: str, buffers: Sequence[Buffers]
+) -> Iterator[tuple[str, Callable[[], Callable[[int], Any]]]]:
+    """Each contestant's name and what makes its call; the copy of x last."""
+    for name, contestant in contestants.items():
+
+        def make(contestant: Contestant = contestant) -> Callable[[int], Any]:
+            return make_call(contestant, direction, buffers)
+
+        yield name, make
+    yield COPY, lambda: make_copy(buffers)
+
+
+def _ring_length(plan: Plan, case: Case, direction: str, mode: str) -> int:
+    if plan.device.type == "cuda":
+        if mode == "warm":
+            return 1
+        memory = int(torch.cuda.get_device_properties(plan.device).total_memory)
+        # Outputs go round too: each call of the graph has its own.
+        per_call = case.floor_bytes(direction)
+        return ring_length(case, per_call, cuda.COLD_L2_MULTIPLE * cuda.l2_bytes(plan.device), memory // 16)
+    # Only inputs go round: outputs come from the allocator, which hands the same memory out again, as in a program.
+    per_call = case.tensor_bytes * (1 if direction in ("forward", "eval") else 2)
+    return ring_length(case, per_call, CPU_CACHE_MULTIPLE * machine.last_level_cache_bytes(), CPU_RING_LIMIT)
+
+
+def _fallbacks(records: Sequence[Record]) -> list[str]:
+    """A note for every reason why a graph could not be captured, with how often."""
+    reasons: dict[str, int] = {}
+    for record in records:
+        for name, method in record.method.items():
+            if method.startswith("events"):
+                reason = f"{name} was timed by events, not in a CUDA graph ({method.removeprefix('events: ')})"
+                reasons[reason] = reasons.get(reason, 0) + 1
+    return [f"{reason}: {count} cases" for reason, count in reasons.items()]

@@ -1,0 +1,239 @@
+"""The Markdown of a run: the machine, the summary, the losses, then a table for every group of cases."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .cases import DIRECTION_TITLES
+from .contestants import OURS, TITLES
+from .results import Comparison, Record, Run
+from .stats import Spread
+
+MODE_TITLES = {
+    "cpu": "CPU, buffers rotated through more than the last-level cache",
+    "cold": "GPU, CUDA graph, L2 cold",
+    "warm": "GPU, CUDA graph, one buffer (L2 warm)",
+    "user": "GPU, module calls from Python",
+}
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A Markdown table; the first `left` columns are flush left, the others flush right, all padded to equal width."""
+    cells = [list(header), *[list(row) for row in rows]]
+    for row in cells:
+        if len(row) != len(header):
+            raise ValueError(f"{len(row)} cells in a table of {len(header)} columns: {row}")
+    widths = [max(3, *(len(row[column]) for row in cells)) for column in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        padded = [
+            cell.ljust(width) if column < left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths))
+        ]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = ["-" * width if column < left else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
+    return "\n".join([line(cells[0]), line(rule), *[line(row) for row in cells[1:]]])
+
+
+def format_time(seconds: float) -> str:
+    """Three significant digits in the unit that fits."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= size or unit == "µs":
+            value = seconds / size
+            return f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
+    raise AssertionError("unreachable")
+
+
+def format_spread(spread: Spread) -> str:
+    """The median and, in per cent of it, how far p20 and p80 lie from it."""
+    below = 100 * (spread.p20 / spread.median - 1)
+    above = 100 * (spread.p80 / spread.median - 1)
+    return f"{format_time(spread.median)} ({below:+.0f} {above:+.0f}%)"
+
+
+def format_ratio(ratio: float | None) -> str:
+    """A speed-up. Bold below 1: a loss is not to be overlooked."""
+    if ratio is None:
+        return "-"
+    if ratio < 1.0:
+        return f"**{ratio:.2f}**" if ratio < 0.995 else f"**{ratio:.3f}**"
+    return f"{ratio:.2f}"
+
+
+def _others(run: Run) -> list[str]:
+    return [name for name in run.contestants() if name != OURS]
+
+
+def machine_lines(run: Run) -> list[str]:
+    facts = run.machine
+    dirty = {True: ", with uncommitted changes", False: "", None: ", state of the checkout unknown"}[facts.get("dirty")]
+    lines = [
+        f"- `{facts['command']}`, {facts['date']}",
+        f"- commit {facts['commit'] or 'unknown'}{dirty}",
+        f"- {facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads; last-level cache "
+        f"{facts['last_level_cache_bytes'] >> 20} MiB; load average at the start {facts['load_average_at_start']}",
+        f"- torch {facts['torch']}, Python {facts['python']}, {facts['system']}",
+    ]
+    if run.on_gpu:
+        gpu = facts["gpu"]
+        lines.append(
+            f"- {gpu['name']} (capability {gpu['capability']}, {gpu['multiprocessors']} multiprocessors, "
+            f"L2 {gpu['l2_bytes'] >> 20} MiB), CUDA {gpu['cuda']}, cuDNN {gpu['cudnn']}"
+        )
+        for when in ("start", "end"):
+            state = gpu.get(f"state_at_{when}")
+            if state:
+                lines.append(
+                    f"- nvidia-smi at the {when}: " + ", ".join(f"{name} {value}" for name, value in state.items())
+                )
+        if run.device_copy:
+            spread = Spread.of(run.device_copy)
+            lines.append(
+                f"- device copy of 1 GiB, before and after the cases: {spread.median / 1e12:.2f} TB/s read and written "
+                f"(p20 {spread.p20 / 1e12:.2f}, p80 {spread.p80 / 1e12:.2f})"
+            )
+    if facts.get("build"):
+        lines.append("- build: " + ", ".join(f"{name} {value}" for name, value in facts["build"].items()))
+    return lines
+
+
+def _is_whole(records: Sequence[Record]) -> bool:
+    """Whether, for some batch, all 53 layers of ResNet-50 are there."""
+    counts: dict[int, int] = {}
+    for record in records:
+        counts[record.batch] = counts.get(record.batch, 0) + record.count
+    return any(count == 53 for count in counts.values())
+
+
+def summary_table(run: Run) -> str:
+    """One row for each group and batch: geometric mean over the shapes, the worst of them, the whole network."""
+    whole = any(_is_whole(records) for _, records in run.groups())
+    header = ["mode", "direction", "dtype", "layout", "N", "shapes"]
+    for other in _others(run):
+        header += [f"{other}: geomean", "min", "at"] + ["53 layers"] * whole
+    rows = []
+    for (mode, direction, dtype, layout), records in run.groups():
+        for batch in sorted({record.batch for record in records}):
+            chosen = [record for record in records if record.batch == batch]
+            row = [mode, direction, dtype, layout, str(batch), str(len(chosen))]
+            for other in _others(run):
+                compared = Comparison.of(chosen, other)
+                if compared is None:
+                    row += ["-"] * (3 + whole)
+                    continue
+                row += [format_ratio(compared.geomean), format_ratio(compared.least), compared.least_record.shape]
+                row += [format_ratio(compared.network) if _is_whole(chosen) else "-"] * whole
+            rows.append(row)
+    return table(header, rows, left=4)
+
+
+def losses(run: Run) -> list[str]:
+    """A line for every case in which a contestant was faster than ours."""
+    lines = []
+    for record in run.records:
+        for other in _others(run):
+            ratio = record.ratio(other)
+            if ratio is None or ratio >= 1.0:
+                continue
+            ours, theirs = record.spread(OURS), record.spread(other)
+            within = "; the spreads overlap" if ours.overlaps(theirs) else ""
+            lines.append(
+                f"- {record.label()}: {TITLES[other]} {format_time(theirs.median)}, "
+                f"bnkernels {format_time(ours.median)} ({format_ratio(ratio)}{within})"
+            )
+    return lines
+
+
+def overall(run: Run, other: str) -> str | None:
+    """One sentence a mode and direction: geometric mean and minimum over all its cases."""
+    sentences = []
+    for mode, direction in dict.fromkeys((record.mode, record.direction) for record in run.records):
+        chosen = [record for record in run.records if (record.mode, record.direction) == (mode, direction)]
+        compared = Comparison.of(chosen, other)
+        if compared is not None:
+            sentences.append(
+                f"- against {TITLES[other]}, {DIRECTION_TITLES[direction]}, {mode}: "
+                f"geometric mean {compared.geomean:.2f}x, least {compared.least:.2f}x "
+                f"({compared.least_record.label()}), {compared.cases} cases"
+            )
+    return "\n".join(sentences) or None
+
+
+def detail_table(run: Run, records: Sequence[Record]) -> str:
+    names = [name for name in run.contestants() if any(name in record.seconds for record in records)]
+    others = [name for name in names if name != OURS]
+    header = ["N", "C x H x W", "layers", *names, *[f"{name}/{OURS}" for name in others], "GB/s", "of copy"]
+    rows = []
+    for record in records:
+        reference = run.reference_bandwidth(record)
+        achieved = record.bandwidth(OURS) if OURS in record.seconds else None
+        row = [str(record.batch), record.shape, str(record.count)]
+        for name in names:
+            mark = "†" if record.method.get(name, "").startswith("events") else ""
+            row.append(format_spread(record.spread(name)) + mark if name in record.seconds else "-")
+        row += [format_ratio(record.ratio(name)) for name in others]
+        row += [
+            "-" if achieved is None else f"{achieved / 1e9:.1f}" if achieved < 1e11 else f"{achieved / 1e9:.0f}",
+            "-" if achieved is None or reference is None else f"{100 * achieved / reference:.0f}%",
+        ]
+        rows.append(row)
+    return table(header, rows, left=2)
+
+
+def gate_lines(run: Run) -> list[str]:
+    """How many results were held against the reference, and each one that was outside the bound."""
+    outside = [row for row in run.gate if not row.passed]
+    worst = max((row for row in run.gate if row.contestant == OURS), key=lambda row: row.worst, default=None)
+    lines = [
+        "Before it was timed, each contestant's result in each case was held elementwise against the float64 "
+        f"reference: {len(run.gate)} results, {len(outside)} outside the bound."
+    ]
+    if worst is not None:
+        lines.append(
+            f"bnkernels' worst error over bound: {worst.worst:.3f} ({worst.where} of {worst.case}, {worst.direction})."
+        )
+    lines += [
+        f"- outside: {TITLES[row.contestant]}, {row.case}, {row.direction}: {row.worst:.3g} times the bound "
+        f"at {row.where}; its time is shown all the same"
+        for row in outside
+    ]
+    return lines
+
+
+def render(run: Run, plot: str | None = None) -> str:
+    """The report of a run; `plot` is the picture's file name beside it."""
+    where = run.machine["gpu"]["name"] if run.on_gpu else run.machine["cpu"]
+    parts = [f"# BatchNorm on {where}", "\n".join(machine_lines(run))]
+    if run.notes:
+        parts.append("\n".join(f"- note: {note}" for note in run.notes))
+    parts.append("\n".join(gate_lines(run)))
+    if plot:
+        parts.append(f"![speed by shape]({plot})")
+    copy = "the 1 GiB device copy above" if run.device_copy else "a copy of the same tensor, timed in the same rounds"
+    parts += [
+        "## Summary",
+        "Ratios are the other's median time over bnkernels' in the same run: above 1 bnkernels is faster, **bold** "
+        "below 1 it is slower. The geometric mean is over the distinct shapes; `53 layers` is the sum of their medians "
+        "over the sum of ours, each shape counted as often as ResNet-50 has it.",
+        summary_table(run),
+    ]
+    sentences = [text for other in _others(run) if (text := overall(run, other))]
+    if sentences:
+        parts.append("\n".join(sentences))
+    lost = losses(run)
+    parts += ["## Losses", "\n".join(lost) if lost else "None: in no case was another contestant's median lower."]
+    parts += [
+        "## All cases",
+        "Median of the samples, in brackets the distance of the 20th and 80th percentile from it. GB/s: the bytes that "
+        "must move (each input read once, each output written once) over bnkernels' time; `of copy`: "
+        f"that against {copy}.",
+    ]
+    if any(method.startswith("events") for record in run.records for method in record.method.values()):
+        parts.append(
+            "† no CUDA graph could be captured: timed by events around calls from Python, launch gaps included."
+        )
+    for (mode, direction, dtype, layout), records in run.groups():
+        title = f"### {DIRECTION_TITLES[direction]}, {dtype}, {layout} ({MODE_TITLES[mode]})"
+        parts += [title, detail_table(run, records)]
+    return "\n\n".join(parts) + "\n"
