@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Size, Tensor
+from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
 from . import autograd
@@ -90,31 +90,16 @@ def batch_norm_tracked(
             eps,
         )
         return result
-    # What torch checks in Python or words in its own way. Sizes, dtypes and devices are checked in C++.
-    if training:
-        if input.numel() <= input.shape[1]:
-            _check_values_per_channel(input.shape)
-        if eps <= 0.0:
-            raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
-        if (running_mean is None) is not (running_var is None):
-            raise ValueError("running_mean and running_var must either both be None or neither be None")
-    else:
-        if eps < 0.0:
-            raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
-        if running_mean is None or running_var is None:
-            missing = "running_mean" if running_mean is None else "running_var"
-            raise RuntimeError(f"{missing} must be defined in evaluation mode")
+    # The ops check the rest, in torch's words. They cannot be given None here, and they write numbers in another way.
+    if not training and (running_mean is None or running_var is None):
+        missing = "running_mean" if running_mean is None else "running_var"
+        raise RuntimeError(f"{missing} must be defined in evaluation mode")
+    if eps <= 0.0 and (training or eps < 0.0):
+        wanted = "positive during training" if training else "non-negative"
+        raise ValueError(f"batch_norm eps must be {wanted}, but got {eps}")
     return autograd.batch_norm(
         input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps
     )
-
-
-def _check_values_per_channel(size: Size) -> None:
-    values = size[0]
-    for extent in size[2:]:
-        values *= extent
-    if values == 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
 
 
 def _without_channels(input: Tensor, *vectors: Tensor | None) -> Tensor:

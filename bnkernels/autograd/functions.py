@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
 from torch.compiler import is_compiling
@@ -44,7 +44,7 @@ def batch_norm(
     x is (N, C, *), the others (C,) or None, num_batches_tracked one int64; dtypes as the ops take them.
     Inference needs running_mean and running_var. momentum None averages over all batches: it needs num_batches_tracked.
     """
-    grad_enabled = torch.is_grad_enabled()
+    grad_enabled = is_grad_enabled()
     if grad_enabled and (
         (running_mean is not None and running_mean.requires_grad)
         or (running_var is not None and running_var.requires_grad)
@@ -103,7 +103,7 @@ class Eager(Function):
         training, eps = ctx.call
         need_input, need_weight, need_bias, _ = ctx.needs_input_grad
         # Where there is no weight, autograd itself casts the bias's gradient to the bias's dtype.
-        if torch.is_grad_enabled() or _transforms_active() or forward_ad._current_level >= 0:
+        if is_grad_enabled() or _transforms_active() or forward_ad._current_level >= 0:
             grads = Backward.apply(grad, x, weight, mean, invstd, training, eps, need_input, need_weight, need_bias)
         else:
             grads = ops.backward(grad, x, weight, mean, invstd, training, need_input, need_weight, need_bias)
