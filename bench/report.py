@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from .cases import DIRECTION_TITLES
 from .contestants import OURS, TITLES
+from .markdown import table
 from .results import Comparison, Record, Run
 from .stats import Spread
 
@@ -15,25 +16,6 @@ MODE_TITLES = {
     "warm": "GPU, CUDA graph, one buffer (L2 warm)",
     "user": "GPU, module calls from Python",
 }
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """A Markdown table; the first `left` columns are flush left, the others flush right, all padded to equal width."""
-    cells = [list(header), *[list(row) for row in rows]]
-    for row in cells:
-        if len(row) != len(header):
-            raise ValueError(f"{len(row)} cells in a table of {len(header)} columns: {row}")
-    widths = [max(3, *(len(row[column]) for row in cells)) for column in range(len(header))]
-
-    def line(row: Sequence[str]) -> str:
-        padded = [
-            cell.ljust(width) if column < left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths))
-        ]
-        return "| " + " | ".join(padded) + " |"
-
-    rule = ["-" * width if column < left else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
-    return "\n".join([line(cells[0]), line(rule), *[line(row) for row in cells[1:]]])
 
 
 def format_time(seconds: float) -> str:

@@ -1,0 +1,210 @@
+"""What each kernel costs a multiprocessor: registers, spills and shared memory, as ptxas reports them. Needs no GPU.
+
+    python -m bench.registers [--arch sm_80,sm_90] [-j N]
+
+Compiles the device code of csrc/cuda/*.cu for each architecture, with the flags of setup.py, to cubin only, and prints
+one table. Every kernel of this package is one that a call launches, so each must keep its values in registers: a spill,
+or an array that went to local memory (a stack frame), is an error unless ALLOWED says why it is not.
+Exit code 0: none; 1: some; 2: it did not compile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # build_support and bench, where this file is run as a script
+
+import build_support  # noqa: E402
+from bench.markdown import table  # noqa: E402
+
+ARCHS = tuple("sm_" + arch.replace(".", "") for arch in build_support.SUPPORTED_ARCHS)
+
+# What setup.py gives nvcc that changes the machine code (tests/test_bench.py holds the two together), then what torch's
+# build adds to every .cu of an extension.
+CODE_FLAGS = ("-O3", "--fmad=false")
+TORCH_FLAGS = (
+    "-std=c++20",
+    "-D__CUDA_NO_HALF_OPERATORS__",
+    "-D__CUDA_NO_HALF_CONVERSIONS__",
+    "-D__CUDA_NO_BFLOAT16_CONVERSIONS__",
+    "-D__CUDA_NO_HALF2_OPERATORS__",
+    "--expt-relaxed-constexpr",
+)
+
+# Kernel (a substring of the demangled name) -> why its spills or stack frame do no harm. Empty, and best left so.
+ALLOWED: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class Usage:
+    """One kernel on one architecture. Bytes are per thread, but for shared memory (static, per block)."""
+
+    kernel: str  # as the linker knows it
+    arch: str
+    registers: int
+    stack_bytes: int
+    spill_store_bytes: int
+    spill_load_bytes: int
+    shared_bytes: int
+
+    @property
+    def in_registers(self) -> bool:
+        return self.stack_bytes == self.spill_store_bytes == self.spill_load_bytes == 0
+
+
+_ENTRY = re.compile(r"Compiling entry function '([^']+)' for '(sm_\w+)'")
+_FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+_USED = re.compile(r"Used (\d+) registers")
+_SHARED = re.compile(r"(\d+) bytes smem")
+
+
+def parse_ptxas(log: str) -> list[Usage]:
+    """The kernels in what `nvcc -Xptxas -v` prints. ValueError for an entry whose figures are missing."""
+    usages = []
+    entry: re.Match[str] | None = None
+    frame: re.Match[str] | None = None
+    for line in log.splitlines():
+        if match := _ENTRY.search(line):
+            if entry is not None:
+                raise ValueError(f"no register count for {entry[1]}")
+            entry, frame = match, None
+        elif match := _FRAME.search(line):
+            # Device functions that were not inlined have such a line too; the entry's own comes first.
+            frame = frame or match
+        elif match := _USED.search(line):
+            if entry is None or frame is None:
+                raise ValueError(f"figures of no kernel: {line}")
+            shared = _SHARED.search(line)
+            usages.append(
+                Usage(
+                    kernel=entry[1],
+                    arch=entry[2],
+                    registers=int(match[1]),
+                    stack_bytes=int(frame[1]),
+                    spill_store_bytes=int(frame[2]),
+                    spill_load_bytes=int(frame[3]),
+                    shared_bytes=int(shared[1]) if shared else 0,
+                )
+            )
+            entry = frame = None
+    if entry is not None:
+        raise ValueError(f"no register count for {entry[1]}")
+    return usages
+
+
+def demangle(names: Sequence[str]) -> dict[str, str]:
+    """Readable names, shortened to kernel and template arguments; as they are where there is no c++filt."""
+    tool = shutil.which("cu++filt") or shutil.which("c++filt")
+    if not tool:
+        return {name: name for name in names}
+    done = subprocess.run([tool], input="\n".join(names), capture_output=True, text=True, check=True)
+    return {name: shorten(full) for name, full in zip(names, done.stdout.splitlines())}
+
+
+def shorten(name: str) -> str:
+    """ "void bnk::sum<float, (bnk::Layout)0>(bnk::Params)" -> "sum<float, (Layout)0>"."""
+    name = re.sub(r"^void ", "", name)
+    depth = 0
+    for position, letter in enumerate(name):
+        depth += {"<": 1, ">": -1}.get(letter, 0)
+        if letter == "(" and depth == 0:
+            name = name[:position]
+            break
+    return re.sub(r"\b\w+::", "", name)
+
+
+def compile_cubin(nvcc: Path, source: Path, arch: str) -> str:
+    """ptxas's report on one source for one architecture. RuntimeError with nvcc's output where it does not compile."""
+    target = f"arch=compute_{arch.removeprefix('sm_')},code={arch}"
+    with tempfile.TemporaryDirectory() as folder:
+        command = [str(nvcc), "-cubin", *CODE_FLAGS, *TORCH_FLAGS, f"-gencode={target}", "-Xptxas", "-v"]
+        command += [str(source), "-o", str(Path(folder) / "device.cubin")]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{source.name} does not compile for {arch}:\n{done.stdout}")
+    return done.stdout
+
+
+def measure(sources: Iterable[Path], archs: Iterable[str], jobs: int) -> list[Usage]:
+    """All kernels of the sources on all architectures, `jobs` compilers at a time."""
+    root = build_support.find_cuda_root(os.environ)
+    if root is None:
+        raise RuntimeError("no nvcc: put it on PATH or set CUDA_HOME")
+    nvcc = root / "bin" / "nvcc"
+    with ThreadPoolExecutor(jobs) as pool:
+        work = [pool.submit(compile_cubin, nvcc, source, arch) for arch in archs for source in sources]
+        return [usage for done in work for usage in parse_ptxas(done.result())]
+
+
+def cell(usage: Usage | None) -> str:
+    """Registers a thread; in bold with what went to local memory, if anything did."""
+    if usage is None:
+        return "-"
+    if usage.in_registers:
+        return str(usage.registers)
+    spilled = usage.spill_store_bytes + usage.spill_load_bytes
+    return f"{usage.registers} **stack {usage.stack_bytes} B, spills {spilled} B**"
+
+
+def render(usages: Sequence[Usage], archs: Sequence[str]) -> str:
+    """The table: a row for each kernel, registers by architecture, static shared memory (the largest of all)."""
+    names = demangle(sorted({usage.kernel for usage in usages}))
+    by_place = {(usage.kernel, usage.arch): usage for usage in usages}
+    rows = []
+    for kernel, name in sorted(names.items(), key=lambda pair: pair[1]):
+        found = [by_place.get((kernel, arch)) for arch in archs]
+        shared = max(usage.shared_bytes for usage in found if usage is not None)
+        rows.append([f"`{name}`", *[cell(usage) for usage in found], str(shared)])
+    return table(["kernel (registers a thread)", *archs, "shared B"], rows)
+
+
+def offenders(usages: Iterable[Usage]) -> list[str]:
+    """A line for every kernel that uses local memory without leave."""
+    bad = [usage for usage in usages if not usage.in_registers]
+    names = demangle(sorted({usage.kernel for usage in bad})) if bad else {}
+    return [
+        f"{names[usage.kernel]} on {usage.arch}: {cell(usage)}"
+        for usage in bad
+        if not any(part in names[usage.kernel] for part in ALLOWED)
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parse = argparse.ArgumentParser(description="Registers, spills and shared memory of each kernel by architecture.")
+    parse.add_argument("--arch", default=",".join(ARCHS), metavar="A,..", help=f"default: {','.join(ARCHS)}")
+    parse.add_argument("-j", "--jobs", type=int, default=int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1))
+    options = parse.parse_args(arguments)
+    archs = options.arch.split(",")
+    if not all(re.fullmatch(r"sm_\d{2,3}[af]?", arch) for arch in archs):
+        parse.error(f"architectures are written sm_90, not {options.arch}")
+    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    try:
+        usages = measure(sources, archs, max(1, options.jobs))
+    except (RuntimeError, ValueError) as error:  # BuildError is a RuntimeError
+        print(error, file=sys.stderr)
+        return 2
+    if not usages:
+        print("no kernel found in csrc/cuda", file=sys.stderr)
+        return 2
+    print(render(usages, archs))
+    bad = offenders(usages)
+    count = len({usage.kernel for usage in usages})
+    print(f"\n{count} kernels on {len(archs)} architectures; {len(bad)} use local memory")
+    for line in bad:
+        print(f"  {line}")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
