@@ -289,6 +289,17 @@ def test_overflow_of_the_arithmetic() -> None:
     assert max(worst(case, in_float64(two_pass)).values()) < 1
 
 
+def test_gradual_underflow() -> None:
+    """The mean of subnormal data rounds to a multiple of 2^-149, which sums of large gradients show and which no
+    algorithm can avoid; flushing the data to zero is another matter."""
+    case = Case("subnormal", (4, 5, 31), grad="float16_max", weight="none")
+    inputs = case.inputs()
+    assert max(worst(case, in_float64(two_pass)).values()) < 1
+    flushed = backend(replace(inputs, x=torch.zeros_like(inputs.x)), two_pass)
+    ratios = {v.quantity: v.ratio for v in judge_call(inputs, flushed)}
+    assert ratios["y"] > 1, ratios
+
+
 @pytest.mark.parametrize("dtype", list(DTYPES))
 def test_the_rounded_reference_passes(dtype: str) -> None:
     """A perfect result is within the rounding of its dtype, with nothing of K spent, for every family and weight."""

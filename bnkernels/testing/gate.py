@@ -6,7 +6,7 @@ u_acc is the unit roundoff of the arithmetic (2^-53 for float64 data, else 2^-24
 last two terms are the rounding of a perfect result on storage (1.05: it may be rounded twice, first to u_acc). `scale`
 is what a backward-stable algorithm's error is proportional to. With n values per channel and
 
-    I  = (var + eps)^-1/2      xh = (x - mean) I      A = (|x| + mean|x|) I      k = rms(x) I
+    I = (var + eps)^-1/2     xh = (x - mean) I     A = (|x| + mean|x| + tiny(u_acc)) I     k = rms(x) I
 
 training:
     y             |w| (A + |xh| k) + |b|
@@ -23,8 +23,12 @@ u of the data moves var by about u k, and so does a stable algorithm. The last t
 mean that is off by its own bound d = K u_acc mean|x| adds d^2 to the variance, all there is where the channel is
 constant. E[x^2] - E[x]^2 is off by u k^2 instead, and that is what the gate is there to find.
 
+tiny(u_acc) in A is the smallest normal number of the arithmetic: below it rounding is absolute, u_acc times this number
+and no longer u_acc times the value (the usual model of gradual underflow, Demmel 1984). It matters for subnormal data
+alone: their mean is saved to the nearest multiple of 2^-149, and dweight = sum g xh carries that n times.
+
 Inference takes mean and var as given, so their conditioning drops out (k becomes 1, mean|x| becomes |mean|):
-    y             |w| (A + |xh|) + |b|                      A = (|x| + |mean|) I
+    y             |w| (A + |xh|) + |b|                      A = (|x| + |mean| + tiny(u_acc)) I
     dweight       sum(|g| A) + |dweight|
     dx            |w| I |g|
     mean, invstd  |mean|, I
@@ -51,9 +55,14 @@ REPORT_FROM = 8.0
 UNIT_ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the arithmetic done on data of `dtype`, and of the statistics saved for the backward."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def accumulate_roundoff(dtype: torch.dtype) -> float:
     """u_acc: the unit roundoff of the arithmetic done on data of `dtype`."""
-    return UNIT_ROUNDOFF[torch.float64 if dtype == torch.float64 else torch.float32]
+    return UNIT_ROUNDOFF[accumulate_dtype(dtype)]
 
 
 @dataclass(frozen=True)
@@ -105,8 +114,7 @@ def expect_forward(
 ) -> dict[str, Expectation]:
     """Expectations for y, mean, invstd and the running statistics that are there, given the reference's forward."""
     u_acc = accumulate_roundoff(x.dtype)
-    rows = reference.channel_rows(x)
-    s = _Statistics.of(rows, ref.mean, ref.invstd, training)
+    s = _Statistics.of(x, ref.mean, ref.invstd, training)
     scale = s.w_times(weight, s.a + s.xhat.abs() * s.k[:, None])
     if bias is not None:
         scale = scale + bias.double().abs()[:, None]
@@ -116,7 +124,7 @@ def expect_forward(
         "mean": Expectation("mean", ref.mean, s.mean_abs, u_acc),
         "invstd": Expectation("invstd", ref.invstd, invstd_scale, u_acc),
     }
-    n = rows.shape[1]
+    n = x.numel() // x.shape[1]
     factor = 0.0
     if training:
         factor = momentum if momentum is not None else 1.0 / (ref.num_batches_tracked or 1)
@@ -143,10 +151,9 @@ def expect_backward(
 ) -> dict[str, Expectation]:
     """Expectations for dx, dweight and dbias. mean and invstd are those that `ref` was computed with."""
     u_acc = accumulate_roundoff(x.dtype)
-    rows = reference.channel_rows(x)
     g = reference.channel_rows(grad).abs()
-    s = _Statistics.of(rows, mean.double(), invstd.double(), training)
-    n = rows.shape[1]
+    s = _Statistics.of(x, mean.double(), invstd.double(), training)
+    n = x.numel() // x.shape[1]
     dbias_scale = g.sum(dim=1)
     dweight_scale = (g * s.a).sum(dim=1) + ref.dweight.abs() * s.k
     dx_scale = g
@@ -176,11 +183,13 @@ class _Statistics:
     xhat: Tensor
 
     @staticmethod
-    def of(rows: Tensor, mean: Tensor, invstd: Tensor, training: bool) -> _Statistics:
+    def of(x: Tensor, mean: Tensor, invstd: Tensor, training: bool) -> _Statistics:
+        rows = reference.channel_rows(x)
+        tiny = torch.finfo(accumulate_dtype(x.dtype)).smallest_normal
         mean_abs = rows.abs().mean(dim=1) if training else mean.abs()
         rms = rows.square().mean(dim=1).sqrt()
         k = rms * invstd if training else torch.ones_like(invstd)
-        a = (rows.abs() + mean_abs[:, None]) * invstd[:, None]
+        a = (rows.abs() + mean_abs[:, None] + tiny) * invstd[:, None]
         return _Statistics(mean_abs, rms, k, a, (rows - mean[:, None]) * invstd[:, None])
 
     @staticmethod
