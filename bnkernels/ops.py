@@ -84,9 +84,10 @@ def build_info() -> dict[str, object]:
 # call that mixes real and meta tensors comes here too.
 
 
-def _dense(x: Tensor) -> Tensor:
-    """x as the real ops read it. What is made like it has the strides that they give, channels_last and all."""
-    return x.contiguous(memory_format=torch._prims_common.suggest_memory_format(x))
+def _like(x: Tensor) -> Tensor:
+    """A tensor in the memory format of y and grad_x: the one that x is in, or is nearest to."""
+    memory_format = torch._prims_common.suggest_memory_format(x)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
 
 
 def _statistic(x: Tensor) -> Tensor:
@@ -123,7 +124,7 @@ def _train_fake(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
-    return torch.empty_like(_dense(x)), _statistic(x), _statistic(x)
+    return _like(x), _statistic(x), _statistic(x)
 
 
 @torch.library.register_fake("bnkernels::batch_norm_train_functional")
@@ -143,7 +144,7 @@ def _train_functional_fake(
         mean.new_empty(0) if buffer is None else torch.empty_like(buffer)
         for buffer in (running_mean, running_var, num_batches_tracked)
     )
-    return torch.empty_like(_dense(x)), mean, invstd, updated_mean, updated_var, updated_counter
+    return _like(x), mean, invstd, updated_mean, updated_var, updated_counter
 
 
 @torch.library.register_fake("bnkernels::batch_norm_eval")
@@ -151,7 +152,7 @@ def _eval_fake(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor, running_var: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
-    return torch.empty_like(_dense(x)), _statistic(x), _statistic(x)
+    return _like(x), _statistic(x), _statistic(x)
 
 
 @torch.library.register_fake("bnkernels::batch_norm_backward")
@@ -173,7 +174,7 @@ def _backward_fake(
     _check(x, weight=weight, mean=mean, invstd=invstd)
     parameter = weight if weight is not None else mean
     return (
-        torch.empty_like(_dense(x)) if need_input else x.new_empty(0),
+        _like(x) if need_input else x.new_empty(0),
         parameter.new_empty(x.shape[1] if need_weight and weight is not None else 0),
         parameter.new_empty(x.shape[1] if need_bias else 0),
     )

@@ -1,11 +1,13 @@
 """The autograd.Functions of batch_norm. What they compute is in the ops (kernels) and in formulas.py (the rest).
 
     Eager            backward through the kernels: the way of ordinary training
-    Transformable    the same in the setup_context form that torch.func and torch.compile require, with jvp and vmap
+    Transformable    with jvp and vmap, for torch.func and for forward mode
+    Traced           of ops without side effects, for torch.compile and torch.export
     Backward         the backward kernel, as a function that is differentiable in its turn
 
-Eager exists for its cost alone: torch binds the arguments of a setup_context function with inspect.signature() on
-every call, which takes longer than a small BatchNorm does (27 us against 4 us, on empty functions of these arguments).
+Why three of one thing: torch.func requires the setup_context form, whose arguments torch binds with inspect.signature()
+on every call, which takes longer than a small BatchNorm does (27 us against 4 us, on empty functions of these
+arguments); and torch.compile traces no function that has a jvp.
 
 Saved are x, the weight and the statistics of *this* forward, 2C values. The running statistics are not read again, so
 an eval forward that is followed by a train forward still has its own gradient.
@@ -50,8 +52,13 @@ def batch_norm(
         or (running_var is not None and running_var.requires_grad)
     ):
         raise RuntimeError("batch_norm is not differentiable with respect to running_mean and running_var.")
-    if is_compiling() or _transforms_active() or forward_ad._current_level >= 0:
-        return _transformed(x, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps)
+    if is_compiling():
+        return _traced(x, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps)
+    if _transforms_active() or forward_ad._current_level >= 0:
+        outputs: tuple[Tensor, ...] = Transformable.apply(
+            x, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps
+        )
+        return outputs[0]
     if grad_enabled and (
         x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
     ):
@@ -61,15 +68,6 @@ def batch_norm(
     if training:
         return ops.forward_train(x, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps)[0]
     return ops.forward_eval(x, weight, bias, running_mean, running_var, eps)[0]
-
-
-def _transformed(*args: Any) -> Tensor:
-    outputs: tuple[Tensor, ...] = Transformable.apply(*args)
-    # Present while tracing only, see Transformable.forward.
-    for buffer, updated in zip(args[3:6], outputs[3:]):
-        if buffer is not None:
-            buffer.copy_(updated)
-    return outputs[0]
 
 
 class Eager(Function):
@@ -111,7 +109,10 @@ class Eager(Function):
 
 
 class Transformable(Function):
-    """Arguments as Eager's -> (y, mean, invstd), and the updated buffers while tracing."""
+    """(x, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps) -> (y, mean, invstd)
+
+    mean and invstd are what y was made with; they have no gradient of their own.
+    """
 
     @staticmethod
     def forward(
@@ -125,34 +126,24 @@ class Transformable(Function):
         momentum: float | None,
         eps: float,
     ) -> tuple[Tensor, ...]:
-        if not training:
-            infer: Any = ops.eval_op if is_compiling() else ops.forward_eval
-            return tuple(infer(x, weight, bias, running_mean, running_var, eps))
-        # A compiler must see the mutation of the buffers: the op returns them, and the copy is made outside.
-        train: Any = ops.train_functional if is_compiling() else ops.forward_train
-        return tuple(train(x, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps))
+        if training:
+            return ops.forward_train(x, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps)
+        return ops.forward_eval(x, weight, bias, running_mean, running_var, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, weight = inputs[:2]
-        mean, invstd = output[1:3]
+        saved = (*inputs[:2], *output[1:])
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
         ctx.training, _, ctx.eps = inputs[6:]
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, mean, invstd)
-        ctx.save_for_forward(x, weight, mean, invstd)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 9
-        x, weight, mean, invstd = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
-        if is_compiling():
-            results = ops.backward_op(grad, x, weight, mean, invstd, ctx.training, *needs)
-            grads = tuple(result if need else None for result, need in zip(results, needs))
-        else:
-            grads = Backward.apply(grad, x, weight, mean, invstd, ctx.training, ctx.eps, *needs)
+        grads = Backward.apply(grad, *ctx.saved_tensors, ctx.training, ctx.eps, *ctx.needs_input_grad[:3])
         return *grads, None, None, None, None, None, None
 
     @staticmethod
@@ -165,6 +156,58 @@ class Transformable(Function):
     @staticmethod
     def vmap(info: Any, in_dims: batching.Dims, *args: Any) -> tuple[tuple[Tensor, ...], batching.Dims]:
         return batching.forward(Transformable.apply, info.batch_size, in_dims, *args)
+
+
+def _traced(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+) -> Tensor:
+    """batch_norm() for a compiler: the new statistics are results, and writing them back is an operation it sees."""
+    buffers = (running_mean, running_var, num_batches_tracked)
+    outputs: tuple[Tensor, ...] = Traced.apply(x, weight, bias, *buffers, training, momentum, eps)
+    for buffer, updated in zip(buffers, outputs[3:]):
+        if buffer is not None:
+            buffer.copy_(updated)
+    return outputs[0]
+
+
+class Traced(Function):
+    """Arguments as Transformable's -> (y, mean, invstd), and in training the buffers as they are to be afterwards."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        num_batches_tracked: Tensor | None,
+        training: bool,
+        momentum: float | None,
+        eps: float,
+    ) -> tuple[Tensor, ...]:
+        if training:
+            return ops.train_functional(x, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps)
+        return ops.eval_op(x, weight, bias, running_mean, running_var, eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs[:2], *output[1:3])
+        ctx.training = inputs[6]
+        ctx.mark_non_differentiable(*output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad[:3]
+        grads = ops.backward_op(grad, *ctx.saved_tensors, ctx.training, *needs)
+        return *(g if need else None for g, need in zip(grads, needs)), None, None, None, None, None, None
 
 
 class Backward(Function):
