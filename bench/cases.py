@@ -90,12 +90,16 @@ def make_ring(case: Case, device: torch.device, count: int, seed: int = 0) -> li
     return ring
 
 
+MAX_RING = 512
+
+
 def ring_length(case: Case, per_call: int, cold_bytes: int, limit_bytes: int) -> int:
     """How many buffers a ring needs so that more than `cold_bytes` pass before a buffer comes round again.
 
     `per_call` is what one call touches of memory that goes round with the ring. At least 2 buffers; no more than hold
-    `limit_bytes` of inputs (x and grad), so that small memories survive.
+    `limit_bytes` of inputs (x and grad), so that small memories survive, and no more than MAX_RING: tensors of a few
+    kilobytes stay in a cache, and nobody reads them from memory in a program either.
     """
     wanted = max(2, cold_bytes // per_call + 2)
     affordable = max(2, limit_bytes // (2 * case.tensor_bytes))
-    return min(wanted, affordable)
+    return min(wanted, affordable, MAX_RING)

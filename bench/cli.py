@@ -59,7 +59,7 @@ def _one_of(known: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
     return parse
 
 
-def _shapes(text: str) -> tuple[LayerShape, ...]:
+def parse_shapes(text: str) -> tuple[LayerShape, ...]:
     """An argparse type: a family of shapes.py, or shapes as CxHxW, separated by commas."""
     if text in FAMILIES:
         return FAMILIES[text]()
@@ -98,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: the GPU if there is one"
     )
     parse.add_argument(
-        "--shapes", type=_shapes, metavar="NAME|CxHxW,..", help="resnet50 (default), quick, tiny, or shapes"
+        "--shapes", type=parse_shapes, metavar="NAME|CxHxW,..", help="resnet50 (default), quick, tiny, or shapes"
     )
     parse.add_argument("--batch", type=_batches, metavar="N,..", help="default: 8,32 on a CPU, 32,256 on a GPU")
     parse.add_argument("--dtypes", type=_one_of(DTYPES), metavar="D,..", help=f"of {', '.join(DTYPES)}")
@@ -174,7 +174,7 @@ def _progress(cases: Iterable[Case]) -> Iterable[Case]:
         from tqdm import tqdm
     except ImportError:
         return cases
-    bar: Iterable[Case] = tqdm(cases, unit="case", file=sys.stderr, dynamic_ncols=True, smoothing=0)
+    bar: Iterable[Case] = tqdm(cases, unit="case", file=sys.stderr, dynamic_ncols=True, smoothing=0, disable=None)
     return bar
 
 

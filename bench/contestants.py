@@ -112,7 +112,7 @@ def make_call(contestant: Contestant, direction: str, ring: Sequence[Buffers]) -
         return step
 
     if direction == "backward":
-        outputs = [module(buffers.x) for buffers in ring]
+        outputs = _forward_for_many_backwards(contestant, ring)
 
         def backward(index: int) -> object:
             buffers = ring[index]
@@ -121,6 +121,16 @@ def make_call(contestant: Contestant, direction: str, ring: Sequence[Buffers]) -
         return backward
 
     raise ValueError(f"no direction {direction!r}")
+
+
+def _forward_for_many_backwards(contestant: Contestant, ring: Sequence[Buffers]) -> list[Tensor]:
+    """The outputs for every buffer, whose graphs can be gone back through again and again."""
+    if contestant.name != COMPILED:
+        return [contestant.module(buffers.x) for buffers in ring]
+    # A compiled backward may overwrite what its forward saved, unless it is told at compile time not to.
+    torch._dynamo.reset()
+    with torch._functorch.config.patch(donated_buffer=False):
+        return [contestant.module(buffers.x) for buffers in ring]
 
 
 def make_copy(ring: Sequence[Buffers]) -> Callable[[int], object]:

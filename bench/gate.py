@@ -19,7 +19,7 @@ from .cases import Buffers, Case
 from .contestants import OURS, TITLES, Contestant, make_layer
 from .results import GateRecord
 
-_ELEMENTS_AT_ONCE = 1 << 25
+_ELEMENTS_AT_ONCE = 1 << 23
 
 
 class GateError(RuntimeError):

@@ -41,16 +41,27 @@ def execute(plan: Plan, run: Run, progress: Callable[[Iterable[Case]], Iterable[
     if plan.device.type == "cuda":
         run.device_copy += cuda.copy_bandwidth(plan.device)
     for case in progress(plan.cases):
-        contestants = {name: Contestant.make(name, case, plan.device) for name in plan.contestants}
-        _hold(plan, case, contestants, run)
-        for direction in plan.directions:
-            for mode in plan.modes:
-                run.records.append(_measure(plan, case, contestants, direction, mode))
+        try:
+            _run_case(plan, case, run)
+        except torch.OutOfMemoryError:
+            run.notes.append(f"{case}: does not fit into this device's memory, left out")
+        if plan.device.type == "cuda":
+            cuda.free_memory()
     if plan.device.type == "cuda":
         run.device_copy += cuda.copy_bandwidth(plan.device)
         run.machine["gpu"]["state_at_end"] = machine.gpu_state()
     run.machine["load_average_at_end"] = machine.load_average()
     run.notes += _fallbacks(run.records)
+
+
+def _run_case(plan: Plan, case: Case, run: Run) -> None:
+    contestants = {name: Contestant.make(name, case, plan.device) for name in plan.contestants}
+    _hold(plan, case, contestants, run)
+    for direction in plan.directions:
+        for mode in plan.modes:
+            run.records.append(_measure(plan, case, contestants, direction, mode))
+            if plan.device.type == "cuda":
+                cuda.free_memory()
 
 
 def _hold(plan: Plan, case: Case, contestants: dict[str, Contestant], run: Run) -> None:
@@ -82,11 +93,7 @@ def _measure(plan: Plan, case: Case, contestants: dict[str, Contestant], directi
         timed = cuda.user_timer(make(), ring) if mode == "user" else cuda.graph_timer(make, ring, mode)
         timers[name], method[name] = timed.timer, timed.method if not timed.why else f"{timed.method}: {timed.why}"
     seconds = interleave(timers, plan.effort)
-    record = Record.of(case, direction, mode, method, seconds)
-    del timers, buffers
-    if on_gpu:
-        cuda.free_memory()
-    return record
+    return Record.of(case, direction, mode, method, seconds)
 
 
 def _makers(

@@ -137,7 +137,7 @@ def overall(run: Run, other: str) -> str | None:
             sentences.append(
                 f"- against {TITLES[other]}, {DIRECTION_TITLES[direction]}, {mode}: "
                 f"geometric mean {compared.geomean:.2f}x, least {compared.least:.2f}x "
-                f"({compared.least_record.label()}), {compared.cases} cases"
+                f"({compared.least_record.label()}), {compared.cases} case{'s' * (compared.cases != 1)}"
             )
     return "\n".join(sentences) or None
 

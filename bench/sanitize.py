@@ -1,0 +1,97 @@
+"""Every kernel variant once, at sizes small enough for compute-sanitizer (bench/gpu.sh runs it under three tools).
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 python -m bench.sanitize
+
+Without the caching allocator each tensor is an allocation of its own, so that memcheck sees a read or write one element
+beyond it. Results are held against the reference as well: a race that a tool does not model may still show in them.
+Exit code 0: all within the bound; 1: some are not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+import bnkernels
+from bnkernels.testing import (
+    DTYPE_PAIRS,
+    LAYOUTS,
+    Case,
+    Inputs,
+    Outputs,
+    Verdict,
+    judge_call,
+    misaligned,
+    poisoned_allocations,
+)
+
+# Each for a path through the kernels; see csrc/plan.cpp for where they part.
+SHAPES: tuple[tuple[int, ...], ...] = (
+    (2, 3),  # two rows, less than a vector of channels
+    (67, 100),  # 2-D: the channels-last kernels, a last slab that is not full
+    (3, 6, 31),  # rows shorter than a warp, each with a head and a tail
+    (2, 8, 4, 4),  # whole vectors and nothing else
+    (2, 20, 7, 7),  # 49 elements: every row aligned otherwise
+    (9, 130, 3, 11),  # more than one slab of channels
+    (1, 2, 10_007),  # one long odd row: several chunks a channel, joined by the finishing kernels
+    (40, 16, 16, 16),  # the same in whole vectors
+)
+
+# Which layout the kernels see, and where data starts: aligned, or one element off. Other layouts are copied to these.
+KERNEL_LAYOUTS = ("contiguous", "channels_last", "offset", "channels_last_offset")
+
+
+def cases(quick: bool = False) -> Iterator[Case]:
+    """Dtypes x layouts x alignments x training and inference, for each shape; quick: only the smallest of each."""
+    for shape in SHAPES[3:5] if quick else SHAPES:
+        for layout in KERNEL_LAYOUTS:
+            if not LAYOUTS[layout].applies(shape):
+                continue
+            for dtype, parameters in DTYPE_PAIRS:
+                for training in (True, False):
+                    yield Case("normal", shape, dtype, parameters, layout, training=training)
+
+
+def _copy(statistics: Tensor | None) -> Tensor | None:
+    """A copy, which the call may update; judge_call() wants them as they were. As misaligned as the original."""
+    if statistics is None:
+        return None
+    return misaligned(statistics) if statistics.storage_offset() else statistics.clone()
+
+
+def run_case(inputs: Inputs) -> list[Verdict]:
+    """Forward and backward through the public function, all gradients asked for, judged."""
+    mean, var = _copy(inputs.running_mean), _copy(inputs.running_var)
+    leaves = [t.detach().requires_grad_() for t in (inputs.x, inputs.weight, inputs.bias) if t is not None]
+    x, weight, bias = leaves
+    y = bnkernels.batch_norm(x, mean, var, weight, bias, inputs.training, inputs.momentum or 0.0, inputs.eps)
+    dx, dweight, dbias = torch.autograd.grad(y, leaves, inputs.grad)
+    outputs = Outputs(y=y.detach(), running_mean=mean, running_var=var, dx=dx, dweight=dweight, dbias=dbias)
+    return judge_call(inputs, outputs)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parse = argparse.ArgumentParser(description="Runs every kernel variant at small sizes, for compute-sanitizer.")
+    parse.add_argument("--device", default="cuda", help="default: cuda")
+    parse.add_argument("--quick", action="store_true", help="two shapes instead of all")
+    options = parse.parse_args(arguments)
+    count = 0
+    outside: list[str] = []
+    for case in cases(options.quick):
+        inputs = case.inputs(options.device)
+        with poisoned_allocations():
+            verdicts = run_case(inputs)
+        count += 1
+        outside += [f"{case}: {verdict}" for verdict in verdicts if not verdict.ok]
+    print(f"{count} calls, forward and backward, on {options.device}: {len(outside)} results outside the bound")
+    for line in outside:
+        print(f"  {line}")
+    return 1 if outside else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

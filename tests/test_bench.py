@@ -1,0 +1,569 @@
+"""The harness's own arithmetic, its gate, its parsers, and one run of a second or two."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import build_support
+from bench import cli, gate, ncu, registers, report, sanitize, shapes
+from bench.cases import DTYPES, FLOOR_TENSORS, Case, make_buffers, make_ring, ring_length
+from bench.contestants import BUILDERS, COMPILED, COPY, EAGER, OURS, Contestant, make_call
+from bench.markdown import table
+from bench.results import Comparison, GateRecord, Record, Run
+from bench.sampling import Effort, Ring, interleave
+from bench.shapes import LayerShape
+from bench.stats import Spread, geometric_mean, quantile
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+SMALL = Case(LayerShape(3, 5, 5), 4, "nchw", "fp32")
+
+
+# ---- shapes and bytes
+
+
+def test_resnet50_has_53_layers_of_12_shapes():
+    layers = shapes.resnet50()
+    assert len(layers) == 12
+    assert sum(layer.count for layer in layers) == 53
+    # Weight and bias of every layer: 53,120 of the network's 25,557,032 parameters.
+    assert sum(2 * layer.channels * layer.count for layer in layers) == 53_120
+    assert {layer.name: layer.count for layer in layers} == {
+        "64x112x112": 1,
+        "64x56x56": 6,
+        "256x56x56": 4,
+        "128x56x56": 1,
+        "128x28x28": 7,
+        "512x28x28": 5,
+        "256x28x28": 1,
+        "256x14x14": 11,
+        "1024x14x14": 7,
+        "512x14x14": 1,
+        "512x7x7": 5,
+        "2048x7x7": 4,
+    }
+
+
+def test_resnet50_agrees_with_torchvision():
+    models = pytest.importorskip("torchvision.models")
+    seen: list[tuple[int, ...]] = []
+    model = models.resnet50().eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape[1:])))
+    with torch.no_grad():
+        model(torch.zeros(1, 3, 224, 224))
+    ours = [(layer.channels, layer.height, layer.width) for layer in shapes.resnet50() for _ in range(layer.count)]
+    assert sorted(seen) == sorted(ours)
+
+
+def test_quick_shapes_are_four_of_them():
+    assert len(shapes.quick()) == 4
+    assert set(shapes.quick()) <= set(shapes.resnet50())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_floor_bytes(dtype: str):
+    case = Case(LayerShape(64, 7, 9), 5, "nhwc", dtype)
+    tensor = 5 * 64 * 7 * 9 * torch.empty(0, dtype=DTYPES[dtype]).element_size()
+    assert case.tensor_bytes == tensor
+    # Read x, write y; read x and grad, write grad_x; both.
+    assert [case.floor_bytes(name) / tensor for name in ("forward", "eval", "backward", "step")] == [2, 2, 3, 5]
+    assert set(FLOOR_TENSORS) == {"forward", "eval", "backward", "step"}
+
+
+def test_ring_is_longer_than_the_cache_and_within_the_limit():
+    case = Case(LayerShape(1, 1, 256), 1, "nchw", "fp32")  # 1 KiB
+    per_call = 2048
+    length = ring_length(case, per_call, cold_bytes=100_000, limit_bytes=1 << 30)
+    # Between two uses of one buffer, the others alone are more than the cache holds.
+    assert (length - 1) * per_call > 100_000
+    assert ring_length(case, per_call, cold_bytes=0, limit_bytes=1 << 30) == 2
+    assert ring_length(case, per_call, cold_bytes=1 << 30, limit_bytes=20 * 1024) == 10
+    assert ring_length(case, per_call, cold_bytes=1 << 30, limit_bytes=0) == 2
+    assert ring_length(case, per_call, cold_bytes=1 << 40, limit_bytes=1 << 40) == 512
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_buffers(layout: str):
+    case = Case(LayerShape(3, 5, 5), 4, layout, "bf16")
+    ring = make_ring(case, CPU, 3)
+    memory_format = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}[layout]
+    for buffers in ring:
+        assert buffers.x.is_leaf and buffers.x.requires_grad and not buffers.grad.requires_grad
+        for tensor in (buffers.x, buffers.grad):
+            assert tensor.dtype == torch.bfloat16
+            assert tensor.is_contiguous(memory_format=memory_format)
+        assert torch.equal(buffers.x, ring[0].x) and torch.equal(buffers.grad, ring[0].grad)
+    assert len({tensor.data_ptr() for buffers in ring for tensor in (buffers.x, buffers.grad)}) == 6
+    assert not torch.equal(make_buffers(case, CPU, seed=1).x, ring[0].x)
+
+
+# ---- statistics and sampling
+
+
+def test_quantiles():
+    assert quantile([3.0, 1.0, 2.0], 0.5) == 2.0
+    assert quantile([4.0, 1.0, 2.0, 3.0], 0.5) == 2.5
+    assert quantile([10.0, 20.0], 0.2) == pytest.approx(12.0)
+    assert quantile([7.0], 0.8) == 7.0
+    with pytest.raises(ValueError, match="nothing"):
+        quantile([], 0.5)
+    with pytest.raises(ValueError, match="probability"):
+        quantile([1.0], 1.5)
+
+
+def test_geometric_mean():
+    assert geometric_mean([2.0, 0.5]) == pytest.approx(1.0)
+    assert geometric_mean([2.0, 8.0]) == pytest.approx(4.0)
+    with pytest.raises(ValueError):
+        geometric_mean([])
+    with pytest.raises(ValueError):
+        geometric_mean([1.0, 0.0])
+
+
+def test_spreads_overlap():
+    assert Spread(2.0, 1.0, 3.0).overlaps(Spread(4.0, 3.0, 5.0))
+    assert not Spread(2.0, 1.0, 3.0).overlaps(Spread(4.0, 3.1, 5.0))
+
+
+def test_ring_is_shared():
+    ring = Ring(5)
+    assert ring.take(3) == [0, 1, 2]
+    assert ring.take(4) == [3, 4, 0, 1]
+    assert ring.take(1) == [2]
+
+
+def test_interleave_rotates_and_scales():
+    """Two fake clocks of 1 ms and 3 ms a call: samples are seconds a call, whatever number of calls they hold."""
+    asked: list[tuple[str, int]] = []
+
+    def clock(name: str, each: float):
+        def timer(count: int) -> float:
+            asked.append((name, count))
+            return count * each
+
+        return timer
+
+    effort = Effort(sample_s=10e-3, budget_s=0.2, min_rounds=3, max_rounds=50)
+    samples = interleave({"a": clock("a", 1e-3), "b": clock("b", 3e-3)}, effort)
+    assert all(value == pytest.approx(1e-3) for value in samples["a"])
+    assert all(value == pytest.approx(3e-3) for value in samples["b"])
+    # 10 calls of a and 4 of b are 22 ms a round: 9 rounds fit into 0.2 s.
+    assert len(samples["a"]) == len(samples["b"]) == 9
+    rounds = [name for name, _ in asked[-18:]]
+    assert rounds == ["a", "b", "b", "a"] * 4 + ["a", "b"]
+    assert {(name, count) for name, count in asked[-18:]} == {("a", 10), ("b", 4)}
+    least = interleave({"slow": clock("slow", 1.0)}, effort)
+    assert len(least["slow"]) == 3
+
+
+# ---- calls and the gate
+
+
+@pytest.mark.parametrize("direction", ["forward", "eval", "backward", "step"])
+def test_calls_return_what_they_make(direction: str):
+    ring = make_ring(SMALL, CPU, 2)
+    call = make_call(Contestant.make(EAGER, SMALL, CPU), direction, ring)
+    for index in (0, 1, 0):
+        made = call(index)
+        if direction == "forward":
+            assert isinstance(made, Tensor) and made.requires_grad
+        elif direction == "eval":
+            assert isinstance(made, Tensor) and not made.requires_grad
+        elif direction == "backward":
+            assert isinstance(made, tuple)
+            assert [tuple(grad.shape) for grad in made] == [(4, 3, 5, 5), (3,), (3,)]
+        else:
+            assert isinstance(made, tuple) and len(made) == 2
+    assert ring[0].x.grad is None  # nothing is accumulated: that would be timed too
+    with pytest.raises(ValueError, match="sideways"):
+        make_call(Contestant.make(EAGER, SMALL, CPU), "sideways", ring)
+
+
+def wrong_eps(layer: nn.BatchNorm2d) -> nn.Module:
+    layer.eps = 1e-2
+    return layer
+
+
+class WrongElement(nn.Module):
+    """A layer that gets one element of y wrong, by one part in a thousand."""
+
+    def __init__(self, layer: nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        factor = torch.ones_like(y)
+        factor[1, 2, 3, 4] += 1e-3
+        return y * factor
+
+
+def no_running_statistics(layer: nn.BatchNorm2d) -> nn.Module:
+    layer.momentum = 0.0
+    return layer
+
+
+@pytest.mark.parametrize("wrong", [wrong_eps, WrongElement, no_running_statistics])
+def test_gate_refuses_a_wrong_contestant(monkeypatch: pytest.MonkeyPatch, wrong):
+    buffers = make_buffers(SMALL, CPU)
+    right = {name: Contestant.make(name, SMALL, CPU) for name in (OURS, EAGER)}
+    records = gate.hold(SMALL, right, buffers, training=True) + gate.hold(SMALL, right, buffers, training=False)
+    assert len(records) == 4 and all(record.passed for record in records)
+
+    monkeypatch.setitem(BUILDERS, EAGER, wrong)
+    theirs = {OURS: right[OURS], EAGER: Contestant.make(EAGER, SMALL, CPU)}
+    records = gate.hold(SMALL, theirs, buffers, training=True)
+    assert {record.contestant: record.passed for record in records} == {OURS: True, EAGER: False}
+
+    monkeypatch.setitem(BUILDERS, OURS, wrong)
+    with pytest.raises(gate.GateError, match="4x3x5x5 nchw fp32"):
+        gate.hold(SMALL, {OURS: Contestant.make(OURS, SMALL, CPU)}, buffers, training=True)
+
+
+def test_gate_judges_channels_in_blocks(monkeypatch: pytest.MonkeyPatch):
+    """Cut into single channels, the gate sees the same worst error as in one piece."""
+    buffers = make_buffers(SMALL, CPU)
+    outcomes = {EAGER: gate.run_once(Contestant.make(EAGER, SMALL, CPU), buffers, training=True)}
+    whole = gate.judge(SMALL, buffers, outcomes, training=True)[EAGER]
+    monkeypatch.setattr(gate, "_ELEMENTS_AT_ONCE", 1)
+    cut = gate.judge(SMALL, buffers, outcomes, training=True)[EAGER]
+    assert {(v.quantity, v.ratio) for v in whole} == {(v.quantity, v.ratio) for v in cut}
+    assert {v.quantity for v in whole} == {"y", "running_mean", "running_var", "dx", "dweight", "dbias"}
+
+
+def test_a_nan_does_not_pass():
+    assert not GateRecord(OURS, "case", "step", math.nan, "y").passed
+    assert not GateRecord(OURS, "case", "step", math.inf, "y").passed
+
+
+# ---- report
+
+
+def record(shape: str, ours: list[float], eager: list[float], count: int = 1, **fields: object) -> Record:
+    known: dict[str, object] = {"mode": "cpu", "direction": "forward", "dtype": "fp32", "layout": "nchw", "batch": 8}
+    return Record(
+        **{**known, **fields},  # type: ignore[arg-type]
+        shape=shape,
+        count=count,
+        tensor_bytes=1_000_000,
+        floor_bytes=2_000_000,
+        method={OURS: "wall", EAGER: "wall", COPY: "wall"},
+        seconds={OURS: ours, EAGER: eager, COPY: [0.5e-3]},
+    )
+
+
+def example() -> Run:
+    run = Run(
+        machine={
+            "command": "python -m bench",
+            "date": "2030-01-02T03:04:05+00:00",
+            "commit": "abc",
+            "dirty": True,
+            "cpu": "A CPU",
+            "cores": 2,
+            "threads": 2,
+            "last_level_cache_bytes": 32 << 20,
+            "load_average_at_start": 0.0,
+            "torch": "2",
+            "python": "3",
+            "system": "Linux",
+            "build": {"simd": "avx2"},
+        },
+        settings={"preset": "default"},
+    )
+    run.records = [
+        record("1x2x3", [1e-3, 1e-3, 1e-3], [2e-3, 2e-3, 2e-3], count=52),
+        record("4x5x6", [4e-3, 4e-3, 5e-3], [2e-3, 2e-3, 2e-3]),
+    ]
+    run.gate = [GateRecord(OURS, "a", "step", 0.1, "y"), GateRecord(EAGER, "a", "step", 3.0, "dx")]
+    return run
+
+
+def test_comparison():
+    compared = Comparison.of(example().records, EAGER)
+    assert compared is not None
+    assert compared.geomean == pytest.approx(1.0)  # 2 and 1/2
+    assert (compared.least, compared.least_record.shape, compared.cases) == (0.5, "4x5x6", 2)
+    assert compared.network == pytest.approx((52 * 2 + 2) / (52 * 1 + 4))
+    assert Comparison.of(example().records, COMPILED) is None
+
+
+def test_report_states_losses_and_gates():
+    run = example()
+    text = report.render(run)
+    assert "with uncommitted changes" in text
+    assert "2 results, 1 outside the bound" in text
+    assert re.search(r"outside: nn.BatchNorm2d, a, step: 3 times the bound at dx", text)
+    losses = text.split("## Losses")[1].split("## All cases")[0]
+    assert "8x4x5x6 nchw fp32, forward, cpu" in losses and "(**0.50**)" in losses
+    assert "1x2x3" not in losses
+    # 2 MB in 1 ms are 2 GB/s; the copy moves 2 MB in 0.5 ms.
+    row = next(line for line in text.splitlines() if line.startswith("| 8   | 1x2x3"))
+    assert [cell.strip() for cell in row.strip("|").split("|")] == [
+        *["8", "1x2x3", "52", "1 ms (+0 +0%)", "2 ms (+0 +0%)", "2.00", "2.0", "50%"]
+    ]
+    run.records = run.records[:1]
+    assert "None: in no case" in report.render(run)
+
+
+def test_run_survives_json(tmp_path: Path):
+    run = example()
+    run.save(tmp_path / "run.json")
+    again = Run.load(tmp_path / "run.json")
+    assert again == run
+    data = json.loads((tmp_path / "run.json").read_text())
+    data["schema"] = 99
+    (tmp_path / "run.json").write_text(json.dumps(data))
+    with pytest.raises(ValueError, match="schema 99"):
+        Run.load(tmp_path / "run.json")
+
+
+def test_formats():
+    assert report.format_time(1.5) == "1.5 s"
+    assert report.format_time(0.01234) == "12.3 ms"
+    assert report.format_time(0.5e-3) == "500 µs"
+    assert report.format_time(12e-9) == "0.012 µs"
+    assert report.format_ratio(1.0) == "1.00"
+    assert report.format_ratio(0.5) == "**0.50**"
+    assert report.format_ratio(0.999) == "**0.999**"  # a loss, and not "1.00"
+    assert report.format_ratio(None) == "-"
+    assert report.format_spread(Spread(2e-3, 1e-3, 3e-3)) == "2 ms (-50 +50%)"
+
+
+def test_table():
+    assert table(["a", "bb"], [["x", "1"], ["long", "20"]]).splitlines() == [
+        "| a    |  bb |",
+        "| ---- | --: |",
+        "| x    |   1 |",
+        "| long |  20 |",
+    ]
+    with pytest.raises(ValueError, match="columns"):
+        table(["a"], [["1", "2"]])
+
+
+# ---- the command line
+
+
+TINY_RUN = ["--device", "cpu", "--shapes", "3x5x5", "--batch", "4", "--budget", "0.01", "--contestants", "ours,eager"]
+
+
+def test_a_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    options = [*TINY_RUN, "--quick", "--dtypes", "bf16", "--out", str(tmp_path), "--name", "smoke"]
+    assert cli.main(options) == 0
+    printed = capsys.readouterr().out
+    assert "## Losses" in printed and str(tmp_path) in printed
+    stem = next(tmp_path.glob("*-smoke.json"))
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".md", ".png"]
+    run = Run.load(stem)
+    assert [record.direction for record in run.records[:3]] == ["forward", "eval", "step"]
+    assert len(run.records) == 2 * 3  # layouts, directions
+    assert len(run.gate) == 2 * 2 * 2  # layouts, training and evaluation, contestants
+    for record in run.records:
+        assert set(record.seconds) == {OURS, EAGER, COPY}
+        assert all(len(samples) >= 5 and min(samples) > 0 for samples in record.seconds.values())
+    assert str(tmp_path) not in run.machine["command"] and "--quick" in run.machine["command"]
+    text = stem.with_suffix(".md").read_text()
+    assert text == report.render(run, stem.with_suffix(".png").name)
+    assert cli.main(["--render", str(stem), "--no-plot"]) == 0
+
+
+def test_our_wrong_result_stops_the_run(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setitem(BUILDERS, OURS, wrong_eps)
+    assert cli.main([*TINY_RUN, "--dtypes", "fp32", "--layouts", "nchw", "--out", str(tmp_path)]) == 1
+    assert "bnkernels is outside the bound" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_their_wrong_result_is_reported(tmp_path: Path, monkeypatch):
+    monkeypatch.setitem(BUILDERS, EAGER, wrong_eps)
+    options = [*TINY_RUN, "--dtypes", "fp32", "--layouts", "nchw", "--directions", "eval", "--no-plot"]
+    assert cli.main([*options, "--out", str(tmp_path)]) == 0
+    assert "outside: nn.BatchNorm2d, 4x3x5x5 nchw fp32, eval" in next(tmp_path.glob("*.md")).read_text()
+
+
+def test_a_compiler_that_does_not_work_is_noted(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "why_no_compiler", lambda device: "InvalidCxxCompiler: none found")
+    options = [*TINY_RUN, "--contestants", "ours,compiled", "--dtypes", "fp32", "--layouts", "nchw", "--no-plot"]
+    assert cli.main([*options, "--out", str(tmp_path)]) == 0
+    report_text = next(tmp_path.glob("*.md")).read_text()
+    assert "note: no figures of torch.compile" in report_text and "InvalidCxxCompiler" in report_text
+    assert "no figures of torch.compile" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--dtypes", "fp8"],
+        ["--layouts", ""],
+        ["--shapes", "3x4"],
+        ["--shapes", "0x4x4"],
+        ["--batch", "0"],
+        ["--batch", "x"],
+    ],
+)
+def test_bad_options_are_refused(options: list[str]):
+    with pytest.raises(SystemExit) as refusal:
+        cli.parser().parse_args(options)
+    assert refusal.value.code == 2
+
+
+def test_the_compiled_layer_runs_the_step_only_unless_full():
+    plan = cli.make_plan(cli.parser().parse_args(["--device", "cpu"]))
+    assert plan.takes_part(COMPILED, "step") and not plan.takes_part(COMPILED, "forward")
+    full = cli.make_plan(cli.parser().parse_args(["--device", "cpu", "--full"]))
+    assert full.takes_part(COMPILED, "backward")
+    assert len(plan.cases) == 12 * 2 * 2 * 2
+    assert plan.takes_part(OURS, "forward") and plan.takes_part(EAGER, "eval")
+
+
+@pytest.mark.cuda
+def test_a_whole_run_on_the_gpu(tmp_path: Path):
+    options = ["--device", "cuda", "--quick", "--shapes", "16x9x9", "--batch", "4", "--budget", "0.01", "--no-plot"]
+    assert cli.main([*options, "--out", str(tmp_path), "--modes", "cold,warm,user", "--dtypes", "bf16"]) == 0
+    run = Run.load(next(tmp_path.glob("*.json")))
+    assert {record.mode for record in run.records} == {"cold", "warm", "user"}
+    methods = {(record.mode, method) for record in run.records for method in record.method.values()}
+    assert methods == {("cold", "graph"), ("warm", "graph"), ("user", "wall")}
+    assert len(run.device_copy) >= 20 and min(run.device_copy) > 1e10
+    assert not run.notes
+
+
+# ---- ptxas
+
+PTXAS = """\
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_ZN3bnk5spillEPKfPfi' for 'sm_75'
+ptxas info    : Function properties for _ZN3bnk5spillEPKfPfi
+    552 bytes stack frame, 588 bytes spill stores, 596 bytes spill loads
+ptxas info    : Used 64 registers, used 1 barriers, 552 bytes cumulative stack size, 372 bytes cmem[0]
+ptxas info    : Compile time = 36.716 ms
+ptxas info    : Compiling entry function '_ZN3bnk5scaleIfLi4ELNS_6LayoutE0EEEvPKT_PS2_lf' for 'sm_75'
+ptxas info    : Function properties for _ZN3bnk5scaleIfLi4ELNS_6LayoutE0EEEvPKT_PS2_lf
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 24 registers, used 1 barriers, 1024 bytes smem, 384 bytes cmem[0]
+ptxas info    : Compile time = 8.438 ms
+ptxas info    : Compiling entry function 'plain' for 'sm_120a'
+ptxas info    : Function properties for plain
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 10 registers, used 0 barriers
+ptxas info    : Compile time = 1.902 ms
+ptxas info    : Function properties for helper
+    16 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+"""
+
+
+def test_ptxas_report_is_parsed():
+    spill, scale, plain = registers.parse_ptxas(PTXAS)
+    assert spill == registers.Usage("_ZN3bnk5spillEPKfPfi", "sm_75", 64, 552, 588, 596, 0)
+    assert (scale.registers, scale.shared_bytes, scale.in_registers) == (24, 1024, True)
+    assert (plain.kernel, plain.arch, plain.registers, plain.shared_bytes) == ("plain", "sm_120a", 10, 0)
+    assert not spill.in_registers
+
+
+def test_a_cut_ptxas_report_is_refused():
+    with pytest.raises(ValueError, match="no register count for _ZN3bnk5spill"):
+        registers.parse_ptxas(PTXAS.split("ptxas info    : Used 64")[0])
+    with pytest.raises(ValueError, match="figures of no kernel"):
+        registers.parse_ptxas("ptxas info    : Used 10 registers, used 0 barriers")
+
+
+def test_spills_are_found_unless_allowed(monkeypatch: pytest.MonkeyPatch):
+    usages = registers.parse_ptxas(PTXAS)
+    assert len(registers.offenders(usages)) == 1
+    assert "spill" in registers.offenders(usages)[0]
+    assert registers.offenders(usages[1:]) == []
+    monkeypatch.setitem(registers.ALLOWED, "spill", "a test says so")
+    assert registers.offenders(usages) == []
+    text = registers.render(usages, ["sm_75", "sm_120a"])
+    assert "**stack 552 B, spills 1184 B**" in text
+    assert len(text.splitlines()) == 2 + 3
+
+
+def test_kernel_names_are_shortened():
+    assert registers.shorten("void bnk::scale<float, 4, (bnk::Layout)0>(float const*, float*)") == (
+        "scale<float, 4, (Layout)0>"
+    )
+    assert registers.shorten("bnk::finish(bnk::Params)") == "finish"
+    assert registers.shorten("plain") == "plain"
+
+
+def test_registers_compiles_as_setup_does():
+    """The flags of setup.py that change machine code are the ones that the report is made with."""
+    given = re.search(r'flags\["nvcc"\] = \[(.*)\]', (ROOT / "setup.py").read_text())
+    assert given is not None
+    flags = re.findall(r'"([^"]+)"', given[1].split('"-Xcompiler"')[0])
+    assert set(flags) - {"-lineinfo"} == set(registers.CODE_FLAGS)
+    assert registers.ARCHS == ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+    assert len(registers.ARCHS) == len(build_support.SUPPORTED_ARCHS)
+
+
+# ---- ncu
+
+NCU = """\
+==PROF== Connected to process 7
+"ID","Process ID","Kernel Name","Context","dram__bytes_read.sum","dram__bytes_write.sum","gpu__time_duration.sum"
+"","","","","byte","byte","ns"
+"0","7","void lgamma_kernel_vectorized<float>(...)","1","32","0","1000"
+"1","7","void bnk::statistics(bnk::Params)","1","1,000,000","500","2000"
+"2","7","void bnk::normalize(bnk::Params)","1","1,000,100","800,000","3000"
+"3","7","void lgamma_kernel_vectorized<float>(...)","1","32","0","1000"
+"4","7","void reduce_kernel(...)","1","200,000,000","199,500","9000"
+==PROF== Disconnected from process 7
+"""
+
+
+def test_ncu_report_is_parsed():
+    kernels = ncu.parse_csv(NCU)
+    assert len(kernels) == 5
+    (call,) = ncu.split_calls(kernels)
+    assert [kernel.name.split("(")[0] for kernel in call.kernels] == ["void bnk::statistics", "void bnk::normalize"]
+    assert call.read_bytes == 2_000_100
+    assert call.written_bytes == 500 + 800_000 + 199_500  # what L2 still held is counted where it was evicted
+    text = ncu.render([(Case(LayerShape(10, 10, 10), 250, "nchw", "fp32"), "forward", OURS)], [call])
+    cells = [cell.strip() for cell in text.splitlines()[-1].strip("|").split("|")]
+    assert cells == ["250x10x10x10 nchw fp32", "forward", "ours", "2", "2.0", "2.0", "1.0", "1.500", "5"]
+    with pytest.raises(ValueError, match="1 calls"):
+        ncu.render([], [call])
+
+
+def test_ncu_report_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="no table"):
+        ncu.parse_csv("==ERROR== nothing was profiled")
+    with pytest.raises(ValueError, match="no column dram__bytes_write"):
+        ncu.parse_csv(NCU.replace("dram__bytes_write.sum", "other"))
+    kernels = ncu.parse_csv(NCU)
+    with pytest.raises(ValueError, match="before the first marker"):
+        ncu.split_calls(kernels[1:])
+    with pytest.raises(ValueError, match="1 of them empty"):
+        ncu.split_calls(kernels[:4])
+
+
+# ---- the driver for compute-sanitizer
+
+
+def test_sanitizer_driver_covers_the_variants():
+    cases = list(sanitize.cases())
+    assert {(case.dtype, case.parameters) for case in cases} == set(sanitize.DTYPE_PAIRS)
+    assert {case.layout for case in cases} == set(sanitize.KERNEL_LAYOUTS)
+    assert {case.shape for case in cases} == set(sanitize.SHAPES)
+    assert len({str(case) for case in cases}) == len(cases)
+    assert sanitize.main(["--device", "cpu", "--quick"]) == 0
+
+
+def test_sanitizer_driver_sees_a_wrong_result(monkeypatch: pytest.MonkeyPatch, capsys):
+    import bnkernels
+
+    right = bnkernels.batch_norm
+    monkeypatch.setattr(bnkernels, "batch_norm", lambda *arguments: right(*arguments) * 1.001)
+    monkeypatch.setattr(sanitize, "SHAPES", sanitize.SHAPES[:5])
+    assert sanitize.main(["--device", "cpu", "--quick"]) == 1
+    assert "float32" in capsys.readouterr().out
