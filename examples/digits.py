@@ -313,18 +313,18 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    # TF32 would round what the two layers give to ten bits, and so make large differences of small ones.
-    torch.backends.cudnn.allow_tf32 = False
     started = time.perf_counter()
     print("bnkernels on", args.device)
     for name, value in bnk.build_info().items():
         print(f"  {name:9} {value}")
     races = []
     results: list[tuple[str, Check]] = []
-    for dtype in AGREEMENT:
-        race, test = train(dtype, args)
-        races.append(race)
-        results += [(name_of(dtype), check) for check in checks(race, test)]
+    # TF32 would round what the two layers give to ten bits, and so make large differences of small ones.
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        for dtype in AGREEMENT:
+            race, test = train(dtype, args)
+            races.append(race)
+            results += [(name_of(dtype), check) for check in checks(race, test)]
     plot(args.plot, races, args.device)
 
     print()

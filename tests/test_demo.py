@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("sklearn", reason="the demo's extra is not installed")
 pytest.importorskip("matplotlib", reason="the demo's extra is not installed")
@@ -14,6 +16,15 @@ pytest.importorskip("tqdm", reason="the demo's extra is not installed")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 import digits
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads of OpenMP that spin for each other take minutes for seconds' work where others use the machine too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def run(tmp_path: Path, *more: str) -> tuple[int, Path]:
