@@ -19,7 +19,7 @@ PACKAGE = ROOT / "bnkernels"
 
 MAX_LINES = 500  # a file longer than this holds two things
 
-STANDARD = re.compile(r"^<[a-z_]+>$|^<std(int|def|io|lib)\.h>$|^<immintrin\.h>$")
+STANDARD = re.compile(r"^<[a-z_]+>$|^<std(int|def|io|lib)\.h>$|^<(imm|emm)intrin\.h>$")
 TORCH = re.compile(r"^[<\"](torch|ATen|c10|pybind11)/")
 CUDA_TYPES = re.compile(r"^<(cuda_fp16|cuda_bf16)\.h>$")
 CUDA_RUNTIME = re.compile(r"^<cuda(_runtime|_runtime_api)?\.h>$")
