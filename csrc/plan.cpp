@@ -13,6 +13,10 @@ constexpr int kVectorBytes = 16;
 constexpr int kBlockThreads = 256;
 // Windows a thread should at least have before a slab is cut finer: one tile, so that its loads overlap.
 constexpr int64_t kMinWindowsPerThread = 4;
+// Windows a thread may at most have of float64 data. Its sums are of the data's own precision, and equal values added one
+// after the other all round the same way: the chain, not the tree above it, sets the error. (The sums of smaller dtypes
+// are joined in double, where no chain is too long.)
+constexpr int64_t kMaxWindowsPerThreadFloat64 = 128;
 // Channels that a block finishes side by side, at least: so many doubles are one memory sector.
 constexpr int kMinFinishLanes = 4;
 constexpr int64_t kMaxGrid = 0x7fffffff;
@@ -98,8 +102,12 @@ StreamingPlan plan_streaming(const Problem& problem, bool aligned, const DeviceL
   const int64_t resident =
       static_cast<int64_t>(limits.multiprocessors) * std::max(1, limits.max_threads_per_multiprocessor / block);
   const int64_t wanted = ceil_div(resident, whole.slabs);
-  const int64_t worthwhile = ceil_div(slab_units(problem, aligned), (block / whole.lanes) * kMinWindowsPerThread);
-  return make_streaming(problem, aligned, block, std::min(wanted, worthwhile));
+  const int64_t units = slab_units(problem, aligned);
+  const int64_t threads = block / whole.lanes;
+  const int64_t chunks = std::min(wanted, ceil_div(units, threads * kMinWindowsPerThread));
+  const bool exact_chains = problem.dtype != Dtype::kFloat64;
+  const int64_t needed = exact_chains ? 1 : ceil_div(units, threads * kMaxWindowsPerThreadFloat64);
+  return make_streaming(problem, aligned, block, std::max(chunks, needed));
 }
 
 }  // namespace bnk

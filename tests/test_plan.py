@@ -59,6 +59,8 @@ def test_plan_covers_the_problem_within_limits(
         assert plan["step_rows"] * plan["windows"] + plan["step_windows"] == plan["block"]
         assert plan["step_windows"] < plan["windows"]
     assert plan["chunks"] * plan["chunk_size"] >= units
+    if dtype == "float64":  # no thread adds up more than 128 vectors one after the other
+        assert plan["chunk_size"] * plan["lanes"] <= 128 * plan["block"]
     assert (plan["chunks"] - 1) * plan["chunk_size"] < units
 
 
