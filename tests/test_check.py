@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 import shlex
 import shutil
 import subprocess
@@ -46,7 +47,12 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str, dict[str,
     """The whole of --quick on the CPU, run once as users run it: exit code, output, JSON."""
     file = tmp_path_factory.mktemp("check") / "quick.json"
     command = [sys.executable, "-m", "bnkernels.check", "--quick", "--device", "cpu", "--json", str(file)]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # Of the processor: what the clock says depends on who else is on the machine.
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert seconds < 30, "--quick is for every run of somebody's CI"
     assert done.stderr == "", "nothing, a progress bar included, goes to a stderr that is no terminal"
     return done.returncode, done.stdout, json.loads(file.read_text())
 
@@ -56,7 +62,6 @@ def test_quick_passes(quick: tuple[int, str, dict[str, Any]]) -> None:
     assert code == 0, said
     assert data["passed"] is True
     assert f"cpu: ok, {len(list(cases('quick')))} cases within bounds" in said
-    assert data["backends"][0]["seconds"] < 30
 
 
 def test_table_fits_a_terminal(quick: tuple[int, str, dict[str, Any]]) -> None:
@@ -193,7 +198,11 @@ class Wrong:
         (Wrong.writes_weight, "train", "changed its input weight"),
         (Wrong.writes_beyond, "train", "wrote beyond the end of running_mean"),
         (Wrong.updates_in_inference, "eval", "changed running_mean in inference"),
-        (Wrong.leaves_memory_unwritten, "train", "y has other bits when called again, with NaN in fresh memory"),
+        (
+            Wrong.leaves_memory_unwritten,
+            "train",
+            "y has other bits when called again, in one thread and with NaN in fresh memory",
+        ),
         (Wrong.is_not_repeatable, "train", "y has other bits when called again"),
         (Wrong.widens, "train", "y is torch.float64"),
         (Wrong.raises, "train", "raised RuntimeError: no kernel for this"),

@@ -32,6 +32,7 @@ from bnkernels.testing import (
 )
 from bnkernels.testing.calls import Inputs
 
+testing_cases = sys.modules["bnkernels.testing.cases"]  # the package gives this name to the function
 ROOT = Path(__file__).resolve().parent.parent
 QUICK, FULL = list(cases("quick")), list(cases("full"))
 SHAPE = (4, 5, 1031)
@@ -193,6 +194,15 @@ def test_seeds_dtypes_and_layouts() -> None:
     assert torch.equal(Case("normal", (4, 3, 5, 7), "float32").inputs().x, x.float())
     assert torch.equal(Case("normal", (4, 3, 5, 7), "float64", layout="channels_last").inputs().x, x)
     assert not torch.equal(x[:, 0], x[:, 1])
+
+
+def test_long_rows_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that cases beyond 2^31 elements are made in seconds; shorter ones do not."""
+    assert max(case.elements_per_channel for case in FULL) <= testing_cases._PERIOD
+    monkeypatch.setattr(testing_cases, "_PERIOD", 101)
+    x = rows(Case("normal", (4, 3, 59)).inputs().x)
+    assert torch.equal(x[:, :101], x[:, 101:202]) and torch.equal(x[:, :34], x[:, 202:])
+    assert len(x[:, :101].unique()) > 300
 
 
 @pytest.mark.parametrize(
