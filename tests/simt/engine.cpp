@@ -1,6 +1,7 @@
 #include "simt/engine.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <numeric>
 
@@ -42,6 +43,8 @@ struct Warp {
   double values[2][kWarp];  // in turn: one shuffle's values are still read while the next one's are offered
 };
 
+constexpr size_t kMaxBarriers = 256;  // in the source of one kernel
+
 // Thrown through the kernel's frames when the launch has ended in a fault.
 struct Unwind {};
 
@@ -52,10 +55,12 @@ std::vector<std::unique_ptr<SharedMemory>> arenas;
 class Grid;
 Grid* grid = nullptr;  // the one that runs
 
-std::string describe(const Site& site) {
+const char* file_of(const Site& site) {
   const char* slash = std::strrchr(site.file_name(), '/');
-  return std::string(slash ? slash + 1 : site.file_name()) + ":" + std::to_string(site.line());
+  return slash ? slash + 1 : site.file_name();
 }
+
+std::string describe(const Site& site) { return std::string(file_of(site)) + ":" + std::to_string(site.line()); }
 
 bool same(const Site& a, const Site& b) {
   return a.line() == b.line() && a.column() == b.column() && std::strcmp(a.file_name(), b.file_name()) == 0;
@@ -90,6 +95,7 @@ class Grid {
   void wake_waiting();
   void make_ready(size_t thread);
   void pause(State state, const Site& site);
+  bool is_left_out(const Site& barrier) const;
   std::string where(size_t first, size_t end) const;
 
   Block& block() { return blocks_[position().block]; }
@@ -107,6 +113,7 @@ class Grid {
   std::vector<size_t> waiting_;  // threads, for a counter
   size_t current_ = 0;
   size_t switches_ = 0;
+  std::vector<Site> barriers_;  // met
   std::string fault_;
   char start_token_, end_token_;
 };
@@ -114,7 +121,9 @@ class Grid {
 // ---- in the scheduler's context -------------------------------------------------------------------------------------
 
 Report Grid::run() {
+  // Threads allocate nothing: the race detector takes memory to be its allocating thread's.
   waiting_.reserve(threads_.size());
+  barriers_.reserve(kMaxBarriers);
   std::vector<size_t> to_start(launch_.grid);
   std::iota(to_start.begin(), to_start.end(), size_t{0});
   const auto start_one = [&](size_t slot) {
@@ -144,7 +153,9 @@ Report Grid::run() {
   }
   if (!fault_.empty()) unwind();
   acquire(&end_token_);
-  return {fault_, take_traffic(), switches_};
+  Report report{fault_, take_traffic(), switches_, {}};
+  for (const Site& barrier : barriers_) report.barriers.insert(describe(barrier));
+  return report;
 }
 
 void Grid::start_block(size_t rank, size_t slot) {
@@ -258,7 +269,14 @@ void Grid::pause(State state, const Site& site) {
   if (!fault_.empty()) throw Unwind();
 }
 
+bool Grid::is_left_out(const Site& barrier) const {
+  const size_t colon = launch_.without.find(':');
+  return colon != std::string::npos && launch_.without.compare(0, colon, file_of(barrier)) == 0 &&
+         std::strtoul(launch_.without.c_str() + colon + 1, nullptr, 10) == barrier.line();
+}
+
 void Grid::block_barrier(const Site& site) {
+  if (is_left_out(site)) return;
   if (block().returned > 0) fault("divergent barrier: other threads of the block have returned", site);
   if (warp().at_shuffle > 0) fault("divergent shuffle: a lane is at a barrier while others of its warp wait", site);
   if (block().at_barrier > 0 && !same(block().site, site)) {
@@ -273,11 +291,14 @@ void Grid::block_barrier(const Site& site) {
   } else {
     block().at_barrier = 0;
     ++block().phase;
+    const auto met = [&](const Site& other) { return same(site, other); };
+    if (std::none_of(barriers_.begin(), barriers_.end(), met)) barriers_.push_back(site);
     const size_t first = first_of_block();
     for (size_t i = first; i < first + launch_.block; ++i) {
       warps_[i / kWarp].at_barrier = 0;
       make_ready(i);
     }
+    scheduler_.barrier_opened(first);
     pause(State::kReady, site);
   }
   acquire(token);
@@ -345,7 +366,9 @@ void Grid::fault(const std::string& what, const Site& site) {
 Report launch(const Launch& configuration, void (*kernel)(void*), void* argument) {
   const unsigned block = configuration.block;
   if (configuration.grid == 0 || block == 0 || block % kWarp != 0 || block > kMaxBlock) {
-    return {"invalid launch: grid " + std::to_string(configuration.grid) + ", block " + std::to_string(block), {}, 0};
+    Report report;
+    report.fault = "invalid launch: grid " + std::to_string(configuration.grid) + ", block " + std::to_string(block);
+    return report;
   }
   const auto one = std::make_unique<Grid>(configuration, kernel, argument);
   grid = one.get();

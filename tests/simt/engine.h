@@ -17,6 +17,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <set>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -36,12 +37,14 @@ struct Launch {
   uint64_t seed = 0;
   Schedule schedule = Schedule::kSeeded;
   unsigned resident_blocks = 0;  // blocks that run at a time, the next starting where one ended; 0: all
+  std::string without;           // "file:line" of a barrier that is not kept, for tests to see that it is missed
 };
 
 struct Report {
   std::string fault;  // empty: the launch ran to its end
   std::vector<Traffic> traffic;
   size_t switches = 0;
+  std::set<std::string> barriers;  // "file:line" of those that were met
 
   bool ok() const { return fault.empty(); }
   // Bytes of one buffer, by name. 0 for a name that is not there.

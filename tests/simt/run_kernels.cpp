@@ -12,12 +12,14 @@
 //   block chunks                         the plan: make_streaming(), or, with multiprocessors and threads instead, plan_streaming()
 //   finish_block grid                    another block size for the finishing kernels; a limit to every grid
 //   seeds first_seed schedule resident   each seed is one run of the whole sequence, on memory poisoned anew
+//   without                              LAUNCH:FILE:LINE, a barrier that one launch of the sequence does not keep
 //
 // The answer is lines of text, then the bytes of the tensors of mode `inout` and `out`, in order:
 //
 //   fault SEED LAUNCH TEXT               a launch ended in a fault (no bytes follow; line breaks in TEXT are '|')
 //   differs SEED TENSOR BYTE             a run's results are not, bit for bit, the first run's (no bytes follow)
-//   launch GRID BLOCK SWITCHES NAME:READ:WRITTEN ...     one for each launch of the sequence, with its traffic
+//   launch GRID BLOCK SWITCHES BARRIERS NAME:READ:WRITTEN ...     one for each launch of the sequence: the barriers met,
+//                                        FILE:LINE, each followed by a comma, then a dash; and its traffic
 //   done
 //
 // Traffic that is not the same in every run is a difference too.
@@ -134,18 +136,30 @@ class HostExecutor {
   HostExecutor(const Request& request, uint64_t seed)
       : seed_(seed),
         schedule_(schedule_named(request.options.at("schedule"))),
-        resident_(static_cast<unsigned>(request.integer("resident", 0))) {}
+        resident_(static_cast<unsigned>(request.integer("resident", 0))) {
+    const auto without = request.options.find("without");
+    if (without == request.options.end()) return;
+    const size_t colon = without->second.find(':');
+    without_launch_ = std::stoul(without->second.substr(0, colon));
+    without_ = without->second.substr(colon + 1);
+  }
 
   template <typename Params>
   void launch(bnk::Launch launch, void (*kernel)(Params), const Params& params) {
     if (!fault.empty()) return;
     const auto grid = static_cast<unsigned>(launch.grid);
     const auto block = static_cast<unsigned>(launch.block);
-    const simt::Report report = simt::launch(
-        {.grid = grid, .block = block, .seed = 8 * seed_ + count, .schedule = schedule_, .resident_blocks = resident_},
-        [&] { kernel(params); });
+    const simt::Report report = simt::launch({.grid = grid,
+                                              .block = block,
+                                              .seed = 8 * seed_ + count,
+                                              .schedule = schedule_,
+                                              .resident_blocks = resident_,
+                                              .without = count == without_launch_ ? without_ : ""},
+                                             [&] { kernel(params); });
     std::ostringstream line;
-    line << "launch " << grid << ' ' << block << ' ' << report.switches;
+    line << "launch " << grid << ' ' << block << ' ' << report.switches << ' ';
+    for (const std::string& barrier : report.barriers) line << barrier << ',';
+    line << '-';
     for (const simt::Traffic& entry : report.traffic) {
       line << ' ' << entry.buffer << ':' << entry.bytes_read << ':' << entry.bytes_written;
     }
@@ -162,6 +176,8 @@ class HostExecutor {
   uint64_t seed_;
   simt::Schedule schedule_;
   unsigned resident_;
+  size_t without_launch_ = 0;
+  std::string without_;
 };
 
 bnk::StreamingPlan make_plan(const Request& request, const void* lead) {

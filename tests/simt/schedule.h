@@ -26,8 +26,8 @@ class Scheduler {
         random_(seed),
         ready_(threads_),
         last_(schedule == Schedule::kReverse ? 0 : threads_ - 1) {
-    if (schedule == Schedule::kStallOne) laggard_ = draw_range(block_);
-    if (schedule == Schedule::kSeeded) draw_laggard();
+    if (schedule == Schedule::kStallOne) laggard_ = draw_range(block_, {0, threads_});
+    if (schedule == Schedule::kSeeded) draw_laggard({0, threads_});
   }
 
   void make_ready(size_t thread) { ready_.insert(thread); }
@@ -45,8 +45,14 @@ class Scheduler {
     }
     const size_t thread = ready_.take_random(random_, laggard_);
     const bool had_to = thread >= laggard_.first && thread < laggard_.end;
-    if (schedule_ == Schedule::kSeeded && (had_to || --patience_ == 0)) draw_laggard();
+    if (schedule_ == Schedule::kSeeded && (had_to || --patience_ == 0)) draw_laggard({0, threads_});
     return thread;
+  }
+
+  // The threads from `first` on, a block, have met at a barrier: that one of them then lags is what shows that the next
+  // barrier is missing.
+  void barrier_opened(size_t first) {
+    if (schedule_ == Schedule::kSeeded && random_.below(4) == 0) draw_laggard({first, first + block_});
   }
 
   // In which order blocks become resident is part of the schedule.
@@ -62,27 +68,18 @@ class Scheduler {
   }
 
  private:
-  Range draw_range(size_t size) {
-    const size_t first = random_.below(threads_ / size) * size;
+  // `size` neighbours of the threads in `within`.
+  Range draw_range(size_t size, const Range& within) {
+    const size_t first = within.first + random_.below((within.end - within.first) / size) * size;
     return {first, first + size};
   }
 
-  void draw_laggard() {
-    patience_ = ~size_t{0};
-    switch (random_.below(4)) {
-      case 0:
-        laggard_ = draw_range(1);
-        break;
-      case 1:
-        laggard_ = draw_range(warp_);
-        break;
-      case 2:
-        laggard_ = draw_range(block_);
-        break;
-      default:
-        laggard_ = {};
-        patience_ = 1 + random_.below(4 * threads_);
-    }
+  // None, a thread, a warp or a block, for a number of steps that may be few and may be the whole launch.
+  void draw_laggard(const Range& within) {
+    const size_t sizes[] = {0, 1, warp_, block_};
+    const size_t size = sizes[random_.below(4)];
+    laggard_ = size == 0 ? Range{} : draw_range(size, within);
+    patience_ = 1 + random_.below(threads_ << random_.below(8));
   }
 
   Schedule schedule_;
@@ -91,7 +88,7 @@ class Scheduler {
   RunQueue ready_;
   size_t last_;
   Range laggard_;
-  size_t patience_ = ~size_t{0};  // steps until a laggard that need not move, or none, is drawn anew
+  size_t patience_ = 0;  // steps until another is drawn
 };
 
 }  // namespace simt

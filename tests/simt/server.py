@@ -1,8 +1,8 @@
 """run_kernels from Python: the launch sequences of csrc/streaming.h on tensors, thread by thread on the host.
 
     server = Server("plain")
-    forward = server.forward_train(inputs, How(block=64, chunks=3, seeds=range(20)))
-    forward.outputs.y, forward.launches[0].read["x"]
+    run = server.call(inputs, How(block=64, chunks=3, seeds=range(20)), channels_last=False)
+    run.outputs.y, run.launches[0].read["x"]
 
 Tensors are dense: their memory is taken as it is in the order that `channels_last` tells. `How` is everything about the
 execution that must not change a bit of the results, and the plan.
@@ -10,12 +10,13 @@ execution that must not change a bit of the results, and the plan.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import subprocess
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -43,6 +44,8 @@ class How:
     schedule: str = "seeded"
     resident: int = 0
     """Blocks that run at a time; 0: all."""
+    without: tuple[int, str] | None = None
+    """A launch of the sequence, and the barrier ("file:line") that it does not keep."""
     misaligned: Mapping[str, int] = field(default_factory=dict)
     """Elements that a tensor, by its name in problem.h, lies past a 16-byte boundary."""
 
@@ -54,6 +57,8 @@ class Launch:
     grid: int
     block: int
     switches: int
+    barriers: tuple[str, ...]
+    """The barriers that were met, as "file:line"."""
     read: dict[str, int]
     written: dict[str, int]
 
@@ -69,7 +74,7 @@ class Failure(AssertionError):
 
 
 class Server:
-    """One process of run_kernels. A context manager; `close` raises Failure for what the sanitizers said."""
+    """One process of run_kernels. A fault or a difference leaves it fit for more; a sanitizer's word ends it."""
 
     def __init__(self, build_name: str, root: Path = build.ROOT) -> None:
         program = build.program("run_kernels", build_name, root)
@@ -82,21 +87,34 @@ class Server:
             env=os.environ | build.ENVIRONMENT,
         )
 
-    def __enter__(self) -> Server:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if exception[0] is None:
-            self.close()
-        else:
-            self._process.kill()
-            self._process.wait()
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
 
     def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
+        """Ends the process. Raises Failure if it does not end well: leaks are told only then."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._process.stdout.close()
         if self._process.wait() != 0:
             raise Failure(self._complaint())
+
+    def kill(self) -> None:
+        """Ends the process, whatever it has to say."""
+        self._process.kill()
+        self._process.wait()
+
+    def call(self, inputs: Inputs, how: How, *, channels_last: bool) -> Run:
+        """The forward that `inputs.training` asks for, then the backward from what it saved."""
+        forward = (self.forward_train if inputs.training else self.forward_eval)(
+            inputs, how, channels_last=channels_last
+        )
+        saved = forward.outputs
+        assert saved.mean is not None and saved.invstd is not None
+        backward = self.backward(inputs, saved.mean, saved.invstd, how, channels_last=channels_last)
+        gradients = {name: getattr(backward.outputs, name) for name in _OUTPUT_NAMES.values()}
+        return Run(replace(saved, **gradients), forward.launches + backward.launches)
 
     def forward_train(self, inputs: Inputs, how: How, *, channels_last: bool) -> Run:
         names = ("x", "weight", "bias")
@@ -129,11 +147,10 @@ class Server:
         tensors = [("grad_y", "in", inputs.grad), ("x", "in", inputs.x), ("mean", "in", mean), ("invstd", "in", invstd)]
         if inputs.weight is not None:
             tensors.append(("weight", "in", inputs.weight))
-        like = (inputs.x, inputs.weight if inputs.weight is not None else mean, mean)
-        like = (like[0], like[1], like[1])
-        for name, tensor, needed in zip(("grad_x", "grad_weight", "grad_bias"), like, need):
+        vector = inputs.weight if inputs.weight is not None else mean
+        for name, like, needed in zip(("grad_x", "grad_weight", "grad_bias"), (inputs.x, vector, vector), need):
             if needed:
-                tensors.append((name, "out", torch.empty_like(tensor)))
+                tensors.append((name, "out", torch.empty_like(like)))
         return self._run("backward", inputs.x, tensors, {"training": int(inputs.training)}, how, channels_last)
 
     @staticmethod
@@ -173,6 +190,8 @@ class Server:
         for key in ("finish_block", "grid"):
             if (value := getattr(how, key)) is not None:
                 settings[key] = value
+        if how.without is not None:
+            settings["without"] = f"{how.without[0]}:{how.without[1]}"
         words = [operation, *(f"{key}={value}" for key, value in settings.items())]
         for name, mode, tensor in tensors:
             shift = how.misaligned.get(name, 0) * tensor.element_size()
@@ -183,7 +202,12 @@ class Server:
             self._process.stdin.flush()
         except BrokenPipeError:
             raise Failure(self._complaint()) from None
-        return self._answer(tensors, channels_last)
+        run = self._answer(tensors, channels_last)
+        # ThreadSanitizer tells what it sees and goes on.
+        if os.fstat(self._stderr.fileno()).st_size > 0:
+            self.kill()
+            raise Failure(self._complaint())
+        return run
 
     def _answer(self, tensors: list[tuple[str, str, Tensor]], channels_last: bool) -> Run:
         assert self._process.stdout is not None
@@ -192,11 +216,13 @@ class Server:
             kind, _, rest = line.partition(" ")
             if kind != "launch":
                 raise Failure(line.replace("|", "\n") if line else self._complaint())
-            grid, block, switches, *traffic = rest.split()
+            grid, block, switches, barriers, *traffic = rest.split()
             moved = [entry.split(":") for entry in traffic]
             read = {name: int(count) for name, count, _ in moved}
             written = {name: int(count) for name, _, count in moved}
-            launches.append(Launch(int(grid), int(block), int(switches), read, written))
+            launches.append(
+                Launch(int(grid), int(block), int(switches), tuple(barriers.split(",")[:-1]), read, written)
+            )
         results = {}
         for name, mode, tensor in tensors:
             if mode != "in":
@@ -205,6 +231,7 @@ class Server:
         return Run(Outputs(**results), launches)
 
     def _complaint(self) -> str:
+        """What the process, which is at its end, said to stderr."""
         code = self._process.wait()
         self._stderr.seek(0)
         return f"exit code {code}\n" + self._stderr.read().decode(errors="replace")[:20_000]
