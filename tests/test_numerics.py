@@ -326,7 +326,7 @@ def test_large_shapes(device: str, shape: tuple[int, ...]) -> None:
 def huge(device: str, shape: tuple[int, ...], layout: str) -> None:
     case = Case("offset_1e2", shape, "bfloat16", "float32", layout)
     inputs = case.inputs(device)
-    assert_within(judge_call(inputs, outputs_of(inputs)), str(case))
+    assert_within(judge_call(inputs, outputs_of(inputs), device), str(case))
 
 
 HUGE = pytest.mark.parametrize(

@@ -47,24 +47,25 @@ _ELEMENTS_AT_ONCE = 1 << 23
 """Channels are judged in blocks of about this many elements, so that memory does not grow with the tensor."""
 
 
-def judge_call(inputs: Inputs, outputs: Outputs) -> list[Verdict]:
-    """One verdict for each output that is there, worst first. The reference runs on the CPU.
+def judge_call(inputs: Inputs, outputs: Outputs, device: torch.device | str = "cpu") -> list[Verdict]:
+    """One verdict for each output that is there, worst first.
 
-    `inputs` must hold the running statistics as they were BEFORE the call.
+    `inputs` must hold the running statistics as they were BEFORE the call. The reference runs on `device`: the CPU,
+    unless the tensors are so large that its minutes count.
     """
-    return judge_calls(inputs, [outputs])[0]
+    return judge_calls(inputs, [outputs], device)[0]
 
 
-def judge_calls(inputs: Inputs, contestants: list[Outputs]) -> list[list[Verdict]]:
+def judge_calls(inputs: Inputs, contestants: list[Outputs], device: torch.device | str = "cpu") -> list[list[Verdict]]:
     """`judge_call` for several outputs of the same inputs, at the price of one reference."""
     channels = inputs.x.shape[1]
     step = max(1, _ELEMENTS_AT_ONCE * channels // max(1, inputs.x.numel()))
     worst: list[dict[str, Verdict]] = [{} for _ in contestants]
     for start in range(0, channels, step):
         block = slice(start, min(start + step, channels))
-        expected = _expectations(_slice_inputs(inputs, block))
+        expected = _expectations(_slice_inputs(inputs, block, device))
         for outputs, so_far in zip(contestants, worst):
-            for verdict in _judge_block(expected, _slice_outputs(outputs, block)):
+            for verdict in _judge_block(expected, _slice_outputs(outputs, block, device)):
                 position = 1 if verdict.quantity in ("y", "dx") else 0
                 index = tuple(i + start if d == position else i for d, i in enumerate(verdict.index))
                 if verdict.quantity not in so_far or verdict.ratio > so_far[verdict.quantity].ratio:
@@ -97,14 +98,14 @@ def _judge_block(expected: dict[str, Expectation], outputs: Outputs) -> list[Ver
     return verdicts
 
 
-def _slice_inputs(i: Inputs, block: slice) -> Inputs:
+def _slice_inputs(i: Inputs, block: slice, device: torch.device | str) -> Inputs:
     return Inputs(
-        i.x[:, block].detach().cpu(),
-        i.grad[:, block].detach().cpu(),
-        _slice_vector(i.weight, block),
-        _slice_vector(i.bias, block),
-        _slice_vector(i.running_mean, block),
-        _slice_vector(i.running_var, block),
+        i.x[:, block].detach().to(device),
+        i.grad[:, block].detach().to(device),
+        _slice_vector(i.weight, block, device),
+        _slice_vector(i.bias, block, device),
+        _slice_vector(i.running_mean, block, device),
+        _slice_vector(i.running_var, block, device),
         i.num_batches_tracked,
         i.training,
         i.momentum,
@@ -112,18 +113,18 @@ def _slice_inputs(i: Inputs, block: slice) -> Inputs:
     )
 
 
-def _slice_outputs(o: Outputs, block: slice) -> Outputs:
+def _slice_outputs(o: Outputs, block: slice, device: torch.device | str) -> Outputs:
     return Outputs(
-        y=None if o.y is None else o.y[:, block].detach().cpu(),
-        mean=_slice_vector(o.mean, block),
-        invstd=_slice_vector(o.invstd, block),
-        running_mean=_slice_vector(o.running_mean, block),
-        running_var=_slice_vector(o.running_var, block),
-        dx=None if o.dx is None else o.dx[:, block].detach().cpu(),
-        dweight=_slice_vector(o.dweight, block),
-        dbias=_slice_vector(o.dbias, block),
+        y=None if o.y is None else o.y[:, block].detach().to(device),
+        mean=_slice_vector(o.mean, block, device),
+        invstd=_slice_vector(o.invstd, block, device),
+        running_mean=_slice_vector(o.running_mean, block, device),
+        running_var=_slice_vector(o.running_var, block, device),
+        dx=None if o.dx is None else o.dx[:, block].detach().to(device),
+        dweight=_slice_vector(o.dweight, block, device),
+        dbias=_slice_vector(o.dbias, block, device),
     )
 
 
-def _slice_vector(t: Tensor | None, block: slice) -> Tensor | None:
-    return None if t is None else t[block].detach().cpu()
+def _slice_vector(t: Tensor | None, block: slice, device: torch.device | str) -> Tensor | None:
+    return None if t is None else t[block].detach().to(device)
