@@ -8,11 +8,13 @@ sampling.py     interleaved samples of the contestants' times; the CPU clock
 cuda.py         the same on a GPU: CUDA graphs, L2 cold and warm, the device's copy bandwidth
 stats.py        medians, quantiles, ratios
 machine.py      what the figures were taken on
-report.py       JSON and Markdown;  plot.py the picture
-cli.py          the command line
+results.py      the samples, as JSON, and what is derived from them;  report.py in Markdown;  plot.py as a picture
+harness.py      one case after another;  cli.py the command line
+markdown.py     tables
 
 registers.py    registers, spills and shared memory of each kernel by architecture (needs nvcc, no GPU)
 sanitize.py     every kernel variant at small sizes, to be run under compute-sanitizer
+planted.*       faults that compute-sanitizer must find, or its silence on ours would say nothing
 ncu.py          DRAM bytes as the hardware counts them, against the floor
 gpu.sh          all of it on a machine with a GPU, in one go
 """

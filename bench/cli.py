@@ -23,7 +23,7 @@ EFFORTS = {
     ("cpu", "default"): Effort(sample_s=10e-3, budget_s=1.5, min_rounds=7, max_rounds=31),
     ("cpu", "full"): Effort(sample_s=20e-3, budget_s=5.0, min_rounds=15, max_rounds=101),
     ("cuda", "quick"): Effort(sample_s=1e-3, budget_s=0.1, min_rounds=9, max_rounds=31),
-    ("cuda", "default"): Effort(sample_s=2e-3, budget_s=0.3, min_rounds=11, max_rounds=51),
+    ("cuda", "default"): Effort(sample_s=2e-3, budget_s=0.3, min_rounds=11, max_rounds=31),
     ("cuda", "full"): Effort(sample_s=5e-3, budget_s=1.0, min_rounds=21, max_rounds=101),
 }
 

@@ -19,7 +19,7 @@ PYTHON=${PYTHON:-python3}
 RESULTS=${RESULTS:-bench/results/gpu-$(date +%F)}
 BENCH=${BENCH:-quick}
 SANITIZE=${SANITIZE:-full}
-STEPS=${STEPS:-build registers check tests memcheck racecheck synccheck bench tiny ncu}
+STEPS=${STEPS:-build registers check tests planted memcheck racecheck synccheck bench tiny ncu}
 TOTAL=${TOTAL:-570}
 export MAX_JOBS=${MAX_JOBS:-$(nproc --all)}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
@@ -98,15 +98,22 @@ step() {
   echo "   $verdict after $((SECONDS - begin)) s: $note"
 }
 
+# Only the package's kernels (namespace bnk) are instrumented.
+sanitizer_options=(--error-exitcode 9 --kernel-name kns=bnk)
+
 sanitizer() {
   local tool=$1
+  shift
   if [[ -n $capability ]] && ! command -v compute-sanitizer > /dev/null; then
-    step "$tool" 5 gpu bash -c "echo 'compute-sanitizer is not on PATH'; exit $SKIPPED"
-    return
+    set -- bash -c "echo 'compute-sanitizer is not on PATH'; exit $SKIPPED"
   fi
-  # Only the package's kernels (namespace bnk) are instrumented; each tensor is an allocation of its own.
-  step "$tool" 120 gpu env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-    --kernel-name kns=bnk "$PYTHON" -m bench.sanitize "${sanitize_options[@]}"
+  step "$tool" 120 gpu "$@"
+}
+
+# Without torch's caching allocator, so that each tensor is an allocation of its own with an end to run over.
+sanitize() {
+  sanitizer "$1" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" "${sanitizer_options[@]}" \
+    "$PYTHON" -m bench.sanitize "${sanitize_options[@]}"
 }
 
 # The line of a step's log that says most, where it is not the last one (a pattern of grep).
@@ -116,9 +123,10 @@ step build 240 cpu "$PYTHON" setup.py -q build_ext --inplace
 step registers 120 cpu "$PYTHON" bench/registers.py --arch "$arch"
 step check 90 cpu "$PYTHON" -m bnkernels.check --quick
 step tests 240 gpu "$PYTHON" -m pytest -q -m cuda -p no:cacheprovider
-sanitizer memcheck
-sanitizer racecheck
-sanitizer synccheck
+sanitizer planted bash bench/planted.sh "$arch" "$LOGS" "${sanitizer_options[@]}"
+sanitize memcheck
+sanitize racecheck
+sanitize synccheck
 step bench 300 gpu "$PYTHON" -m bench --device cuda "${bench_options[@]}" --out "$LOGS/bench" --name "$BENCH"
 step tiny 60 gpu "$PYTHON" -m bench --device cuda --shapes tiny --batch 2 --modes user --no-plot --out "$LOGS/tiny" --name tiny
 step ncu 120 gpu "$PYTHON" -m bench.ncu --out "$LOGS/ncu.md"
@@ -128,6 +136,7 @@ find "$LOGS" -path "$LOGS/bench/*" -type f -exec cp {} "$RESULTS/" \;
 find "$LOGS" \( -path "$LOGS/tiny/*.md" -o -name ncu.md \) -type f -exec cp {} "$RESULTS/" \;
 [[ -s $LOGS/registers.log ]] && cp "$LOGS/registers.log" "$RESULTS/registers.md"
 for log in "$LOGS"/*.log; do
+  [[ -e $log ]] || continue
   printf '===== %s\n' "$(basename "$log" .log)"
   tr '\r' '\n' < "$log" | tail -n 60 | cut -c 1-400
 done > "$RESULTS/logs.txt"

@@ -143,11 +143,12 @@ class Run:
         return [name for name in (OURS, EAGER) if name in present] + sorted(present - {OURS, EAGER, COPY})
 
     def groups(self) -> Iterator[tuple[Key, list[Record]]]:
-        """Records by (mode, direction, dtype, layout), in the order in which they were measured."""
+        """Records by (mode, direction, dtype, layout): mode by mode, else in the order in which they were measured."""
         groups: dict[Key, list[Record]] = {}
         for record in self.records:
             groups.setdefault(record.key, []).append(record)
-        yield from groups.items()
+        modes = list(dict.fromkeys(mode for mode, *_ in groups))
+        yield from sorted(groups.items(), key=lambda group: modes.index(group[0][0]))
 
     def reference_bandwidth(self, record: Record) -> float | None:
         """Bytes/s to quote achieved ones against: on a GPU the run's 1 GiB copy, on a CPU the same tensor's copy."""
