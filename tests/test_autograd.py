@@ -445,6 +445,20 @@ def test_gradients_of_a_module(device: str) -> None:
     torch.testing.assert_close(dict(ours.named_buffers()), dict(theirs.named_buffers()))
 
 
+def test_tensors_that_outlive_a_transform(device: str) -> None:
+    """They are what they wrap, and gradients flow through."""
+    theirs, ours = pair(device)
+    results = []
+    for module in (ours, theirs):
+        kept: list[Tensor] = []
+        x = torch.arange(120.0, dtype=torch.float64, device=device).view(4, 3, 5, 2).sin().requires_grad_()
+        grad(lambda x, kept=kept: (kept.append(x * 2), x.sum())[1])(x)
+        module(kept[0]).pow(3).sum().backward()
+        results.append([x.grad, *(p.grad for p in module.parameters()), *module.buffers()])
+    assert results[0][0] is not None
+    torch.testing.assert_close(*results)
+
+
 def test_examples_cannot_share_statistics(device: str) -> None:
     """Each example would leave its own running mean in one buffer: an error, as in torch."""
     ours = bnk.BatchNorm2d(3, device=device)

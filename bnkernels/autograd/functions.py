@@ -63,7 +63,7 @@ def batch_norm(
         x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
     ):
         rest = (running_mean, running_var, num_batches_tracked, training, momentum, eps)
-        y: Tensor = Eager.apply(x, weight, bias, rest)
+        y: Tensor = _apply_eager(x, weight, bias, rest)
         return y
     if training:
         return ops.forward_train(x, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps)[0]
@@ -106,6 +106,23 @@ class Eager(Function):
         else:
             grads = ops.backward(grad, x, weight, mean, invstd, training, need_input, need_weight, need_bias)
         return *grads, None
+
+
+def _apply_eager_in_c(x: Tensor, weight: Tensor | None, bias: Tensor | None, rest: tuple[Any, ...]) -> Any:
+    """Eager.apply() for a torch whose own is Python: it looks for transforms, of which batch_norm() has found none.
+
+    What is left of it to do is to unwrap tensors that have outlived the transform they come from.
+    """
+    return super(Function, Eager).apply(
+        _unwrap_if_dead(x),
+        None if weight is None else _unwrap_if_dead(weight),
+        None if bias is None else _unwrap_if_dead(bias),
+        rest,
+    )
+
+
+_unwrap_if_dead = torch._C._functorch.unwrap_if_dead
+_apply_eager = _apply_eager_in_c if isinstance(Function.__dict__["apply"], classmethod) else Eager.apply
 
 
 class Transformable(Function):
