@@ -9,6 +9,8 @@ convert() turns one into the other by its class alone. Only forward() differs:
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -48,6 +50,10 @@ class ForwardMixin(_BatchNorm):
         return batch_norm_tracked(
             input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, self.eps
         )
+
+    def _slow_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Called in forward()'s place by torch.jit.trace and the older ONNX exporter: they record torch's operator."""
+        return _BatchNorm.forward(self, *args, **kwargs)
 
 
 class BatchNorm1d(ForwardMixin, nn.BatchNorm1d):
