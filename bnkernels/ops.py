@@ -11,8 +11,11 @@ The pybind functions go through torch's dispatcher as well, so that dispatch mod
 from __future__ import annotations
 
 import re
+import sys
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -49,6 +52,23 @@ def _load_error(reason: object) -> ImportError:
     )
 
 
+def _is_check() -> bool:
+    """Whether this import is on behalf of `python -m bnkernels.check` or its script."""
+    words = sys.orig_argv
+    return any(pair == ("-m", "bnkernels.check") for pair in pairwise(words)) or any(
+        Path(word).stem == "bnkernels-check" for word in words[:2]
+    )
+
+
+def _refuse(error: ImportError, cause: ImportError | None = None) -> NoReturn:
+    # The check cannot speak before the package is imported, and Python's own exit code for an import that fails is 1:
+    # from the check that would mean "out of bounds".
+    if _is_check():
+        print(f"bnkernels.check could not run: {error}", file=sys.stderr)
+        raise SystemExit(2)
+    raise error from cause
+
+
 def _release(version: str) -> tuple[str, ...]:
     """("2", "15") of "2.15.0+cu132": torch keeps its C++ ABI within these, and not beyond."""
     return tuple(version.split(".")[:2])
@@ -57,11 +77,11 @@ def _release(version: str) -> tuple[str, ...]:
 try:
     from bnkernels import _C
 except ImportError as error:
-    raise _load_error(error) from error
+    _refuse(_load_error(error), error)
 
 if _release(str(_C.build_info()["torch"])) != _release(torch.__version__):
     # It loaded by luck: the layout of torch's C++ objects may differ, and then memory is silently corrupted.
-    raise _load_error("torch's C++ interface changes between releases")
+    _refuse(_load_error("torch's C++ interface changes between releases"))
 
 forward_train = _C.forward_train
 forward_eval = _C.forward_eval
