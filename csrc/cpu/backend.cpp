@@ -13,6 +13,7 @@
 namespace bnk::cpu {
 namespace {
 
+constexpr int64_t kMinRun = 32;          // elements; shorter runs are taken as columns
 constexpr int64_t kInPlaceValues = 256;  // by-channel vectors up to this length need no heap
 
 // A vector by channel in the arithmetic type: the caller's own where it is that already, else a converted copy.
@@ -59,16 +60,11 @@ Problem normal_form(Problem problem) {
 template <typename F>
 void with_layout(const Problem& problem, int tensors, const F& f) {
   const int64_t channel_bytes = problem.elements_per_channel() * size_of(problem.dtype) * tensors;
-  if (problem.inner >= 32 || problem.channels == 1) {
-    const Rows rows(problem);
+  if (problem.inner >= kMinRun || problem.channels == 1) {
+    const Rows rows(problem, tensors);
     return f(static_cast<const Layout&>(rows), channel_bytes * rows.block_channels());
   }
-  const int threads = threads_for(problem.elements());
-  // A line of two vectors' width at least; blocks enough for all threads, and small enough for their caches, if possible.
-  int64_t width = 64;
-  if (problem.channels * problem.inner < width * 4 * threads || channel_bytes * width * threads > kCacheBytes)
-    width = 1024;
-  const Columns columns(problem, width);
+  const Columns columns(problem, tensors, threads_for(problem.elements()));
   f(static_cast<const Layout&>(columns), channel_bytes * columns.block_channels());
 }
 

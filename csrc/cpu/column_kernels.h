@@ -1,320 +1,380 @@
-// Column kernels: a column to a channel, a row contiguous (kernels.h says what each computes). Part of level.h.
+// Column kernels: channels-last (kernels.h says what each computes). Part of level.h.
 //
-// Vectors run along the columns, so every lane is a channel of its own and no lane is ever summed with another. Columns
-// are taken kGroup vectors at a time, for independent chains; the last columns by one vector that ends with the row, of
-// which only the new lanes count. Rows shorter than a vector are read and written through a padded copy.
+// Vectors run along the columns, so a lane is a channel and no lane is ever summed with another. Memory is walked a
+// strip of kStripRows rows at a time, in order; accumulators and coefficients wait in the first-level cache and serve
+// a whole strip whenever they are loaded. A row is cut into spans of one vector. The last span ends with the row and may
+// overlap the one before: its first lanes are then not new and not counted. A row shorter than a vector is a single span,
+// read and written through a padded copy.
 
-// The columns [begin, begin + width) that one call of a group function handles; its lanes [first, width) are new.
+constexpr int64_t kStripRows = 8;
+
 struct Span {
-  int64_t begin;
-  int width;
-  int first;
+  int64_t begin;  // column
+  int first;      // its lanes [first, last) are new
+  int last;
 };
 
-constexpr int kGroup = BNK_AVX512 ? 2 : 1;  // vectors; what the registers hold. The result does not depend on it.
+template <typename A>
+constexpr int kMaxSpans = (kMaxColumns + Lanes<A>::kCount - 1) / Lanes<A>::kCount;
 
-// Calls group<G, kWhole>(span) over all columns.
-template <typename A, typename Group>
-BNK_INLINE void visit_columns(int64_t columns, Group& group) {
-  constexpr int kCount = Lanes<A>::kCount;
-  if (columns < kCount) return group.template run<1, false>(Span{0, static_cast<int>(columns), 0});
-  int64_t c = 0;
-  for (; c + kGroup * kCount <= columns; c += kGroup * kCount) {
-    group.template run<kGroup, true>(Span{c, kGroup * kCount, 0});
-  }
-  for (; c + kCount <= columns; c += kCount) group.template run<1, true>(Span{c, kCount, 0});
-  if (c < columns) {
-    group.template run<1, true>(Span{columns - kCount, kCount, static_cast<int>(kCount - (columns - c))});
-  }
+template <typename A>
+BNK_INLINE int spans_of(int64_t columns) {
+  return static_cast<int>((columns + Lanes<A>::kCount - 1) / Lanes<A>::kCount);
+}
+
+template <typename A>
+BNK_INLINE Span span_of(int64_t columns, int s) {
+  constexpr int64_t kCount = Lanes<A>::kCount;
+  if (columns < kCount) return {0, 0, static_cast<int>(columns)};
+  const int64_t begin = s * kCount + kCount <= columns ? s * kCount : columns - kCount;
+  return {begin, static_cast<int>(s * kCount - begin), static_cast<int>(kCount)};
 }
 
 template <bool kWhole, typename T>
-BNK_INLINE Lanes<Accumulate<T>> load_columns(const T* from, const Span& span, int g) {
-  if constexpr (kWhole) return load(from + g * Lanes<Accumulate<T>>::kCount);
-  return load_first(from, span.width);
+BNK_INLINE Lanes<Accumulate<T>> load_span(const T* from, const Span& span) {
+  if constexpr (kWhole) return load(from);
+  return load_first(from, span.last);
 }
 
-// By-column values in the arithmetic type, in the lane order of T.
-template <bool kWhole, typename T>
-BNK_INLINE Lanes<Accumulate<T>> load_coefficients(const Accumulate<T>* from, const Span& span, int g) {
+template <bool kWhole, Write kWrite, typename T>
+BNK_INLINE void store_span(T* to, const Lanes<Accumulate<T>>& value, const Span& span) {
+  if constexpr (kWhole) return store<kWrite>(to, value);
+  store_first(to, value, span.last);
+}
+
+// A vector of coefficients by column, as lanes of T by span.
+template <typename T>
+struct Coefficients {
   using A = Accumulate<T>;
-  if constexpr (kWhole) return load_like<T>(from + g * Lanes<A>::kCount);
-  A padded[Lanes<A>::kCount] = {};
-  std::memcpy(padded, from, static_cast<size_t>(span.width) * sizeof(A));
-  return load_like<T>(padded);
-}
+  Lanes<A> of_span[kMaxSpans<A>];
 
-template <bool kWhole, typename T>
-BNK_INLINE void store_columns(T* to, const Lanes<Accumulate<T>>& value, const Span& span, int g) {
-  if constexpr (kWhole) return store(to + g * Lanes<Accumulate<T>>::kCount, value);
-  store_first(to, value, span.width);
+  BNK_INLINE Coefficients(const void* data, int64_t columns) {
+    const A* values = static_cast<const A*>(data);
+    for (int s = 0; s < spans_of<A>(columns); ++s) {
+      const Span span = span_of<A>(columns, s);
+      A padded[Lanes<A>::kCount] = {};
+      if (columns < Lanes<A>::kCount) std::memcpy(padded, values, static_cast<size_t>(columns) * sizeof(A));
+      of_span[s] = load_like<T>(columns < Lanes<A>::kCount ? padded : values + span.begin);
+    }
+  }
+};
+
+// Calls strip(span number, span, first row, rows) over the tile, strip by strip.
+template <typename A, typename Strip>
+BNK_INLINE void visit_strips(const Tile& tile, Strip& strip) {
+  const int spans = spans_of<A>(tile.length);
+  for (int64_t row = 0; row < tile.rows; row += kStripRows) {
+    const int64_t rows = tile.rows - row < kStripRows ? tile.rows - row : kStripRows;
+    if (tile.length < Lanes<A>::kCount) {
+      strip.template run<false>(0, span_of<A>(tile.length, 0), row, rows);
+    } else {
+      for (int s = 0; s < spans; ++s) strip.template run<true>(s, span_of<A>(tile.length, s), row, rows);
+    }
+  }
 }
 
 // ---- forward statistics ----
 
 template <typename T>
-struct ColumnMoments {
+struct ColumnSum {
   using A = Accumulate<T>;
   const T* x;
-  Tile tile;
-  double floor;
-  double before;
-  double* mean;
-  double* squares;
+  int64_t stride;
+  Lanes<A>* sum;
 
-  template <int G, bool kWhole>
-  BNK_INLINE void run(const Span& span) const {
-    constexpr int kWidth = G * Lanes<A>::kCount;
-    const T* first = x + span.begin;
-    const double rows = static_cast<double>(tile.rows);
-    const Lanes<A> inverse = broadcast(static_cast<A>(1 / rows));
-    Lanes<A> center[G] = {};
-    const T* row = first;
-    for (int64_t r = 0; r < tile.rows; ++r, row += tile.stride) {
-      for (int g = 0; g < G; ++g) center[g] = center[g] + load_columns<kWhole>(row, span, g);
+  template <bool kWhole>
+  BNK_INLINE void run(int s, const Span& span, int64_t row, int64_t rows) const {
+    Lanes<A> total = sum[s];
+    for (const T* from = x + row * stride + span.begin; rows > 0; --rows, from += stride) {
+      read_ahead(from);
+      total = total + load_span<kWhole>(from, span);
     }
-    for (int g = 0; g < G; ++g) center[g] = center[g] * inverse;
-    Lanes<A> sum[G] = {};
-    Lanes<A> square[G] = {};
-    row = first;
-    for (int64_t r = 0; r < tile.rows; ++r, row += tile.stride) {
-      for (int g = 0; g < G; ++g) {
-        const Lanes<A> d = load_columns<kWhole>(row, span, g) - center[g];
-        sum[g] = sum[g] + d;
-        square[g] = square[g] + d * d;
-      }
-    }
-    alignas(64) A c[kWidth], s1[kWidth], s2[kWidth];
-    for (int g = 0; g < G; ++g) {
-      store_like<T>(c + g * Lanes<A>::kCount, center[g]);
-      store_like<T>(s1 + g * Lanes<A>::kCount, sum[g]);
-      store_like<T>(s2 + g * Lanes<A>::kCount, square[g]);
-    }
-    alignas(64) double tile_mean[kWidth], tile_squares[kWidth];
-    for (int j = 0; j < kWidth; ++j) {
-      const double shift = static_cast<double>(s1[j]) / rows;
-      tile_mean[j] = static_cast<double>(c[j]) + shift;
-      tile_squares[j] = not_negative(static_cast<double>(s2[j]) - static_cast<double>(s1[j]) * shift);
-    }
-    if (!all_in_range<kWidth>(s2, floor)) {
-      for (int j = span.first; j < span.width; ++j) {
-        if (!in_range<A>(s2[j], floor)) {
-          exact_moments(first + j, Tile{tile.rows, 1, tile.stride}, tile_mean + j, tile_squares + j);
-        }
-      }
-    }
-    merge<kWidth>(span, tile_mean, tile_squares);
-  }
-
-  // Chan's formula for sets of equal size in every lane.
-  template <int kWidth>
-  BNK_INLINE void merge(const Span& span, const double* tile_mean, const double* tile_squares) const {
-    const double rows = static_cast<double>(tile.rows);
-    const double share = rows / (before + rows);
-    const double spread = before * share;
-    double* to_mean = mean + span.begin;
-    double* to_squares = squares + span.begin;
-    if (span.first == 0 && span.width == kWidth) {
-      for (int j = 0; j < kWidth; ++j) {
-        const double delta = tile_mean[j] - to_mean[j];
-        to_mean[j] += delta * share;
-        to_squares[j] += tile_squares[j] + delta * delta * spread;
-      }
-    } else {
-      for (int j = span.first; j < span.width; ++j) {
-        const double delta = tile_mean[j] - to_mean[j];
-        to_mean[j] += delta * share;
-        to_squares[j] += tile_squares[j] + delta * delta * spread;
-      }
-    }
+    sum[s] = total;
   }
 };
 
 template <typename T>
-void column_moments(const void* x, Tile tile, double floor, int64_t before, double* mean, double* squares) {
-  const ColumnMoments<T> moments{static_cast<const T*>(x), tile, floor, static_cast<double>(before), mean, squares};
-  visit_columns<Accumulate<T>>(tile.length, moments);
+struct ColumnCenteredSums {
+  using A = Accumulate<T>;
+  const T* x;
+  int64_t stride;
+  const Lanes<A>* center;
+  Lanes<A>* sum;
+  Lanes<A>* squares;
+
+  template <bool kWhole>
+  BNK_INLINE void run(int s, const Span& span, int64_t row, int64_t rows) const {
+    const Lanes<A> c = center[s];
+    Lanes<A> s1 = sum[s], s2 = squares[s];
+    for (const T* from = x + row * stride + span.begin; rows > 0; --rows, from += stride) {
+      const Lanes<A> d = load_span<kWhole>(from, span) - c;
+      s1 = s1 + d;
+      s2 = s2 + d * d;
+    }
+    sum[s] = s1;
+    squares[s] = s2;
+  }
+};
+
+// See row_moments for the formula. Every column has the same number of rows, so Chan's merge has the same factors.
+template <typename T>
+void column_moments(const void* data, Tile tile, double floor, int64_t before, double* mean, double* squares) {
+  using A = Accumulate<T>;
+  constexpr int kCount = Lanes<A>::kCount;
+  const T* x = static_cast<const T*>(data);
+  const int spans = spans_of<A>(tile.length);
+  const double rows = static_cast<double>(tile.rows);
+  const double inverse = 1 / rows;
+  const double share = rows / (static_cast<double>(before) + rows);
+  const double spread = static_cast<double>(before) * share;
+
+  Lanes<A> center[kMaxSpans<A>], sum[kMaxSpans<A>], square[kMaxSpans<A>];
+  for (int s = 0; s < spans; ++s) center[s] = {};
+  const ColumnSum<T> first{x, tile.stride, center};
+  visit_strips<A>(tile, first);
+  const Lanes<A> scale = broadcast(static_cast<A>(inverse));
+  for (int s = 0; s < spans; ++s) {
+    center[s] = center[s] * scale;
+    sum[s] = square[s] = {};
+  }
+  const ColumnCenteredSums<T> second{x, tile.stride, center, sum, square};
+  visit_strips<A>(tile, second);
+
+  for (int s = 0; s < spans; ++s) {
+    const Span span = span_of<A>(tile.length, s);
+    alignas(64) A c[kCount], s1[kCount], s2[kCount];
+    store_like<T>(c, center[s]);
+    store_like<T>(s1, sum[s]);
+    store_like<T>(s2, square[s]);
+    alignas(64) double tile_mean[kCount], tile_squares[kCount];
+    for (int j = 0; j < kCount; ++j) {
+      const double shift = static_cast<double>(s1[j]) * inverse;
+      tile_mean[j] = static_cast<double>(c[j]) + shift;
+      tile_squares[j] = not_negative(static_cast<double>(s2[j]) - static_cast<double>(s1[j]) * shift);
+    }
+    if (!all_in_range<kCount>(s2, floor)) {
+      for (int j = span.first; j < span.last; ++j) {
+        if (in_range<A>(s2[j], floor)) continue;
+        const Partial exact = exact_moments(x + span.begin + j, Tile{tile.rows, 1, tile.stride});
+        tile_mean[j] = exact.first;
+        tile_squares[j] = exact.second;
+      }
+    }
+    double* to_mean = mean + span.begin;
+    double* to_squares = squares + span.begin;
+    for (int j = span.first; j < span.last; ++j) {
+      const double delta = tile_mean[j] - to_mean[j];
+      to_mean[j] += delta * share;
+      to_squares[j] += tile_squares[j] + delta * delta * spread;
+    }
+  }
 }
 
 // ---- backward statistics ----
 
 template <typename T>
-struct ColumnSums {
+struct ColumnGradientSums {
   using A = Accumulate<T>;
   const T* g;
   const T* x;
-  Tile tile;
-  const A* mean;
-  const A* invstd;
-  double* sum_g;
-  double* sum_gx;
+  int64_t stride;
+  const Lanes<A>* mean;
+  const Lanes<A>* invstd;
+  Lanes<A>* sum_g;
+  Lanes<A>* sum_gx;
 
-  template <int G, bool kWhole>
-  BNK_INLINE void run(const Span& span) const {
-    constexpr int kWidth = G * Lanes<A>::kCount;
-    Lanes<A> center[G], scale[G];
-    for (int k = 0; k < G; ++k) {
-      center[k] = load_coefficients<kWhole, T>(mean + span.begin, span, k);
-      scale[k] = load_coefficients<kWhole, T>(invstd + span.begin, span, k);
+  template <bool kWhole>
+  BNK_INLINE void run(int s, const Span& span, int64_t row, int64_t rows) const {
+    const Lanes<A> m = mean[s], scale = invstd[s];
+    Lanes<A> s1 = sum_g[s], s2 = sum_gx[s];
+    for (int64_t at = row * stride + span.begin; rows > 0; --rows, at += stride) {
+      read_ahead(g + at);
+      read_ahead(x + at);
+      const Lanes<A> gradient = load_span<kWhole>(g + at, span);
+      s1 = s1 + gradient;
+      s2 = s2 + gradient * ((load_span<kWhole>(x + at, span) - m) * scale);
     }
-    Lanes<A> sum[G] = {};
-    Lanes<A> product[G] = {};
-    const T* row_g = g + span.begin;
-    const T* row_x = x + span.begin;
-    for (int64_t r = 0; r < tile.rows; ++r, row_g += tile.stride, row_x += tile.stride) {
-      for (int k = 0; k < G; ++k) {
-        const Lanes<A> gradient = load_columns<kWhole>(row_g, span, k);
-        sum[k] = sum[k] + gradient;
-        product[k] = product[k] + gradient * ((load_columns<kWhole>(row_x, span, k) - center[k]) * scale[k]);
-      }
-    }
-    alignas(64) A s1[kWidth], s2[kWidth];
-    for (int k = 0; k < G; ++k) {
-      store_like<T>(s1 + k * Lanes<A>::kCount, sum[k]);
-      store_like<T>(s2 + k * Lanes<A>::kCount, product[k]);
-    }
-    const bool good = all_in_range<kWidth>(s1) && all_in_range<kWidth>(s2);
-    double* to_g = sum_g + span.begin;
-    double* to_gx = sum_gx + span.begin;
-    if (good && span.first == 0 && span.width == kWidth) {
-      for (int j = 0; j < kWidth; ++j) to_g[j] += s1[j];
-      for (int j = 0; j < kWidth; ++j) to_gx[j] += s2[j];
-      return;
-    }
-    for (int j = span.first; j < span.width; ++j) {
-      if (in_range<A>(s1[j]) && in_range<A>(s2[j])) {
-        to_g[j] += s1[j];
-        to_gx[j] += s2[j];
-      } else {
-        const int64_t c = span.begin + j;
-        exact_sums(g + c, x + c, Tile{tile.rows, 1, tile.stride}, mean[c], invstd[c], to_g + j, to_gx + j);
-      }
-    }
+    sum_g[s] = s1;
+    sum_gx[s] = s2;
   }
 };
 
 template <typename T>
-void column_sums(const void* g, const void* x, Tile tile, const void* mean, const void* invstd, double* sum_g,
+void column_sums(const void* g_data, const void* x_data, Tile tile, const void* mean, const void* invstd, double* sum_g,
                  double* sum_gx) {
   using A = Accumulate<T>;
-  const ColumnSums<T> sums{static_cast<const T*>(g),
-                           static_cast<const T*>(x),
-                           tile,
-                           static_cast<const A*>(mean),
-                           static_cast<const A*>(invstd),
-                           sum_g,
-                           sum_gx};
-  visit_columns<A>(tile.length, sums);
+  constexpr int kCount = Lanes<A>::kCount;
+  const T* g = static_cast<const T*>(g_data);
+  const T* x = static_cast<const T*>(x_data);
+  const Coefficients<T> means(mean, tile.length);
+  const Coefficients<T> invstds(invstd, tile.length);
+  const int spans = spans_of<A>(tile.length);
+  Lanes<A> of_g[kMaxSpans<A>], of_gx[kMaxSpans<A>];
+  for (int s = 0; s < spans; ++s) of_g[s] = of_gx[s] = {};
+  const ColumnGradientSums<T> sums{g, x, tile.stride, means.of_span, invstds.of_span, of_g, of_gx};
+  visit_strips<A>(tile, sums);
+
+  for (int s = 0; s < spans; ++s) {
+    const Span span = span_of<A>(tile.length, s);
+    alignas(64) A s1[kCount], s2[kCount];
+    store_like<T>(s1, of_g[s]);
+    store_like<T>(s2, of_gx[s]);
+    double* to_g = sum_g + span.begin;
+    double* to_gx = sum_gx + span.begin;
+    if (all_in_range<kCount>(s1) && all_in_range<kCount>(s2)) {
+      for (int j = span.first; j < span.last; ++j) to_g[j] += s1[j];
+      for (int j = span.first; j < span.last; ++j) to_gx[j] += s2[j];
+      continue;
+    }
+    for (int j = span.first; j < span.last; ++j) {
+      const int64_t c = span.begin + j;
+      const Partial sums_of_column = in_range<A>(s1[j]) && in_range<A>(s2[j])
+                                         ? Partial{s1[j], s2[j]}
+                                         : exact_sums(g + c, x + c, Tile{tile.rows, 1, tile.stride},
+                                                      static_cast<const A*>(mean)[c], static_cast<const A*>(invstd)[c]);
+      to_g[j] += sums_of_column.first;
+      to_gx[j] += sums_of_column.second;
+    }
+  }
 }
 
 // ---- elementwise ----
 
-// Rows a few at a time: the coefficients of a group of columns stay in registers over them, and memory is still
-// walked nearly in order.
-constexpr int64_t kRowsAtOnce = 8;
-
-template <typename A, typename Group>
-BNK_INLINE void write_columns(const Tile& tile, Group& group) {
-  for (int64_t r = 0; r < tile.rows; r += kRowsAtOnce) {
-    group.rows = tile.rows - r < kRowsAtOnce ? tile.rows - r : kRowsAtOnce;
-    group.offset = r * tile.stride;
-    visit_columns<A>(tile.length, group);
+// Writes an operation's rows of a span, past the cache if that is asked for and every row's span is aligned.
+template <bool kWhole, typename T, typename Operation>
+BNK_INLINE void write_span(bool streamed, T* to, int64_t at, int64_t rows, int64_t stride, const Span& span,
+                           const Operation& operation) {
+  const uintptr_t alignment = reinterpret_cast<uintptr_t>(to + at) | static_cast<uintptr_t>(stride) * sizeof(T);
+  if (kWhole && streamed && alignment % kStreamAlignment == 0) {
+    for (; rows > 0; --rows, at += stride) {
+      store_span<kWhole, Write::kStreamed>(to + at, operation.template at<kWhole>(at, span), span);
+    }
+  } else {
+    for (; rows > 0; --rows, at += stride) {
+      store_span<kWhole, Write::kCached>(to + at, operation.template at<kWhole>(at, span), span);
+    }
   }
 }
+
+template <typename T>
+struct NormalizeSpan {
+  using A = Accumulate<T>;
+  const T* x;
+  const Lanes<A> mean, invstd, weight, bias;
+
+  template <bool kWhole>
+  BNK_INLINE Lanes<A> at(int64_t at, const Span& span) const {
+    read_ahead(x + at);
+    return (load_span<kWhole>(x + at, span) - mean) * invstd * weight + bias;
+  }
+};
 
 template <typename T>
 struct NormalizeColumns {
-  using A = Accumulate<T>;
   const T* x;
   T* y;
-  const A *mean, *invstd, *weight, *bias;
   int64_t stride;
-  int64_t rows = 0;
-  int64_t offset = 0;
+  bool streamed;
+  const Coefficients<T> mean, invstd, weight, bias;
 
-  template <int G, bool kWhole>
-  BNK_INLINE void run(const Span& span) const {
-    const int64_t c = span.begin;
-    Lanes<A> m[G], s[G], w[G], b[G];
-    for (int g = 0; g < G; ++g) {
-      m[g] = load_coefficients<kWhole, T>(mean + c, span, g);
-      s[g] = load_coefficients<kWhole, T>(invstd + c, span, g);
-      w[g] = load_coefficients<kWhole, T>(weight + c, span, g);
-      b[g] = load_coefficients<kWhole, T>(bias + c, span, g);
-    }
-    const T* from = x + offset + c;
-    T* to = y + offset + c;
-    for (int64_t r = 0; r < rows; ++r, from += stride, to += stride) {
-      for (int g = 0; g < G; ++g) {
-        store_columns<kWhole>(to, (load_columns<kWhole>(from, span, g) - m[g]) * s[g] * w[g] + b[g], span, g);
-      }
-    }
+  template <bool kWhole>
+  BNK_INLINE void run(int s, const Span& span, int64_t row, int64_t rows) const {
+    const NormalizeSpan<T> normalize{x, mean.of_span[s], invstd.of_span[s], weight.of_span[s], bias.of_span[s]};
+    write_span<kWhole>(streamed, y, row * stride + span.begin, rows, stride, span, normalize);
   }
 };
 
 template <typename T>
-void column_normalize(const void* x, void* y, Tile tile, const AffineVectors& affine) {
-  using A = Accumulate<T>;
-  NormalizeColumns<T> normalize{static_cast<const T*>(x),
-                                static_cast<T*>(y),
-                                static_cast<const A*>(affine.mean),
-                                static_cast<const A*>(affine.invstd),
-                                static_cast<const A*>(affine.weight),
-                                static_cast<const A*>(affine.bias),
-                                tile.stride};
-  write_columns<A>(tile, normalize);
+void column_normalize(const void* x, void* y, Tile tile, const AffineVectors& affine, bool streamed) {
+  const NormalizeColumns<T> normalize{static_cast<const T*>(x),
+                                      static_cast<T*>(y),
+                                      tile.stride,
+                                      streamed,
+                                      {affine.mean, tile.length},
+                                      {affine.invstd, tile.length},
+                                      {affine.weight, tile.length},
+                                      {affine.bias, tile.length}};
+  visit_strips<Accumulate<T>>(tile, normalize);
 }
 
 template <typename T>
-struct InputGradientColumns {
+struct GradientSpan {
   using A = Accumulate<T>;
   const T* g;
-  const T* x;  // nullptr: the inference gradient
-  T* grad_x;
-  const A *mean, *invstd, *scale, *mean_g, *mean_gx;
-  int64_t stride;
-  int64_t rows = 0;
-  int64_t offset = 0;
+  const T* x;
+  const Lanes<A> mean, invstd, scale, mean_g, mean_gx;
 
-  template <int G, bool kWhole>
-  BNK_INLINE void run(const Span& span) const {
-    const int64_t c = span.begin;
-    const T* from_g = g + offset + c;
-    T* to = grad_x + offset + c;
-    for (int k = 0; k < G; ++k) {  // one vector of columns after another: five coefficients and two streams each
-      const Lanes<A> w = load_coefficients<kWhole, T>(scale + c, span, k);
-      if (x == nullptr) {
-        for (int64_t r = 0; r < rows; ++r) {
-          const Lanes<A> gradient = load_columns<kWhole>(from_g + r * stride, span, k);
-          store_columns<kWhole>(to + r * stride, w * gradient, span, k);
-        }
-        continue;
-      }
-      const Lanes<A> m = load_coefficients<kWhole, T>(mean + c, span, k);
-      const Lanes<A> s = load_coefficients<kWhole, T>(invstd + c, span, k);
-      const Lanes<A> a = load_coefficients<kWhole, T>(mean_g + c, span, k);
-      const Lanes<A> b = load_coefficients<kWhole, T>(mean_gx + c, span, k);
-      const T* from_x = x + offset + c;
-      for (int64_t r = 0; r < rows; ++r) {
-        const Lanes<A> gradient = load_columns<kWhole>(from_g + r * stride, span, k);
-        const Lanes<A> value = load_columns<kWhole>(from_x + r * stride, span, k);
-        store_columns<kWhole>(to + r * stride, w * (gradient - a - (value - m) * s * b), span, k);
-      }
-    }
+  template <bool kWhole>
+  BNK_INLINE Lanes<A> at(int64_t at, const Span& span) const {
+    const Lanes<A> xhat = (load_span<kWhole>(x + at, span) - mean) * invstd;
+    return scale * (load_span<kWhole>(g + at, span) - mean_g - xhat * mean_gx);
   }
 };
 
 template <typename T>
-void column_gradient(const void* g, const void* x, void* grad_x, Tile tile, const GradientVectors& gradient) {
+struct GradientColumns {
+  const T* g;
+  const T* x;
+  T* grad_x;
+  int64_t stride;
+  bool streamed;
+  const Coefficients<T> mean, invstd, scale, mean_g, mean_gx;
+
+  template <bool kWhole>
+  BNK_INLINE void run(int s, const Span& span, int64_t row, int64_t rows) const {
+    const GradientSpan<T> gradient{
+        g, x, mean.of_span[s], invstd.of_span[s], scale.of_span[s], mean_g.of_span[s], mean_gx.of_span[s]};
+    write_span<kWhole>(streamed, grad_x, row * stride + span.begin, rows, stride, span, gradient);
+  }
+};
+
+template <typename T>
+struct ScaledSpan {
   using A = Accumulate<T>;
-  InputGradientColumns<T> result{static_cast<const T*>(g),
-                                 static_cast<const T*>(x),
-                                 static_cast<T*>(grad_x),
-                                 static_cast<const A*>(gradient.mean),
-                                 static_cast<const A*>(gradient.invstd),
-                                 static_cast<const A*>(gradient.scale),
-                                 static_cast<const A*>(gradient.mean_g),
-                                 static_cast<const A*>(gradient.mean_gx),
-                                 tile.stride};
-  write_columns<A>(tile, result);
+  const T* g;
+  const Lanes<A> scale;
+
+  template <bool kWhole>
+  BNK_INLINE Lanes<A> at(int64_t at, const Span& span) const {
+    read_ahead(g + at);
+    return scale * load_span<kWhole>(g + at, span);
+  }
+};
+
+template <typename T>
+struct ScaledColumns {
+  const T* g;
+  T* grad_x;
+  int64_t stride;
+  bool streamed;
+  const Coefficients<T> scale;
+
+  template <bool kWhole>
+  BNK_INLINE void run(int s, const Span& span, int64_t row, int64_t rows) const {
+    write_span<kWhole>(streamed, grad_x, row * stride + span.begin, rows, stride, span,
+                       ScaledSpan<T>{g, scale.of_span[s]});
+  }
+};
+
+template <typename T>
+void column_gradient(const void* g_data, const void* x, void* grad_x_data, Tile tile, const GradientVectors& gradient,
+                     bool streamed) {
+  using A = Accumulate<T>;
+  const T* g = static_cast<const T*>(g_data);
+  T* grad_x = static_cast<T*>(grad_x_data);
+  if (x == nullptr) {
+    const ScaledColumns<T> scaled{g, grad_x, tile.stride, streamed, {gradient.scale, tile.length}};
+    return visit_strips<A>(tile, scaled);
+  }
+  const GradientColumns<T> result{g,
+                                  static_cast<const T*>(x),
+                                  grad_x,
+                                  tile.stride,
+                                  streamed,
+                                  {gradient.mean, tile.length},
+                                  {gradient.invstd, tile.length},
+                                  {gradient.scale, tile.length},
+                                  {gradient.mean_g, tile.length},
+                                  {gradient.mean_gx, tile.length}};
+  visit_strips<A>(tile, result);
 }

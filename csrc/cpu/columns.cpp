@@ -13,30 +13,31 @@ namespace bnk::cpu {
 namespace {
 
 constexpr int64_t kTileRows = 64;    // a tile's float chain
-constexpr int64_t kChunkRows = 256;  // at least, in a chunk
+constexpr int64_t kChunkRows = 128;  // at least, in a chunk
 constexpr int64_t kMaxChunks = 256;
+constexpr int64_t kMinColumns = 128;  // of a block: rows of it are still runs of several cache lines
+constexpr int64_t kPiecesPerThread = 4;
 constexpr int64_t kFold = 32;       // makes any number of columns whole vectors
 constexpr int64_t kFoldBelow = 32;  // columns; kFold * kFoldBelow columns fit kMaxColumns
-constexpr int64_t kMaxColumns = 1024;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 
-Columns::Columns(const Problem& problem, int64_t block_columns) : Layout(problem) {
+Columns::Columns(const Problem& problem, int tensors, int threads) : Layout(problem, tensors) {
   const int64_t columns = problem.channels * problem.inner;
   fold_ = columns < kFoldBelow && problem.outer >= kFold ? kFold : 1;
   rows_ = problem.outer / fold_;
   rest_columns_ = problem.outer % fold_ * columns;
   row_columns_ = columns * fold_;
-  chunk_rows_ = std::max(kChunkRows, ceil_div(rows_, kMaxChunks * kTileRows) * kTileRows);
+  const int64_t chunks = std::clamp<int64_t>(rows_ / kChunkRows, 1, kMaxChunks);
+  chunk_rows_ = ceil_div(rows_, chunks);
   chunks_ = ceil_div(rows_, chunk_rows_);
-  if (fold_ > 1) {
-    block_channels_ = problem.channels;
-  } else {
-    const int64_t width = std::min(block_columns, kMaxColumns);
-    block_channels_ = std::min(std::max<int64_t>(1, width / problem.inner), problem.channels);
-  }
+  tile_rows_ = ceil_div(chunk_rows_, ceil_div(chunk_rows_, kTileRows));
+  // Whole rows are walked best. Narrower blocks only where there are not pieces enough to occupy the threads.
+  int64_t width = kMaxColumns;
+  while (width > kMinColumns && ceil_div(row_columns_, width) * chunks_ < kPiecesPerThread * threads) width /= 2;
+  block_channels_ = fold_ > 1 ? problem.channels : std::clamp<int64_t>(width / problem.inner, 1, problem.channels);
   block_columns_ = fold_ > 1 ? row_columns_ : block_channels_ * problem.inner;
   blocks_ = ceil_div(problem.channels, block_channels_);
 }
@@ -61,7 +62,7 @@ Columns::Piece Columns::rest(int64_t, int64_t chunk) const {  // there is one on
 // A vector by channel as a vector by column of the block; `space` holds kMaxColumns doubles.
 const void* Columns::by_column(const void* vector, int64_t block, void* space) const {
   const int64_t size = size_of(accumulate_dtype(problem_.dtype));
-  const char* from = static_cast<const char*>(vector) + first_channel(block) * size;
+  const char* from = static_cast<const char*>(of_channel(vector, first_channel(block)));
   if (plain()) return from;
   char* to = static_cast<char*>(space);
   const int64_t channels = last_channel(block) - first_channel(block);
@@ -96,8 +97,8 @@ void Columns::moments(const void* x, double floor, int64_t block, int64_t chunk,
   alignas(64) double squares[kMaxColumns];
   std::fill_n(mean, part.tile.length, 0.0);
   std::fill_n(squares, part.tile.length, 0.0);
-  for (int64_t row = 0; row < part.tile.rows; row += kTileRows) {
-    const Tile tile{std::min(kTileRows, part.tile.rows - row), part.tile.length, part.tile.stride};
+  for (int64_t row = 0; row < part.tile.rows; row += tile_rows_) {
+    const Tile tile{std::min(tile_rows_, part.tile.rows - row), part.tile.length, part.tile.stride};
     kernels_.column_moments(at(x, part.offset + row * part.tile.stride), tile, floor * static_cast<double>(tile.rows),
                             row, mean, squares);
   }
@@ -141,8 +142,8 @@ void Columns::sums(const void* g, const void* x, const void* mean, const void* i
   alignas(64) double sum_gx[kMaxColumns];
   std::fill_n(sum_g, part.tile.length, 0.0);
   std::fill_n(sum_gx, part.tile.length, 0.0);
-  for (int64_t row = 0; row < part.tile.rows; row += kTileRows) {
-    const Tile tile{std::min(kTileRows, part.tile.rows - row), part.tile.length, part.tile.stride};
+  for (int64_t row = 0; row < part.tile.rows; row += tile_rows_) {
+    const Tile tile{std::min(tile_rows_, part.tile.rows - row), part.tile.length, part.tile.stride};
     const int64_t offset = part.offset + row * part.tile.stride;
     kernels_.column_sums(at(g, offset), at(x, offset), tile, mean_columns, invstd_columns, sum_g, sum_gx);
   }
@@ -163,8 +164,9 @@ void Columns::normalize(const void* x, void* y, const AffineVectors& affine, int
                               by_column(affine.weight, block, space[2]), by_column(affine.bias, block, space[3])};
   for (const Piece& part : {rest(block, chunk), body(block, chunk)}) {
     if (part.tile.length == 0) continue;
-    kernels_.column_normalize(at(x, part.offset), at(y, part.offset), part.tile, columns);
+    kernels_.column_normalize(at(x, part.offset), at(y, part.offset), part.tile, columns, streamed_);
   }
+  if (streamed_) kernels_.end_of_stream();
 }
 
 void Columns::gradient(const void* g, const void* x, void* grad_x, const GradientVectors& vectors, int64_t block,
@@ -178,8 +180,9 @@ void Columns::gradient(const void* g, const void* x, void* grad_x, const Gradien
   for (const Piece& part : {rest(block, chunk), body(block, chunk)}) {
     if (part.tile.length == 0) continue;
     kernels_.column_gradient(at(g, part.offset), x == nullptr ? nullptr : at(x, part.offset), at(grad_x, part.offset),
-                             part.tile, columns);
+                             part.tile, columns, streamed_);
   }
+  if (streamed_) kernels_.end_of_stream();
 }
 
 }  // namespace bnk::cpu

@@ -1,14 +1,14 @@
-// Kernels: what a SIMD level computes. One table for each level and dtype; the schedules (rows.cpp, columns.cpp) call
+// Kernels: what a SIMD level computes. One table for each level and dtype; the layouts (rows.cpp, columns.cpp) call
 // through it and know nothing of instructions.
 //
-// Two shapes of work, after the two layouts:
+// Two shapes of work, after the two layouts; both walk memory row by row:
 //
-//   row kernels     one channel:    `rows` runs of `length` contiguous elements, `stride` elements apart (channels-first)
-//   column kernels  many channels:  `rows` x `columns` elements, rows `stride` apart, a column to a channel (channels-last)
+//   row kernels      channels-first: a row holds, one after another, `length` elements of each of `channels` channels
+//   column kernels   channels-last:  a row holds one element of each of `length` channels, a column to a channel
 //
-// Statistics come in tiles small enough for the first-level cache and for short float chains: the mean first, then the
-// centred squares of the same tile, leaving as double. A tile whose float arithmetic overflows (or, for the sum of squares,
-// falls below `floor`, where float's underflow would count) is done again in double.
+// Statistics come in tiles small enough for the caches and for short float chains: the mean first, then the centred
+// squares of the same tile, leaving as double. A tile whose float arithmetic overflows (or whose sum of squares falls
+// below `floor`, where float's underflow would count) is done again in double.
 // Pointers may be aligned to their element only. No kernel allocates or throws.
 #pragma once
 
@@ -18,45 +18,53 @@
 
 namespace bnk::cpu {
 
+constexpr int kMaxRowChannels = 32;
+constexpr int kMaxColumns = 1024;
+
 struct Tile {
   int64_t rows;
-  int64_t length;  // of a run; of a column kernel: the number of columns
+  int64_t length;
   int64_t stride;  // elements from a row to the next
 };
 
-// The forward's coefficients, y = (x - mean)*invstd*weight + bias.
-struct Affine {
-  double mean, invstd, weight, bias;
+// Two sums of one channel over some of its elements.
+//   forward: first = mean, second = sum of squares about it.    backward: first = sum(g), second = sum(g*xhat).
+struct Partial {
+  double first;
+  double second;
 };
 
-// The backward's, grad_x = scale*(g - mean_g - (x - mean)*invstd*mean_gx); x == nullptr (inference): scale*g.
-struct Gradient {
-  double mean, invstd, scale, mean_g, mean_gx;
-};
-
-// The same by column: vectors of the arithmetic type.
+// Coefficients by channel, in the arithmetic type. y = (x - mean)*invstd*weight + bias.
 struct AffineVectors {
   const void *mean, *invstd, *weight, *bias;
 };
 
+// grad_x = scale*(g - mean_g - (x - mean)*invstd*mean_gx); for inference, x == nullptr: scale*g, and only scale is there.
 struct GradientVectors {
-  const void *mean, *invstd, *scale, *mean_g, *mean_gx;  // inference: scale only
+  const void *mean, *invstd, *scale, *mean_g, *mean_gx;
 };
 
 struct Kernels {
-  // mean and the sum of centred squares of the tile
-  void (*row_moments)(const void* x, Tile tile, double floor, double* mean, double* squares);
-  void (*row_normalize)(const void* x, void* y, Tile tile, const Affine& affine);
-  // adds sum(g) and sum(g*xhat) of the tile
-  void (*row_sums)(const void* g, const void* x, Tile tile, double mean, double invstd, double* sum_g, double* sum_gx);
-  void (*row_gradient)(const void* g, const void* x, void* grad_x, Tile tile, const Gradient& gradient);
+  // At most kMaxRowChannels channels. Vectors start with the first of them.
+  void (*row_moments)(const void* x, Tile tile, int channels, double floor, Partial* of_tile);
+  void (*row_normalize)(const void* x, void* y, Tile tile, int channels, const AffineVectors& affine, bool streamed);
+  void (*row_sums)(const void* g, const void* x, Tile tile, int channels, const void* mean, const void* invstd,
+                   Partial* of_tile);
+  void (*row_gradient)(const void* g, const void* x, void* grad_x, Tile tile, int channels,
+                       const GradientVectors& gradient, bool streamed);
 
-  // merges the tile into the columns' moments of `before` rows (Chan et al. 1983)
+  // At most kMaxColumns columns. Vectors start with the first of them.
+  // merges the tile into the moments of `before` rows
   void (*column_moments)(const void* x, Tile tile, double floor, int64_t before, double* mean, double* squares);
-  void (*column_normalize)(const void* x, void* y, Tile tile, const AffineVectors& affine);
+  void (*column_normalize)(const void* x, void* y, Tile tile, const AffineVectors& affine, bool streamed);
+  // adds the tile's sums
   void (*column_sums)(const void* g, const void* x, Tile tile, const void* mean, const void* invstd, double* sum_g,
                       double* sum_gx);
-  void (*column_gradient)(const void* g, const void* x, void* grad_x, Tile tile, const GradientVectors& gradient);
+  void (*column_gradient)(const void* g, const void* x, void* grad_x, Tile tile, const GradientVectors& gradient,
+                          bool streamed);
+
+  // After results were written past the cache (streamed), before another thread may read them.
+  void (*end_of_stream)();
 };
 
 // One definition in each level_*.cpp.

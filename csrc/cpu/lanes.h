@@ -8,7 +8,7 @@
 // shift and a mask are all that it takes to widen them, no shuffle. Whatever meets such lanes element by element (a
 // coefficient of its own for each column) is brought into the same order by load_like and store_like.
 //
-// Memory may be aligned to its element only. Level: BNK_NATIVE_BYTES (16, 32 or 64), BNK_AVX2, BNK_AVX512 (0 or 1).
+// Memory may be aligned to its element only. Level: BNK_NATIVE_BYTES (16, 32 or 64); BNK_X86, BNK_AVX2, BNK_AVX512 (0 or 1).
 
 #define BNK_INLINE inline __attribute__((always_inline))
 
@@ -125,10 +125,41 @@ BNK_INLINE Lanes<A> load(const A* from) {
   return r;
 }
 
-template <typename A>
+// How results are written: into the cache, or past it, which spares reading the lines first that will be overwritten as
+// a whole. Past the cache only at multiples of kStreamAlignment, and followed by end_of_stream() before other threads read.
+enum class Write { kCached, kStreamed };
+constexpr int64_t kStreamAlignment = 64;
+
+template <Write kWrite, typename Register>
+BNK_INLINE void put(void* to, Register value) {
+#if BNK_X86
+  if constexpr (kWrite == Write::kStreamed && sizeof(Register) == 16) {
+    return _mm_stream_si128(static_cast<__m128i*>(to), (__m128i)value);
+  }
+#endif
+#if BNK_AVX2
+  if constexpr (kWrite == Write::kStreamed && sizeof(Register) == 32) {
+    return _mm256_stream_si256(static_cast<__m256i*>(to), (__m256i)value);
+  }
+#endif
+#if BNK_AVX512
+  if constexpr (kWrite == Write::kStreamed && sizeof(Register) == 64) {
+    return _mm512_stream_si512(static_cast<__m512i*>(to), (__m512i)value);
+  }
+#endif
+  std::memcpy(to, &value, sizeof(value));
+}
+
+inline void end_of_stream() {
+#if BNK_X86
+  _mm_sfence();
+#endif
+}
+
+template <Write kWrite = Write::kCached, typename A>
 BNK_INLINE void store(A* to, const Lanes<A>& a) {
 #pragma GCC unroll 8
-  for (int p = 0; p < kParts; ++p) std::memcpy(to + p * Lanes<A>::kNativeCount, &a.part[p], BNK_NATIVE_BYTES);
+  for (int p = 0; p < kParts; ++p) put<kWrite>(to + p * Lanes<A>::kNativeCount, a.part[p]);
 }
 
 BNK_INLINE Lanes<float> load(const BFloat16* from) {
@@ -159,13 +190,14 @@ BNK_INLINE NativeUint32 round_to_bfloat16(NativeFloat a) {
 #endif
 }
 
+template <Write kWrite = Write::kCached>
 BNK_INLINE void store(BFloat16* to, const Lanes<float>& a) {
 #pragma GCC unroll 8
   for (int p = 0; p < kHalf; ++p) {
     const NativeUint32 even = round_to_bfloat16(a.part[p]);
     const NativeUint32 odd = round_to_bfloat16(a.part[p + kHalf]);
     const NativeUint32 words = (even >> 16) | (odd & 0xffff0000u);
-    std::memcpy(to + 2 * p * Lanes<float>::kNativeCount, &words, sizeof(words));
+    put<kWrite>(to + 2 * p * Lanes<float>::kNativeCount, words);
   }
 }
 
@@ -173,17 +205,19 @@ BNK_INLINE void store(BFloat16* to, const Lanes<float>& a) {
 BNK_INLINE NativeFloat widen(const Float16* from) {
   return (NativeFloat)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
+template <Write kWrite>
 BNK_INLINE void narrow(Float16* to, NativeFloat a) {
   const __m256i bits = _mm512_cvtps_ph((__m512)a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bits);
+  put<kWrite>(to, bits);
 }
 #elif BNK_AVX2
 BNK_INLINE NativeFloat widen(const Float16* from) {
   return (NativeFloat)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 }
+template <Write kWrite>
 BNK_INLINE void narrow(Float16* to, NativeFloat a) {
   const __m128i bits = _mm256_cvtps_ph((__m256)a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bits);
+  put<kWrite>(to, bits);
 }
 #else
 BNK_INLINE NativeFloat widen(const Float16* from) {
@@ -191,6 +225,7 @@ BNK_INLINE NativeFloat widen(const Float16* from) {
   for (int i = 0; i < Lanes<float>::kNativeCount; ++i) r[i] = to_float(from[i]);
   return r;
 }
+template <Write kWrite>
 BNK_INLINE void narrow(Float16* to, NativeFloat a) {
   for (int i = 0; i < Lanes<float>::kNativeCount; ++i) to[i] = to_float16(a[i]);
 }
@@ -203,9 +238,10 @@ BNK_INLINE Lanes<float> load(const Float16* from) {
   return r;
 }
 
+template <Write kWrite = Write::kCached>
 BNK_INLINE void store(Float16* to, const Lanes<float>& a) {
 #pragma GCC unroll 8
-  for (int p = 0; p < kParts; ++p) narrow(to + p * Lanes<float>::kNativeCount, a.part[p]);
+  for (int p = 0; p < kParts; ++p) narrow<kWrite>(to + p * Lanes<float>::kNativeCount, a.part[p]);
 }
 
 // Arithmetic values in memory order, from and to lanes in the order that lanes loaded from T have.

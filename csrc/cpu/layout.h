@@ -12,24 +12,24 @@
 
 namespace bnk::cpu {
 
-// Two sums of one channel over some of its elements.
-//   forward: first = mean, second = sum of squares about it.    backward: first = sum(g), second = sum(g*xhat).
-struct Partial {
-  double first;
-  double second;
-};
-
 // The mean and squares of the union of two sets (Chan, Golub, LeVeque 1983), `before` and `count` elements.
 inline void merge_moments(Partial* into, double before, const Partial& from, double count) {
+  if (before == 0) {
+    *into = from;
+    return;
+  }
   const double delta = from.first - into->first;
   const double share = count / (before + count);
   into->first += delta * share;
   into->second += from.second + delta * delta * before * share;
 }
 
+// A usual last-level cache. A problem that touches more does not find its result there afterwards.
+constexpr int64_t kLastLevelBytes = int64_t{32} << 20;
+
 class Layout {
  public:
-  static constexpr int kMaxBlockChannels = 1024;
+  static constexpr int kMaxBlockChannels = kMaxColumns;
 
   int64_t blocks() const { return blocks_; }
   int64_t chunks() const { return chunks_; }
@@ -52,16 +52,25 @@ class Layout {
                         int64_t chunk) const = 0;
 
  protected:
-  Layout(const Problem& problem) : problem_(problem), kernels_(kernels(problem.dtype)) {}
+  // `tensors`: how many of the problem's size are read and written.
+  Layout(const Problem& problem, int tensors)
+      : problem_(problem),
+        kernels_(kernels(problem.dtype)),
+        streamed_(problem.elements() * size_of(problem.dtype) * tensors > kLastLevelBytes) {}
   ~Layout() = default;
 
   const void* at(const void* data, int64_t element) const {
     return static_cast<const char*>(data) + element * size_of(problem_.dtype);
   }
   void* at(void* data, int64_t element) const { return static_cast<char*>(data) + element * size_of(problem_.dtype); }
+  // A vector by channel, from `channel` on.
+  const void* of_channel(const void* vector, int64_t channel) const {
+    return static_cast<const char*>(vector) + channel * size_of(accumulate_dtype(problem_.dtype));
+  }
 
   Problem problem_;
   const Kernels& kernels_;
+  bool streamed_;  // results are written past the cache
   int64_t blocks_ = 0;
   int64_t chunks_ = 0;
   int64_t block_channels_ = 0;
@@ -70,7 +79,7 @@ class Layout {
 // Channels-first: runs of `inner` elements (rows.cpp). Any problem, best where inner is not tiny.
 class Rows final : public Layout {
  public:
-  explicit Rows(const Problem& problem);
+  Rows(const Problem& problem, int tensors);
   double count(int64_t chunk) const override;
   void moments(const void* x, double floor, int64_t block, int64_t chunk, Partial* partials) const override;
   void normalize(const void* x, void* y, const AffineVectors& affine, int64_t block, int64_t chunk) const override;
@@ -81,10 +90,10 @@ class Rows final : public Layout {
 
  private:
   struct Piece {
-    int64_t offset;  // of its first element, for channel 0
+    int64_t offset;  // of its first element
     Tile tile;
   };
-  Piece piece(int64_t tile) const;
+  Piece piece(int64_t block, int64_t tile) const;
   int64_t elements_before(int64_t tile) const;
   int64_t first_tile(int64_t chunk) const { return chunk * chunk_tiles_; }
   int64_t last_tile(int64_t chunk) const {
@@ -99,10 +108,10 @@ class Rows final : public Layout {
   int64_t tile_rows_;    // runs of a tile
 };
 
-// Channels-last, and channels-first with tiny runs: columns (columns.cpp). `block_columns`: about how many to a block.
+// Channels-last, and channels-first with tiny runs: columns (columns.cpp).
 class Columns final : public Layout {
  public:
-  Columns(const Problem& problem, int64_t block_columns);
+  Columns(const Problem& problem, int tensors, int threads);
   double count(int64_t chunk) const override;
   void moments(const void* x, double floor, int64_t block, int64_t chunk, Partial* partials) const override;
   void normalize(const void* x, void* y, const AffineVectors& affine, int64_t block, int64_t chunk) const override;
@@ -129,6 +138,7 @@ class Columns final : public Layout {
   int64_t rest_columns_;  // of the incomplete row after them
   int64_t row_columns_;
   int64_t chunk_rows_;
+  int64_t tile_rows_;
   int64_t block_columns_;
 };
 

@@ -53,8 +53,8 @@ BNK_INLINE double not_negative(double value) { return value < 0 ? 0 : value; }
 
 template <typename T>
 constexpr Kernels table() {
-  return {row_moments<T>,    row_normalize<T>,    row_sums<T>,    row_gradient<T>,
-          column_moments<T>, column_normalize<T>, column_sums<T>, column_gradient<T>};
+  return {row_moments<T>,      row_normalize<T>, row_sums<T>,        row_gradient<T>, column_moments<T>,
+          column_normalize<T>, column_sums<T>,   column_gradient<T>, end_of_stream};
 }
 
 const Kernels& kernels(Dtype dtype) {

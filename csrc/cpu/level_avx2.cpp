@@ -18,6 +18,7 @@
 #endif
 
 #define BNK_NATIVE_BYTES 32
+#define BNK_X86 1
 #define BNK_AVX2 1
 #define BNK_AVX512 0
 

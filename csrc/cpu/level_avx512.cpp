@@ -22,6 +22,7 @@
 #endif
 
 #define BNK_NATIVE_BYTES 64
+#define BNK_X86 1
 #define BNK_AVX2 1
 #define BNK_AVX512 1
 

@@ -1,4 +1,8 @@
 // The baseline SIMD level: what every processor of the architecture has (SSE2 on x86-64). See level.h.
+#if defined(__x86_64__)
+#include <emmintrin.h>
+#endif
+
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -7,6 +11,11 @@
 #include "scalar.h"
 
 #define BNK_NATIVE_BYTES 16
+#if defined(__x86_64__)
+#define BNK_X86 1
+#else
+#define BNK_X86 0
+#endif
 #define BNK_AVX2 0
 #define BNK_AVX512 0
 

@@ -1,42 +1,35 @@
-// Row kernels: one channel, runs of contiguous elements (kernels.h says what each computes). Part of level.h.
+// Row kernels: channels-first (kernels.h says what each computes). Part of level.h.
 //
-// A run is visited in whole vectors; what is left at its end is covered by one more vector that ends with the run and
-// overlaps the one before. A sum masks the lanes that were seen; an elementwise result is written twice, with the same value.
+// A row's channels follow each other in memory and are walked in that order, each with its accumulators or coefficients;
+// a channel on its own is the case channels == 1. A channel's elements in a row are a run, visited in whole vectors; what is
+// left at its end is covered by one more vector that ends with the run and overlaps the one before. A sum masks the elements
+// that were seen; an elementwise result is written twice, with the same value.
 
-template <typename T>
-const T* at(const void* data, int64_t element) {
-  return static_cast<const T*>(data) + element;
-}
-
-template <typename T>
-T* at(void* data, int64_t element) {
-  return static_cast<T*>(data) + element;
-}
-
-// Runs of at least one vector. The first argument of whole() and tail() numbers the accumulator: independent chains.
-// Written out, as an accumulator whose number is not a constant would live in memory.
+// Runs of at least one vector.
 template <typename A, typename Visitor>
 BNK_INLINE void visit_run(int64_t length, const Mask<A>& mask, Visitor& visitor) {
   constexpr int64_t kCount = Lanes<A>::kCount;
   int64_t i = 0;
-  for (; i + 2 * kCount <= length; i += 2 * kCount) {
-    visitor.whole(0, i);
-    visitor.whole(1, i + kCount);
-  }
-  if (i + kCount <= length) {
-    visitor.whole(0, i);
-    i += kCount;
-  }
-  if (i < length) visitor.tail(1, length - kCount, mask);
+  for (; i + kCount <= length; i += kCount) visitor.whole(i);
+  if (i < length) visitor.tail(length - kCount, mask);
 }
 
-template <typename T, typename Visitor>
-BNK_INLINE void visit_rows(const Tile& tile, Visitor& visitor) {
-  using A = Accumulate<T>;
-  const Mask<A> mask = last_elements<T>(tile.length % Lanes<A>::kCount);
-  for (int64_t row = 0; row < tile.rows; ++row) {
-    visit_run<A>(tile.length, mask, visitor);
-    visitor.advance(tile.stride);
+// The first read of a tile asks for what lies this far ahead: further on in the row or, at the end of what this thread
+// walks of it, the channels that the thread walks next.
+constexpr int64_t kReadAhead = 2048;   // bytes
+constexpr int64_t kWriteAhead = 1024;  // bytes
+
+template <typename T>
+BNK_INLINE void read_ahead(const T* here) {
+  for (int64_t line = 0; line < static_cast<int64_t>(Lanes<Accumulate<T>>::kCount * sizeof(T)); line += 64) {
+    __builtin_prefetch(reinterpret_cast<const char*>(here) + kReadAhead + line);
+  }
+}
+
+template <typename T>
+BNK_INLINE void write_ahead(const T* here) {
+  for (int64_t line = 0; line < static_cast<int64_t>(Lanes<Accumulate<T>>::kCount * sizeof(T)); line += 64) {
+    __builtin_prefetch(reinterpret_cast<const char*>(here) + kWriteAhead + line, 1);
   }
 }
 
@@ -44,89 +37,106 @@ BNK_INLINE void visit_rows(const Tile& tile, Visitor& visitor) {
 
 // Two passes in double, element by element: for runs shorter than a vector and for tiles that overflow float.
 template <typename T>
-__attribute__((noinline)) void exact_moments(const T* x, const Tile& tile, double* mean, double* squares) {
+__attribute__((noinline)) Partial exact_moments(const T* x, const Tile& tile) {
   const double count = static_cast<double>(tile.rows * tile.length);
   double sum = 0;
   for (int64_t row = 0; row < tile.rows; ++row) {
     for (int64_t i = 0; i < tile.length; ++i) sum += to_double(x[row * tile.stride + i]);
   }
   const double center = sum / count;
-  double total = 0;
+  double squares = 0;
   for (int64_t row = 0; row < tile.rows; ++row) {
     for (int64_t i = 0; i < tile.length; ++i) {
       const double d = to_double(x[row * tile.stride + i]) - center;
-      total += d * d;
+      squares += d * d;
     }
   }
-  *mean = center;
-  *squares = total;
+  return {center, squares};
 }
 
 template <typename T>
 struct Sum {
   using A = Accumulate<T>;
   const T* x;
-  Lanes<A> sum[2] = {};
+  Lanes<A> sum;
 
-  BNK_INLINE void whole(int k, int64_t i) { sum[k] = sum[k] + load(x + i); }
-  BNK_INLINE void tail(int k, int64_t i, const Mask<A>& mask) { sum[k] = sum[k] + keep(load(x + i), mask); }
-  BNK_INLINE void advance(int64_t stride) { x += stride; }
-  double total() const { return sum_of_lanes(sum[0] + sum[1]); }
+  BNK_INLINE void whole(int64_t i) {
+    read_ahead(x + i);
+    sum = sum + load(x + i);
+  }
+  BNK_INLINE void tail(int64_t i, const Mask<A>& mask) { sum = sum + keep(load(x + i), mask); }
 };
 
 template <typename T>
 struct CenteredSums {
   using A = Accumulate<T>;
   const T* x;
-  Lanes<A> center;
-  Lanes<A> sum = {};
-  Lanes<A> squares = {};
+  Lanes<A> center, sum, squares;
 
   BNK_INLINE void add(const Lanes<A>& d) {
     sum = sum + d;
     squares = squares + d * d;
   }
-  BNK_INLINE void whole(int, int64_t i) { add(load(x + i) - center); }
-  BNK_INLINE void tail(int, int64_t i, const Mask<A>& mask) { add(keep(load(x + i) - center, mask)); }
-  BNK_INLINE void advance(int64_t stride) { x += stride; }
+  BNK_INLINE void whole(int64_t i) { add(load(x + i) - center); }
+  BNK_INLINE void tail(int64_t i, const Mask<A>& mask) { add(keep(load(x + i) - center, mask)); }
 };
 
 // Any center c gives the mean c + S1/n and the squares S2 - S1*S1/n; with c the rounded mean the subtracted part is
 // within rounding of nothing, so nothing cancels.
 template <typename T>
-void row_moments(const void* data, Tile tile, double floor, double* mean, double* squares) {
+void row_moments(const void* data, Tile tile, int channels, double floor, Partial* of_tile) {
   using A = Accumulate<T>;
   const T* x = static_cast<const T*>(data);
-  if (tile.length < Lanes<A>::kCount) return exact_moments(x, tile, mean, squares);
-  const double count = static_cast<double>(tile.rows * tile.length);
-  Sum<T> first{x};
-  visit_rows<T>(tile, first);
-  const A center = static_cast<A>(first.total() / count);
-  CenteredSums<T> second{x, broadcast(center)};
-  visit_rows<T>(tile, second);
-  const double s1 = sum_of_lanes(second.sum);
-  const double s2 = sum_of_lanes(second.squares);
-  if (!in_range<A>(s2, floor)) return exact_moments(x, tile, mean, squares);
-  const double shift = s1 / count;
-  *mean = center + shift;
-  *squares = not_negative(s2 - s1 * shift);
+  if (tile.length < Lanes<A>::kCount) {
+    for (int c = 0; c < channels; ++c) of_tile[c] = exact_moments(x + c * tile.length, tile);
+    return;
+  }
+  const double inverse = 1 / static_cast<double>(tile.rows * tile.length);
+  const Mask<A> mask = last_elements<T>(tile.length % Lanes<A>::kCount);
+  Lanes<A> sum[kMaxRowChannels];
+  for (int c = 0; c < channels; ++c) sum[c] = {};
+  for (int64_t row = 0; row < tile.rows; ++row) {
+    for (int c = 0; c < channels; ++c) {
+      Sum<T> run{x + row * tile.stride + c * tile.length, sum[c]};
+      visit_run<A>(tile.length, mask, run);
+      sum[c] = run.sum;
+    }
+  }
+  A center[kMaxRowChannels];
+  for (int c = 0; c < channels; ++c) center[c] = static_cast<A>(sum_of_lanes(sum[c]) * inverse);
+
+  Lanes<A> squares[kMaxRowChannels];
+  for (int c = 0; c < channels; ++c) sum[c] = squares[c] = {};
+  for (int64_t row = 0; row < tile.rows; ++row) {
+    for (int c = 0; c < channels; ++c) {
+      CenteredSums<T> run{x + row * tile.stride + c * tile.length, broadcast(center[c]), sum[c], squares[c]};
+      visit_run<A>(tile.length, mask, run);
+      sum[c] = run.sum;
+      squares[c] = run.squares;
+    }
+  }
+  for (int c = 0; c < channels; ++c) {
+    const double s1 = sum_of_lanes(sum[c]);
+    const double s2 = sum_of_lanes(squares[c]);
+    const double shift = s1 * inverse;
+    of_tile[c] = {center[c] + shift, not_negative(s2 - s1 * shift)};
+    if (!in_range<A>(s2, floor)) of_tile[c] = exact_moments(x + c * tile.length, tile);
+  }
 }
 
 // ---- backward statistics ----
 
 template <typename T>
-__attribute__((noinline)) void exact_sums(const T* g, const T* x, const Tile& tile, double mean, double invstd,
-                                          double* sum_g, double* sum_gx) {
-  double first = 0, second = 0;
+__attribute__((noinline)) Partial exact_sums(const T* g, const T* x, const Tile& tile, double mean, double invstd) {
+  Partial sums{};
   for (int64_t row = 0; row < tile.rows; ++row) {
     for (int64_t i = 0; i < tile.length; ++i) {
-      const double value = to_double(g[row * tile.stride + i]);
-      first += value;
-      second += value * ((to_double(x[row * tile.stride + i]) - mean) * invstd);
+      const double gradient = to_double(g[row * tile.stride + i]);
+      sums.first += gradient;
+      sums.second += gradient * ((to_double(x[row * tile.stride + i]) - mean) * invstd);
     }
   }
-  *sum_g += first;
-  *sum_gx += second;
+  return sums;
 }
 
 template <typename T>
@@ -134,46 +144,66 @@ struct GradientSums {
   using A = Accumulate<T>;
   const T* g;
   const T* x;
-  Lanes<A> mean, invstd;
-  Lanes<A> sum_g = {};
-  Lanes<A> sum_gx = {};
+  Lanes<A> mean, invstd, sum_g, sum_gx;
 
   BNK_INLINE void add(const Lanes<A>& gradient, const Lanes<A>& value) {
     sum_g = sum_g + gradient;
     sum_gx = sum_gx + gradient * ((value - mean) * invstd);
   }
-  BNK_INLINE void whole(int, int64_t i) { add(load(g + i), load(x + i)); }
-  BNK_INLINE void tail(int, int64_t i, const Mask<A>& mask) { add(keep(load(g + i), mask), load(x + i)); }
-  BNK_INLINE void advance(int64_t stride) { g += stride, x += stride; }
+  BNK_INLINE void whole(int64_t i) {
+    read_ahead(g + i);
+    read_ahead(x + i);
+    add(load(g + i), load(x + i));
+  }
+  BNK_INLINE void tail(int64_t i, const Mask<A>& mask) { add(keep(load(g + i), mask), load(x + i)); }
 };
 
 template <typename T>
-void row_sums(const void* g, const void* x, Tile tile, double mean, double invstd, double* sum_g, double* sum_gx) {
+void row_sums(const void* g_data, const void* x_data, Tile tile, int channels, const void* mean_data,
+              const void* invstd_data, Partial* of_tile) {
   using A = Accumulate<T>;
-  const T* from_g = static_cast<const T*>(g);
-  const T* from_x = static_cast<const T*>(x);
-  if (tile.length < Lanes<A>::kCount) return exact_sums(from_g, from_x, tile, mean, invstd, sum_g, sum_gx);
-  GradientSums<T> sums{from_g, from_x, broadcast(static_cast<A>(mean)), broadcast(static_cast<A>(invstd))};
-  visit_rows<T>(tile, sums);
-  const double s1 = sum_of_lanes(sums.sum_g);
-  const double s2 = sum_of_lanes(sums.sum_gx);
-  if (!(in_range<A>(s1) && in_range<A>(s2))) {
-    return exact_sums(from_g, from_x, tile, mean, invstd, sum_g, sum_gx);
+  const T* g = static_cast<const T*>(g_data);
+  const T* x = static_cast<const T*>(x_data);
+  const A* mean = static_cast<const A*>(mean_data);
+  const A* invstd = static_cast<const A*>(invstd_data);
+  const bool runs_are_vectors = tile.length >= Lanes<A>::kCount;
+  Lanes<A> sum_g[kMaxRowChannels], sum_gx[kMaxRowChannels];
+  for (int c = 0; c < channels; ++c) sum_g[c] = sum_gx[c] = {};
+  const Mask<A> mask = last_elements<T>(tile.length % Lanes<A>::kCount);
+  for (int64_t row = 0; row < tile.rows && runs_are_vectors; ++row) {
+    for (int c = 0; c < channels; ++c) {
+      const int64_t offset = row * tile.stride + c * tile.length;
+      GradientSums<T> run{g + offset, x + offset, broadcast(mean[c]), broadcast(invstd[c]), sum_g[c], sum_gx[c]};
+      visit_run<A>(tile.length, mask, run);
+      sum_g[c] = run.sum_g;
+      sum_gx[c] = run.sum_gx;
+    }
   }
-  *sum_g += s1;
-  *sum_gx += s2;
+  for (int c = 0; c < channels; ++c) {
+    of_tile[c] = {sum_of_lanes(sum_g[c]), sum_of_lanes(sum_gx[c])};
+    if (!(runs_are_vectors && in_range<A>(of_tile[c].first) && in_range<A>(of_tile[c].second))) {
+      of_tile[c] = exact_sums(g + c * tile.length, x + c * tile.length, tile, mean[c], invstd[c]);
+    }
+  }
 }
 
 // ---- elementwise ----
 
-// Runs shorter than a vector are the visitor's part().
-template <typename T, typename Visitor>
-BNK_INLINE void write_rows(const Tile& tile, Visitor& visitor) {
-  if (tile.length >= Lanes<Accumulate<T>>::kCount) return visit_rows<T>(tile, visitor);
-  for (int64_t row = 0; row < tile.rows; ++row) {
-    visitor.part(tile.length);
-    visitor.advance(tile.stride);
+// Writes a visitor's run: into the cache, or past it between the first and the last multiple of the stream's alignment.
+template <Write kWrite, typename T, typename Visitor>
+BNK_INLINE void write_run(int64_t length, const T* to, const Visitor& visitor) {
+  constexpr int64_t kCount = Lanes<Accumulate<T>>::kCount;
+  if (length < kCount) return visitor.part(length);
+  int64_t i = 0;
+  if constexpr (kWrite == Write::kStreamed) {
+    const int64_t beyond = static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) % kStreamAlignment);
+    if (beyond != 0) {
+      visitor.template whole<Write::kCached>(0);
+      i = (kStreamAlignment - beyond) / static_cast<int64_t>(sizeof(T));
+    }
   }
+  for (; i + kCount <= length; i += kCount) visitor.template whole<kWrite>(i);
+  if (i < length) visitor.template whole<Write::kCached>(length - kCount);
 }
 
 template <typename T>
@@ -184,22 +214,39 @@ struct Normalize {
   Lanes<A> mean, invstd, weight, bias;
 
   BNK_INLINE Lanes<A> of(const Lanes<A>& value) const { return (value - mean) * invstd * weight + bias; }
-  BNK_INLINE void whole(int, int64_t i) { store(y + i, of(load(x + i))); }
-  BNK_INLINE void tail(int, int64_t i, const Mask<A>&) { store(y + i, of(load(x + i))); }
-  BNK_INLINE void part(int64_t count) { store_first(y, of(load_first(x, count)), count); }
-  BNK_INLINE void advance(int64_t stride) { x += stride, y += stride; }
+  template <Write kWrite>
+  BNK_INLINE void whole(int64_t i) const {
+    read_ahead(x + i);
+    if constexpr (kWrite == Write::kCached) write_ahead(y + i);
+    store<kWrite>(y + i, of(load(x + i)));
+  }
+  BNK_INLINE void part(int64_t count) const { store_first(y, of(load_first(x, count)), count); }
 };
 
-template <typename T>
-void row_normalize(const void* x, void* y, Tile tile, const Affine& affine) {
+template <Write kWrite, typename T>
+BNK_INLINE void normalize_rows(const T* x, T* y, const Tile& tile, int channels, const AffineVectors& affine) {
   using A = Accumulate<T>;
-  Normalize<T> normalize{static_cast<const T*>(x),
-                         static_cast<T*>(y),
-                         broadcast(static_cast<A>(affine.mean)),
-                         broadcast(static_cast<A>(affine.invstd)),
-                         broadcast(static_cast<A>(affine.weight)),
-                         broadcast(static_cast<A>(affine.bias))};
-  write_rows<T>(tile, normalize);
+  const A* mean = static_cast<const A*>(affine.mean);
+  const A* invstd = static_cast<const A*>(affine.invstd);
+  const A* weight = static_cast<const A*>(affine.weight);
+  const A* bias = static_cast<const A*>(affine.bias);
+  for (int64_t row = 0; row < tile.rows; ++row) {
+    for (int c = 0; c < channels; ++c) {
+      const int64_t at = row * tile.stride + c * tile.length;
+      const Normalize<T> run{
+          x + at, y + at, broadcast(mean[c]), broadcast(invstd[c]), broadcast(weight[c]), broadcast(bias[c])};
+      write_run<kWrite>(tile.length, y + at, run);
+    }
+  }
+}
+
+template <typename T>
+void row_normalize(const void* x_data, void* y_data, Tile tile, int channels, const AffineVectors& affine,
+                   bool streamed) {
+  const T* x = static_cast<const T*>(x_data);
+  T* y = static_cast<T*>(y_data);
+  if (streamed) return normalize_rows<Write::kStreamed>(x, y, tile, channels, affine);
+  normalize_rows<Write::kCached>(x, y, tile, channels, affine);
 }
 
 template <typename T>
@@ -213,10 +260,14 @@ struct InputGradient {
   BNK_INLINE Lanes<A> of(const Lanes<A>& gradient, const Lanes<A>& value) const {
     return scale * (gradient - mean_g - (value - mean) * invstd * mean_gx);
   }
-  BNK_INLINE void whole(int, int64_t i) { store(grad_x + i, of(load(g + i), load(x + i))); }
-  BNK_INLINE void tail(int, int64_t i, const Mask<A>&) { store(grad_x + i, of(load(g + i), load(x + i))); }
-  BNK_INLINE void part(int64_t count) { store_first(grad_x, of(load_first(g, count), load_first(x, count)), count); }
-  BNK_INLINE void advance(int64_t stride) { g += stride, x += stride, grad_x += stride; }
+  template <Write kWrite>
+  BNK_INLINE void whole(int64_t i) const {
+    if constexpr (kWrite == Write::kCached) write_ahead(grad_x + i);
+    store<kWrite>(grad_x + i, of(load(g + i), load(x + i)));
+  }
+  BNK_INLINE void part(int64_t count) const {
+    store_first(grad_x, of(load_first(g, count), load_first(x, count)), count);
+  }
 };
 
 template <typename T>
@@ -226,27 +277,50 @@ struct ScaledGradient {
   T* grad_x;
   Lanes<A> scale;
 
-  BNK_INLINE void whole(int, int64_t i) { store(grad_x + i, scale * load(g + i)); }
-  BNK_INLINE void tail(int, int64_t i, const Mask<A>&) { store(grad_x + i, scale * load(g + i)); }
-  BNK_INLINE void part(int64_t count) { store_first(grad_x, scale * load_first(g, count), count); }
-  BNK_INLINE void advance(int64_t stride) { g += stride, grad_x += stride; }
+  template <Write kWrite>
+  BNK_INLINE void whole(int64_t i) const {
+    read_ahead(g + i);
+    if constexpr (kWrite == Write::kCached) write_ahead(grad_x + i);
+    store<kWrite>(grad_x + i, scale * load(g + i));
+  }
+  BNK_INLINE void part(int64_t count) const { store_first(grad_x, scale * load_first(g, count), count); }
 };
 
-template <typename T>
-void row_gradient(const void* g, const void* x, void* grad_x, Tile tile, const Gradient& gradient) {
+template <Write kWrite, typename T>
+BNK_INLINE void gradient_rows(const T* g, const T* x, T* grad_x, const Tile& tile, int channels,
+                              const GradientVectors& gradient) {
   using A = Accumulate<T>;
-  const Lanes<A> scale = broadcast(static_cast<A>(gradient.scale));
-  if (x == nullptr) {
-    ScaledGradient<T> scaled{static_cast<const T*>(g), static_cast<T*>(grad_x), scale};
-    return write_rows<T>(tile, scaled);
+  const A* mean = static_cast<const A*>(gradient.mean);
+  const A* invstd = static_cast<const A*>(gradient.invstd);
+  const A* scale = static_cast<const A*>(gradient.scale);
+  const A* mean_g = static_cast<const A*>(gradient.mean_g);
+  const A* mean_gx = static_cast<const A*>(gradient.mean_gx);
+  for (int64_t row = 0; row < tile.rows; ++row) {
+    for (int c = 0; c < channels; ++c) {
+      const int64_t at = row * tile.stride + c * tile.length;
+      if (x == nullptr) {
+        write_run<kWrite>(tile.length, grad_x + at, ScaledGradient<T>{g + at, grad_x + at, broadcast(scale[c])});
+        continue;
+      }
+      const InputGradient<T> run{g + at,
+                                 x + at,
+                                 grad_x + at,
+                                 broadcast(mean[c]),
+                                 broadcast(invstd[c]),
+                                 broadcast(scale[c]),
+                                 broadcast(mean_g[c]),
+                                 broadcast(mean_gx[c])};
+      write_run<kWrite>(tile.length, grad_x + at, run);
+    }
   }
-  InputGradient<T> result{static_cast<const T*>(g),
-                          static_cast<const T*>(x),
-                          static_cast<T*>(grad_x),
-                          broadcast(static_cast<A>(gradient.mean)),
-                          broadcast(static_cast<A>(gradient.invstd)),
-                          scale,
-                          broadcast(static_cast<A>(gradient.mean_g)),
-                          broadcast(static_cast<A>(gradient.mean_gx))};
-  write_rows<T>(tile, result);
+}
+
+template <typename T>
+void row_gradient(const void* g_data, const void* x_data, void* grad_x_data, Tile tile, int channels,
+                  const GradientVectors& gradient, bool streamed) {
+  const T* g = static_cast<const T*>(g_data);
+  const T* x = static_cast<const T*>(x_data);
+  T* grad_x = static_cast<T*>(grad_x_data);
+  if (streamed) return gradient_rows<Write::kStreamed>(g, x, grad_x, tile, channels, gradient);
+  gradient_rows<Write::kCached>(g, x, grad_x, tile, channels, gradient);
 }

@@ -5,7 +5,6 @@
 #include <algorithm>
 
 #include "layout.h"
-#include "scalar.h"
 
 namespace bnk::cpu {
 namespace {
@@ -14,13 +13,12 @@ constexpr int64_t kTileBytes = 8192;  // in the arithmetic type: short chains, a
 constexpr int64_t kChunkTiles = 32;   // at least, in a chunk
 constexpr int64_t kMaxChunks = 256;
 constexpr int64_t kBlockRunBytes = 2048;  // neighbouring runs that a block walks together
-constexpr int64_t kMaxBlockChannels = 16;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 
-Rows::Rows(const Problem& problem) : Layout(problem) {
+Rows::Rows(const Problem& problem, int tensors) : Layout(problem, tensors) {
   const int64_t inner = problem.inner;
   const int64_t tile_elements = kTileBytes / size_of(accumulate_dtype(problem.dtype));
   if (inner >= tile_elements) {
@@ -36,20 +34,21 @@ Rows::Rows(const Problem& problem) : Layout(problem) {
   }
   chunk_tiles_ = std::max(kChunkTiles, ceil_div(tiles_, kMaxChunks));
   chunks_ = ceil_div(tiles_, chunk_tiles_);
-  block_channels_ = std::clamp<int64_t>(ceil_div(kBlockRunBytes, inner * size_of(problem.dtype)), 1, kMaxBlockChannels);
+  block_channels_ = std::clamp<int64_t>(ceil_div(kBlockRunBytes, inner * size_of(problem.dtype)), 1, kMaxRowChannels);
   block_channels_ = std::min(block_channels_, problem.channels);
   blocks_ = ceil_div(problem.channels, block_channels_);
 }
 
-Rows::Piece Rows::piece(int64_t tile) const {
+Rows::Piece Rows::piece(int64_t block, int64_t tile) const {
+  const int64_t column = first_channel(block) * problem_.inner;
   const int64_t row_elements = problem_.channels * problem_.inner;
   if (segments_ > 1) {
     const int64_t row = tile / segments_;
     const int64_t begin = tile % segments_ * length_;
-    return {row * row_elements + begin, {1, std::min(length_, problem_.inner - begin), row_elements}};
+    return {row * row_elements + column + begin, {1, std::min(length_, problem_.inner - begin), row_elements}};
   }
   const int64_t row = tile * tile_rows_;
-  return {row * row_elements, {std::min(tile_rows_, problem_.outer - row), problem_.inner, row_elements}};
+  return {row * row_elements + column, {std::min(tile_rows_, problem_.outer - row), problem_.inner, row_elements}};
 }
 
 int64_t Rows::elements_before(int64_t tile) const {
@@ -63,65 +62,60 @@ double Rows::count(int64_t chunk) const {
 
 void Rows::moments(const void* x, double floor, int64_t block, int64_t chunk, Partial* partials) const {
   const int64_t first = first_channel(block);
-  std::fill_n(partials, last_channel(block) - first, Partial{});
+  const int channels = static_cast<int>(last_channel(block) - first);
   double before = 0;
   for (int64_t tile = first_tile(chunk); tile < last_tile(chunk); ++tile) {
-    const Piece part = piece(tile);
+    const Piece part = piece(block, tile);
     const double count = static_cast<double>(part.tile.rows * part.tile.length);
-    for (int64_t c = first; c < last_channel(block); ++c) {
-      Partial of_tile;
-      kernels_.row_moments(at(x, part.offset + c * problem_.inner), part.tile, floor * count, &of_tile.first,
-                           &of_tile.second);
-      merge_moments(&partials[c - first], before, of_tile, count);
-    }
+    Partial of_tile[kMaxRowChannels];
+    kernels_.row_moments(at(x, part.offset), part.tile, channels, floor * count, of_tile);
+    for (int c = 0; c < channels; ++c) merge_moments(&partials[c], before, of_tile[c], count);
     before += count;
   }
 }
 
 void Rows::sums(const void* g, const void* x, const void* mean, const void* invstd, int64_t block, int64_t chunk,
                 Partial* partials) const {
-  const Dtype dtype = accumulate_dtype(problem_.dtype);
   const int64_t first = first_channel(block);
-  std::fill_n(partials, last_channel(block) - first, Partial{});
+  const int channels = static_cast<int>(last_channel(block) - first);
+  std::fill_n(partials, channels, Partial{});
   for (int64_t tile = first_tile(chunk); tile < last_tile(chunk); ++tile) {
-    const Piece part = piece(tile);
-    for (int64_t c = first; c < last_channel(block); ++c) {
-      const int64_t offset = part.offset + c * problem_.inner;
-      kernels_.row_sums(at(g, offset), at(x, offset), part.tile, read({mean, dtype}, c), read({invstd, dtype}, c),
-                        &partials[c - first].first, &partials[c - first].second);
+    const Piece part = piece(block, tile);
+    Partial of_tile[kMaxRowChannels];
+    kernels_.row_sums(at(g, part.offset), at(x, part.offset), part.tile, channels, of_channel(mean, first),
+                      of_channel(invstd, first), of_tile);
+    for (int c = 0; c < channels; ++c) {
+      partials[c].first += of_tile[c].first;
+      partials[c].second += of_tile[c].second;
     }
   }
 }
 
 void Rows::normalize(const void* x, void* y, const AffineVectors& affine, int64_t block, int64_t chunk) const {
-  const Dtype dtype = accumulate_dtype(problem_.dtype);
+  const int64_t first = first_channel(block);
+  const int channels = static_cast<int>(last_channel(block) - first);
+  const AffineVectors of_block{of_channel(affine.mean, first), of_channel(affine.invstd, first),
+                               of_channel(affine.weight, first), of_channel(affine.bias, first)};
   for (int64_t tile = last_tile(chunk) - 1; tile >= first_tile(chunk); --tile) {
-    const Piece part = piece(tile);
-    for (int64_t c = first_channel(block); c < last_channel(block); ++c) {
-      const int64_t offset = part.offset + c * problem_.inner;
-      kernels_.row_normalize(at(x, offset), at(y, offset), part.tile,
-                             {read({affine.mean, dtype}, c), read({affine.invstd, dtype}, c),
-                              read({affine.weight, dtype}, c), read({affine.bias, dtype}, c)});
-    }
+    const Piece part = piece(block, tile);
+    kernels_.row_normalize(at(x, part.offset), at(y, part.offset), part.tile, channels, of_block, streamed_);
   }
+  if (streamed_) kernels_.end_of_stream();
 }
 
 void Rows::gradient(const void* g, const void* x, void* grad_x, const GradientVectors& vectors, int64_t block,
                     int64_t chunk) const {
-  const Dtype dtype = accumulate_dtype(problem_.dtype);
+  const int64_t first = first_channel(block);
+  const int channels = static_cast<int>(last_channel(block) - first);
+  const GradientVectors of_block{of_channel(vectors.mean, first), of_channel(vectors.invstd, first),
+                                 of_channel(vectors.scale, first), of_channel(vectors.mean_g, first),
+                                 of_channel(vectors.mean_gx, first)};
   for (int64_t tile = last_tile(chunk) - 1; tile >= first_tile(chunk); --tile) {
-    const Piece part = piece(tile);
-    for (int64_t c = first_channel(block); c < last_channel(block); ++c) {
-      const int64_t offset = part.offset + c * problem_.inner;
-      Gradient gradient{0, 0, read({vectors.scale, dtype}, c), 0, 0};
-      if (x != nullptr) {
-        gradient = {read({vectors.mean, dtype}, c), read({vectors.invstd, dtype}, c), gradient.scale,
-                    read({vectors.mean_g, dtype}, c), read({vectors.mean_gx, dtype}, c)};
-      }
-      kernels_.row_gradient(at(g, offset), x == nullptr ? nullptr : at(x, offset), at(grad_x, offset), part.tile,
-                            gradient);
-    }
+    const Piece part = piece(block, tile);
+    kernels_.row_gradient(at(g, part.offset), x == nullptr ? nullptr : at(x, part.offset), at(grad_x, part.offset),
+                          part.tile, channels, of_block, streamed_);
   }
+  if (streamed_) kernels_.end_of_stream();
 }
 
 }  // namespace bnk::cpu

@@ -60,7 +60,9 @@ void run(const Layout& layout, const Work& work, int64_t elements, int64_t block
     return;
   }
 
-  if (threads == 1 || (blocks >= 4 * threads && block_bytes * threads <= kCacheBytes)) {
+  const int64_t rounds = (blocks + threads - 1) / threads;
+  const bool balanced = 5 * blocks >= 4 * rounds * threads;
+  if (threads == 1 || (balanced && block_bytes * threads <= kCacheBytes)) {
     over_pieces(threads, blocks, [&](int64_t block) {
       Partial total[Layout::kMaxBlockChannels];
       Partial next[Layout::kMaxBlockChannels];
