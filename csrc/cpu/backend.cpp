@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "layout.h"
+#include "pages.h"
 #include "scalar.h"
 #include "schedule.h"
 
@@ -46,6 +47,8 @@ class Coefficients {
   std::unique_ptr<double[]> heap_;
   double in_place_[kInPlaceValues];
 };
+
+int64_t bytes_of(const Problem& problem) { return problem.elements() * size_of(problem.dtype); }
 
 // Channels-first in the widest form: one channel is one run, whatever the outer size.
 Problem normal_form(Problem problem) {
@@ -151,6 +154,7 @@ void forward_train(const ForwardTrainArgs& args) {
     if (args.cumulative) factor = 1.0 / static_cast<double>(*args.num_batches_tracked);
   }
   const Problem problem = normal_form(args.problem);
+  prefer_huge_pages(args.y, bytes_of(problem));
   const Coefficients weight(args.weight, 1, problem);
   const Coefficients bias(args.bias, 0, problem);
   const AffineVectors affine{args.mean.data, args.invstd.data, weight.data(), bias.data()};
@@ -167,6 +171,7 @@ void forward_eval(const ForwardEvalArgs& args) {
     write(args.mean, c, read(args.running_mean, c));
     write(args.invstd, c, 1 / std::sqrt(read(args.running_var, c) + args.eps));
   }
+  prefer_huge_pages(args.y, bytes_of(problem));
   const Coefficients weight(args.weight, 1, problem);
   const Coefficients bias(args.bias, 0, problem);
   const AffineVectors affine{args.mean.data, args.invstd.data, weight.data(), bias.data()};
@@ -181,6 +186,7 @@ void backward(const BackwardArgs& args) {
   const bool has_partials =
       args.grad_weight.data != nullptr || args.grad_bias.data != nullptr || (args.training && has_apply);
   if (!has_apply && !has_partials) return;
+  if (has_apply) prefer_huge_pages(args.grad_x, bytes_of(problem));
   Coefficients scale(problem), mean_g(problem), mean_gx(problem);
   if (has_apply) {
     for (int64_t c = 0; c < problem.channels; ++c) {
