@@ -73,10 +73,10 @@ py::dict streaming_plan(int64_t outer, int64_t channels, int64_t inner, const st
   const Problem problem{outer, channels, inner, dtype_of(dtype)};
   const StreamingPlan plan = plan_streaming(problem, aligned, {multiprocessors, max_threads_per_multiprocessor});
   py::dict result;
-  result["slabs"] = plan.walk.slabs;
+  result["slabs"] = plan.walk.slabs.value;
   result["chunks"] = plan.walk.chunks;
   result["chunk_size"] = plan.walk.chunk_size;
-  result["windows"] = plan.walk.windows;
+  result["windows"] = plan.walk.windows.value;
   result["step_rows"] = plan.walk.step_rows;
   result["step_windows"] = plan.walk.step_windows;
   result["lanes"] = plan.walk.lanes;

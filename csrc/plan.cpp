@@ -57,6 +57,8 @@ int choose_block(const Problem& problem, bool aligned) {
   return static_cast<int>(std::min<int64_t>(threads, kBlockThreads));
 }
 
+Divisor divisor(int64_t value) { return {value, 1 / static_cast<double>(value)}; }
+
 Walk make_walk(const Problem& problem, bool aligned, int block, int64_t chunks) {
   Walk walk{};
   walk.outer = problem.outer;
@@ -67,12 +69,13 @@ Walk make_walk(const Problem& problem, bool aligned, int block, int64_t chunks) 
   walk.chunk_size = ceil_div(units, chunks);
   walk.chunks = ceil_div(units, walk.chunk_size);
   if (problem.channels_last()) {
-    walk.slabs = ceil_div(problem.channels, static_cast<int64_t>(walk.lanes) * vector_elements(problem.dtype));
+    walk.slabs = divisor(ceil_div(problem.channels, static_cast<int64_t>(walk.lanes) * vector_elements(problem.dtype)));
   } else {
-    walk.slabs = problem.channels;
-    walk.windows = windows_per_row(problem, aligned);
-    walk.step_rows = block / walk.windows;
-    walk.step_windows = block % walk.windows;
+    const int64_t windows = windows_per_row(problem, aligned);
+    walk.slabs = divisor(problem.channels);
+    walk.windows = divisor(windows);
+    walk.step_rows = block / windows;
+    walk.step_windows = block % windows;
   }
   return walk;
 }
@@ -89,7 +92,7 @@ StreamingPlan make_streaming(const Problem& problem, bool aligned, int block, in
   StreamingPlan plan{};
   plan.walk = make_walk(problem, aligned, block, std::max<int64_t>(1, chunks));
   plan.finish = make_finish(problem, plan.walk.chunks);
-  plan.walk_launch = {std::min(plan.walk.slabs * plan.walk.chunks, kMaxGrid), block};
+  plan.walk_launch = {std::min(plan.walk.slabs.value * plan.walk.chunks, kMaxGrid), block};
   plan.finish_launch = {std::min(ceil_div(problem.channels, plan.finish.lanes), kMaxGrid), kBlockThreads};
   return plan;
 }
@@ -101,7 +104,7 @@ StreamingPlan plan_streaming(const Problem& problem, bool aligned, const DeviceL
   // partials that they leave are worth.
   const int64_t resident =
       static_cast<int64_t>(limits.multiprocessors) * std::max(1, limits.max_threads_per_multiprocessor / block);
-  const int64_t wanted = ceil_div(resident, whole.slabs);
+  const int64_t wanted = ceil_div(resident, whole.slabs.value);
   const int64_t units = slab_units(problem, aligned);
   const int64_t threads = block / whole.lanes;
   const int64_t chunks = std::min(wanted, ceil_div(units, threads * kMinWindowsPerThread));

@@ -17,6 +17,12 @@ struct DeviceLimits {
   int max_threads_per_multiprocessor;
 };
 
+// A number to divide by on the device, where a 64-bit division is a call of a hundred instructions.
+struct Divisor {
+  int64_t value;
+  double reciprocal;
+};
+
 // Walk: how blocks and threads cover an [outer][channels][inner] array.
 //
 // The array is cut into slabs of channels, each slab into chunks; one (slab, chunk) is a share, the work of one block.
@@ -24,20 +30,19 @@ struct DeviceLimits {
 // kVectorBytes-aligned vector.
 //
 // channels-first (inner > 1): a slab is one channel. Its rows are the `outer` runs of `inner` contiguous elements, and
-//   each row is covered by `windows` windows. Rows start anywhere, so the first and last window of a row may be
-//   partial, and with some starts the last one is empty. A chunk is a range of the channel's outer*windows windows; the
-//   threads of a block take them in turn.
-// channels-last (inner == 1): a slab is `lanes` vectors of neighbouring channels, a chunk a range of rows. Thread t of
-// a
+//   each row is covered by `windows` windows. Rows start anywhere, so the first and last window of a row may be partial,
+//   and with some starts the last one is empty. A chunk is a range of the channel's outer*windows windows; the threads
+//   of a block take them in turn.
+// channels-last (inner == 1): a slab is `lanes` vectors of neighbouring channels, a chunk a range of rows. Thread t of a
 //   block stays on vector t % lanes of the slab and takes the chunk's rows t/lanes, t/lanes + threads/lanes, ...
 struct Walk {
   int64_t outer;
   int64_t channels;
   int64_t inner;
-  int64_t slabs;
+  Divisor slabs;
   int64_t chunks;        // of each slab
   int64_t chunk_size;    // channels-first: windows; channels-last: rows
-  int64_t windows;       // of a row; channels-first only
+  Divisor windows;       // of a row; channels-first only
   int64_t step_rows;     // channels-first only: block threads / windows ...
   int64_t step_windows;  // ... and the remainder
   int lanes;             // channels-first: 1

@@ -45,7 +45,8 @@ BNK_DEVICE Moments two_pass(int count, const At& at, const Has& has) {
   Real sum = 0;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) sum += at(i);
-  const Real mean = sum / static_cast<Real>(kMasked ? count : kCount);
+  const Real number = static_cast<Real>(kMasked ? count : kCount);
+  const Real mean = sum / number;
 
   Real residual = 0;  // the sum of deviations: what rounding left out of the mean
   Real squares = 0;
@@ -55,7 +56,7 @@ BNK_DEVICE Moments two_pass(int count, const At& at, const Has& has) {
     residual += deviation;
     squares = fused_multiply_add(deviation, deviation, squares);
   }
-  const double correction = static_cast<double>(residual) / count;
+  const double correction = static_cast<double>(residual / number);
   const double m2 = fused_multiply_add(-correction, static_cast<double>(residual), static_cast<double>(squares));
   return {static_cast<double>(count), static_cast<double>(mean) + correction, m2 < 0 ? 0 : m2};
 }

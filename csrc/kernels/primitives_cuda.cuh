@@ -4,7 +4,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#define BNK_KERNEL(max_threads) __global__ void __launch_bounds__(max_threads)
+// One block a multiprocessor is all that is promised: left to itself, ptxas spills to fit in one more.
+#define BNK_KERNEL(max_threads) __global__ void __launch_bounds__(max_threads, 1)
 #define BNK_DEVICE __device__ __forceinline__
 #define BNK_SHARED(T, name, count) __shared__ T name[count]
 

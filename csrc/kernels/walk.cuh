@@ -28,18 +28,20 @@ struct Share {
   int64_t chunk;
 };
 
-// 64-bit division costs four times the 32-bit one, which almost always does.
-BNK_DEVICE int64_t quotient(int64_t a, int64_t b) {
-  if (((a | b) >> 32) == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
-  return a / b;
+// a / b, rounded down, for a >= 0. The product is off by few at most: by one below 2^51, which is where it ends in practice.
+BNK_DEVICE int64_t quotient(int64_t a, const Divisor& b) {
+  int64_t result = static_cast<int64_t>(static_cast<double>(a) * b.reciprocal);
+  while (result * b.value > a) --result;
+  while ((result + 1) * b.value <= a) ++result;
+  return result;
 }
 
 BNK_DEVICE int64_t elements_of(const Walk& walk) { return walk.outer * walk.channels * walk.inner; }
-BNK_DEVICE int64_t shares_of(const Walk& walk) { return walk.slabs * walk.chunks; }
+BNK_DEVICE int64_t shares_of(const Walk& walk) { return walk.slabs.value * walk.chunks; }
 
 BNK_DEVICE Share share_at(const Walk& walk, int64_t index) {
   const int64_t chunk = quotient(index, walk.slabs);
-  return {index - chunk * walk.slabs, chunk};
+  return {index - chunk * walk.slabs.value, chunk};
 }
 
 // Where in its 16-byte vector a tensor starts, in elements.
@@ -71,13 +73,13 @@ class Walker<T, Layout::kChannelsFirst> {
   // Windows are aligned to `lead`, the tensor whose speed matters most.
   BNK_DEVICE Walker(const Walk& walk, Share share, const T* lead)
       : walk_(walk), channel_(share.slab), phase_(phase_of(lead)) {
-    const int64_t all = walk.outer * walk.windows;
+    const int64_t all = walk.outer * walk.windows.value;
     const int64_t first = share.chunk * walk.chunk_size + thread_rank();
     const int64_t last = share.chunk * walk.chunk_size + walk.chunk_size;
     left_ = (last < all ? last : all) - first;
     if (left_ > 0) {
       row_ = quotient(first, walk.windows);
-      window_ = first - row_ * walk.windows;
+      window_ = first - row_ * walk.windows.value;
     }
   }
 
@@ -97,8 +99,8 @@ class Walker<T, Layout::kChannelsFirst> {
     left_ -= block_threads();
     row_ += walk_.step_rows;
     window_ += walk_.step_windows;
-    if (window_ >= walk_.windows) {
-      window_ -= walk_.windows;
+    if (window_ >= walk_.windows.value) {
+      window_ -= walk_.windows.value;
       ++row_;
     }
     return window;
