@@ -15,6 +15,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import platform
 import shlex
 import subprocess
 from collections.abc import Iterable
@@ -67,14 +68,34 @@ def program(name: str, build: str, root: Path = ROOT) -> Path:
 def programs(wanted: Iterable[tuple[str, str]], root: Path = ROOT) -> dict[tuple[str, str], Path]:
     """Several, by name and build, two compilers at a time."""
     wanted = list(wanted)
+
+    def compiled(pair: tuple[str, str]) -> Path:
+        return program(pair[0], pair[1], root)
+
     with ThreadPoolExecutor(max_workers=2) as pool:
-        return dict(zip(wanted, pool.map(lambda pair: program(*pair, root), wanted)))
+        return dict(zip(wanted, pool.map(compiled, wanted)))
 
 
 def run(executable: Path, *arguments: object, input: bytes | None = None) -> subprocess.CompletedProcess[bytes]:
     """Runs a program to its end. A run of a minute is taken for one that hangs."""
-    command = [str(executable), *map(str, arguments)]
-    return subprocess.run(command, input=input, capture_output=True, env=os.environ | ENVIRONMENT, timeout=60)
+    started = [*command(executable), *map(str, arguments)]
+    return subprocess.run(started, input=input, capture_output=True, env=os.environ | ENVIRONMENT, timeout=60)
+
+
+@cache
+def command(executable: Path) -> list[str]:
+    """What starts a program.
+
+    Older ThreadSanitizers cannot start where the kernel spreads addresses widely (vm.mmap_rnd_bits above 28, as newer
+    distributions set it); such a program is started without address randomisation.
+    """
+    direct = [str(executable)]
+    if not executable.name.endswith("-tsan"):
+        return direct
+    probe = subprocess.run(direct, stdin=subprocess.DEVNULL, capture_output=True)
+    if b"unexpected memory mapping" not in probe.stderr:
+        return direct
+    return ["setarch", platform.machine(), "-R", *direct]
 
 
 @cache
@@ -103,7 +124,7 @@ def _compile(root: Path, file: str, flags: list[str], headers: list[bytes]) -> P
 
 def _make(name: str, arguments: list[str], contents: list[bytes]) -> Path:
     """Runs the compiler, once for these contents even where several processes ask at the same time."""
-    command, version = _compiler()
+    compiler, version = _compiler()
     digest = hashlib.sha256()
     for content in (name.encode(), version, *contents):
         digest.update(len(content).to_bytes(8, "little") + content)
@@ -115,8 +136,8 @@ def _make(name: str, arguments: list[str], contents: list[bytes]) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
             partial = Path(f"{target}.partial")
-            result = subprocess.run([*command, *arguments, "-o", str(partial)], capture_output=True, text=True)
+            result = subprocess.run([*compiler, *arguments, "-o", str(partial)], capture_output=True, text=True)
             if result.returncode != 0:
-                raise RuntimeError(f"{shlex.join([*command, *arguments])}\n{result.stderr}")
+                raise RuntimeError(f"{shlex.join([*compiler, *arguments])}\n{result.stderr}")
             partial.rename(target)
     return target

@@ -74,9 +74,9 @@ def copy_without(call: Call | None, target: Path) -> None:
     path.write_text("".join(lines))
 
 
-def seen_by(name: str, root: Path) -> str:
-    """How the tests in this build see that something is wrong; empty: they do not."""
-    server = Server(name, root)
+def seen_by(name: str, program: Path) -> str:
+    """How the tests, with run_kernels in this build, see that something is wrong; empty: they do not."""
+    server = Server(program)
     try:
         for case, how, channels_last in CASES:
             inputs = Case.parse(case).inputs()
@@ -107,8 +107,8 @@ def table(root: Path = ROOT) -> list[tuple[Call | None, dict[str, str]]]:
     for call in (None, *calls(root / "csrc" / "kernels")):
         with tempfile.TemporaryDirectory() as folder:
             copy_without(call, Path(folder))
-            build.programs((("run_kernels", name) for name in BUILDS), Path(folder))
-            rows.append((call, {name: seen_by(name, Path(folder)) for name in BUILDS}))
+            programs = build.programs((("run_kernels", name) for name in BUILDS), Path(folder))
+            rows.append((call, {name: seen_by(name, programs["run_kernels", name]) for name in BUILDS}))
     return rows
 
 

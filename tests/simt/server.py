@@ -1,6 +1,6 @@
 """run_kernels from Python: the launch sequences of csrc/streaming.h on tensors, thread by thread on the host.
 
-    server = Server("plain")
+    server = Server(build.program("run_kernels", "plain"))
     run = server.call(inputs, How(block=64, chunks=3, seeds=range(20)), channels_last=False)
     run.outputs.y, run.launches[0].read["x"]
 
@@ -76,11 +76,11 @@ class Failure(AssertionError):
 class Server:
     """One process of run_kernels. A fault or a difference leaves it fit for more; a sanitizer's word ends it."""
 
-    def __init__(self, build_name: str, root: Path = build.ROOT) -> None:
-        program = build.program("run_kernels", build_name, root)
+    def __init__(self, program: Path) -> None:
+        """`program`: run_kernels in some build."""
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
         self._process = subprocess.Popen(
-            [str(program)],
+            build.command(program),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
