@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import bnkernels as bnk
 from bnkernels import ops, reference
+from bnkernels.autograd import formulas, functions
 
 trainings = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 
@@ -443,6 +444,22 @@ def test_gradients_of_a_module(device: str) -> None:
     theirs(x).pow(3).sum().backward()
     torch.testing.assert_close(got, {name: p.grad for name, p in theirs.named_parameters()})
     torch.testing.assert_close(dict(ours.named_buffers()), dict(theirs.named_buffers()))
+
+
+@pytest.mark.parametrize("momentum", [0.3, None])
+@pytest.mark.parametrize("shape", [(4, 3, 5, 2), (4, 3), (0, 3, 2)], ids=str)
+@trainings
+def test_plain_formula(shape: tuple[int, ...], momentum: float | None, training: bool, device: str) -> None:
+    """The whole of batch_norm in formulas, which stands in where a compiler traces a transform, against the kernels."""
+    arguments = [torch.rand(3, device=device, dtype=torch.float64) + 0.5 for _ in range(4)]
+    x = torch.randn(shape, device=device, dtype=torch.float64)
+    results = []
+    for f in (formulas.forward, functions.batch_norm):
+        tensors = [t.clone() for t in (x, *arguments)]
+        count = torch.tensor(2, device=device)
+        y = f(*tensors, count, training, momentum, 1e-3)
+        results.append([y, *tensors, count])
+    torch.testing.assert_close(*results)
 
 
 def test_tensors_that_outlive_a_transform(device: str) -> None:

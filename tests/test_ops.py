@@ -440,3 +440,24 @@ def test_compile(training: bool, momentum: float | None, channels_last: bool, de
         assert strides[0] == strides[1]
         torch.testing.assert_close(dict(other.state_dict()), dict(eager.state_dict()))
     torch.testing.assert_close([p.grad for p in other.parameters()], [p.grad for p in eager.parameters()])
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("transform", ["grad", "vmap"])
+def test_compile_of_a_transform(training: bool, transform: str, device: str) -> None:
+    """A compiler that traces torch.func sees plain formulas: it would lose the backward of anything else."""
+    torch.compiler.reset()
+    x = torch.randn(2, 4, 3, 5, device=device)
+    mean, var = torch.rand(3, device=device), torch.rand(3, device=device) + 0.5
+    statistics = (None, None) if training else (mean, var)
+
+    def loss(x: Tensor, weight: Tensor) -> Tensor:
+        return bnk.batch_norm(x, *statistics, weight, None, training).pow(3).sum()
+
+    def call(x: Tensor, weight: Tensor) -> Any:
+        gradient = torch.func.grad(loss, (0, 1))
+        return gradient(x[0], weight) if transform == "grad" else torch.func.vmap(gradient, (0, None))(x, weight)
+
+    weight = torch.rand(3, device=device) + 0.5
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, weight), call(x, weight))

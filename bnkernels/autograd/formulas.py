@@ -1,7 +1,7 @@
 """The derivatives of batch_norm beyond the kernels' backward, as plain torch formulas.
 
-Used for double backward and forward-mode AD. Being made of torch's own differentiable operations, they can be
-differentiated again, to any order and in either mode, and vmapped.
+Used for double backward, for forward-mode AD, and where a compiler traces a transform. Being made of torch's own
+differentiable operations, they can be differentiated again, to any order and in either mode, and vmapped.
 
 Notation, per channel, with <u, v> the sum of u*v over the channel's n elements and I = (var + eps)^-1/2:
 
@@ -32,17 +32,20 @@ class Standardised:
     constants to whoever differentiates this.
     """
 
-    def __init__(self, x: Tensor, mean: Tensor, invstd: Tensor, training: bool, eps: float) -> None:
+    def __init__(self, x: Tensor, mean: Tensor | None, invstd: Tensor | None, training: bool, eps: float) -> None:
         self.dtype = _accumulate_dtype(x)
         self.channel = [1, -1] + [1] * (x.dim() - 2)  # the shape in which a (C,) tensor meets x
         self.others = [0, *range(2, x.dim())]  # the dimensions that are summed over
         self.batch_statistics = training and x.numel() > 0
         x = x.to(self.dtype)
         if self.batch_statistics:
-            centred = x - x.mean(self.others, keepdim=True)
-            self.invstd = (centred.square().mean(self.others, keepdim=True) + eps).rsqrt()
+            self.batch_mean = x.mean(self.others, keepdim=True)
+            centred = x - self.batch_mean
+            self.batch_var = centred.square().mean(self.others, keepdim=True)
+            self.invstd = (self.batch_var + eps).rsqrt()
             self.xhat = centred * self.invstd
         else:
+            assert mean is not None and invstd is not None
             self.invstd = self.spread(invstd)
             self.xhat = (x - self.spread(mean)) * self.invstd
 
@@ -65,6 +68,41 @@ class Standardised:
     def scale(self, weight: Tensor | None) -> Tensor:
         """w I."""
         return self.invstd if weight is None else self.invstd * self.spread(weight)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+) -> Tensor:
+    """batch_norm as a whole: y = w xhat + b, and the three buffers in place."""
+    if training and x.numel() > 0:
+        s = Standardised(x, None, None, True, eps)
+    elif running_mean is not None and running_var is not None:
+        s = Standardised(x, running_mean, (running_var.to(_accumulate_dtype(x)) + eps).rsqrt(), False, eps)
+    else:
+        return x.clone()  # nothing to normalise, and nothing to normalise it by
+    y = s.xhat if weight is None else s.xhat * s.spread(weight)
+    y = y if bias is None else y + s.spread(bias)
+
+    if training and num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    if s.batch_statistics and running_mean is not None and running_var is not None:
+        factor: float | Tensor = 0.0
+        if momentum is not None:
+            factor = momentum
+        elif num_batches_tracked is not None:
+            factor = num_batches_tracked.reciprocal()
+        n = x.numel() // x.shape[1]
+        for buffer, fresh in ((running_mean, s.batch_mean), (running_var, s.batch_var * (n / (n - 1)))):
+            buffer.add_(factor * (fresh.detach().flatten() - buffer))
+    return y.to(x.dtype)
 
 
 def forward_tangent(

@@ -53,7 +53,9 @@ def batch_norm(
     ):
         raise RuntimeError("batch_norm is not differentiable with respect to running_mean and running_var.")
     if is_compiling():
-        return _traced(x, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps)
+        # A compiler drops the backward of a Function inside a transform of torch.func (torch 2.13: zeros, silently).
+        traced = formulas.forward if _transforms_active() else _traced
+        return traced(x, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps)
     if _transforms_active() or forward_ad._current_level >= 0:
         outputs: tuple[Tensor, ...] = Transformable.apply(
             x, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps
