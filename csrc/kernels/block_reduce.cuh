@@ -16,17 +16,17 @@ inline constexpr int kMaxWarps = kMaxBlockThreads / kWarpThreads;
 template <int kColumns, int kLanes>
 inline constexpr int kReduceSlots = kMaxWarps * kColumns * kLanes;
 
-// Returns to thread t < lanes * kColumns the joined accumulator of column t % kColumns of lane t / kColumns; the other
-// threads' return value means nothing. Every thread of the block calls it. `slots` may be written again only after the
-// next block_barrier().
-template <int kColumns, typename Accumulator>
-BNK_DEVICE Accumulator reduce_block(Accumulator (&mine)[kColumns], int lanes, Accumulator* slots) {
+// Calls done(column, joined) once for each of the lanes * kColumns columns, from one thread each; column c is column
+// c % kColumns of lane c / kColumns. Every thread of the block calls it; `slots` may be used again when it returns.
+template <int kColumns, typename Accumulator, typename Done>
+BNK_DEVICE void reduce_block(Accumulator (&mine)[kColumns], int lanes, Accumulator* slots, const Done& done) {
   for (int mask = kWarpThreads / 2; mask >= lanes; mask /= 2) {
 #pragma unroll
     for (int column = 0; column < kColumns; ++column) join(mine[column], shuffle_xor(mine[column], mask));
   }
 
   const int thread = static_cast<int>(thread_rank());
+  const int threads = static_cast<int>(block_threads());
   const int warp = thread / kWarpThreads;
   const int lane = thread % kWarpThreads;
   const int width = lanes * kColumns;
@@ -36,12 +36,12 @@ BNK_DEVICE Accumulator reduce_block(Accumulator (&mine)[kColumns], int lanes, Ac
   }
   block_barrier();  // every warp's slots are written before they are read
 
-  Accumulator result{};
-  if (thread < width) {
-    const int warps = static_cast<int>(block_threads()) / kWarpThreads;
-    for (int other = 0; other < warps; ++other) join(result, slots[other * width + thread]);
+  for (int column = thread; column < width; column += threads) {
+    Accumulator joined = slots[column];
+    for (int other = 1; other < threads / kWarpThreads; ++other) join(joined, slots[other * width + column]);
+    done(column, joined);
   }
-  return result;
+  block_barrier();  // the slots are read before the next reduction overwrites them
 }
 
 }  // namespace bnk

@@ -92,9 +92,7 @@ grad_sums_kernel(GradSumsParams params) {
       }
     }
 
-    const GradSums joined = reduce_block(total, params.walk.lanes, slots);
-    store_partial<kColumns>(params.partial, params.walk, share, joined);
-    block_barrier();  // slots are read before the next share overwrites them
+    store_share(params.partial, params.walk, share, total, slots);
   }
 }
 

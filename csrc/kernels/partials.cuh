@@ -12,18 +12,24 @@ namespace bnk {
 template <typename Accumulator>
 inline constexpr int kFields = static_cast<int>(sizeof(Accumulator) / sizeof(double));
 
-// After reduce_block<kColumns>: thread t < lanes*kColumns holds the t-th channel of the share's slab.
-template <int kColumns, typename Accumulator>
-BNK_DEVICE void store_partial(double* partial, const Walk& walk, const Share& share, const Accumulator& mine) {
-  const int width = walk.lanes * kColumns;
-  const int thread = static_cast<int>(thread_rank());
-  const int64_t channel = share.slab * width + thread;
-  if (thread >= width || channel >= walk.channels) return;
-  const double* fields = reinterpret_cast<const double*>(&mine);
+template <typename Accumulator>
+BNK_DEVICE void store_partial(double* partial, const Walk& walk, int64_t chunk, int64_t channel,
+                              const Accumulator& value) {
+  const double* fields = reinterpret_cast<const double*>(&value);
 #pragma unroll
   for (int field = 0; field < kFields<Accumulator>; ++field) {
-    store(partial + (field * walk.chunks + share.chunk) * walk.channels + channel, fields[field]);
+    store(partial + (field * walk.chunks + chunk) * walk.channels + channel, fields[field]);
   }
+}
+
+// Joins what the threads of a block gathered for a share, and stores the share's partials.
+template <int kColumns, typename Accumulator>
+BNK_DEVICE void store_share(double* partial, const Walk& walk, const Share& share, Accumulator (&mine)[kColumns],
+                            Accumulator* slots) {
+  reduce_block(mine, walk.lanes, slots, [&](int column, const Accumulator& joined) {
+    const int64_t channel = share.slab * walk.lanes * kColumns + column;
+    if (channel < walk.channels) store_partial(partial, walk, share.chunk, channel, joined);
+  });
 }
 
 template <typename Accumulator>
@@ -52,9 +58,9 @@ BNK_DEVICE void finish_channels(const Finish& finish, const double* partial, Acc
         join(total[0], load_partial<Accumulator>(partial, finish, chunk, channel));
       }
     }
-    const Accumulator joined = reduce_block(total, lanes, slots);
-    if (static_cast<int>(thread_rank()) < lanes && channel < finish.channels) done(channel, joined);
-    block_barrier();  // slots are read before the next group overwrites them
+    reduce_block(total, lanes, slots, [&](int column, const Accumulator& joined) {
+      if (group * lanes + column < finish.channels) done(group * lanes + column, joined);
+    });
   }
 }
 

@@ -3,30 +3,38 @@
 // Kernels reach threads, shared memory, shuffles, barriers, global memory, 16-bit conversion and the special functions
 // ONLY through the names below. The names have two bodies with one meaning:
 //
-//   primitives_cuda.cuh             compiled by nvcc: each is one instruction or a few
-//   simt/primitives_host.h          compiled by a host C++ compiler: the test instrument in tests/simt, where the
-//   threads of
-//                                   a grid are fibers, and every access is bounds-checked, race-checked and counted
+//   primitives_cuda.cuh       compiled by nvcc: each is one instruction or a few
+//   simt/primitives_host.h    compiled by a host C++ compiler: the test instrument in tests/simt, where the threads of a
+//                             grid are fibers, and every access is bounds-checked, race-checked and counted
 //
 // so that the kernel source that runs on the GPU is the source that is checked without one.
 //
-//   BNK_KERNEL(max_threads)         declares a kernel (returns void)
-//   BNK_DEVICE                      declares a device function
-//   BNK_SHARED(T, name, count)      T name[count] in the block's shared memory; contents undefined at the start
+// Declarations
+//   BNK_KERNEL(max_threads)            a kernel (returns void)
+//   BNK_DEVICE                         a device function
+//   BNK_SHARED(T, name, count)         T name[count] in the block's shared memory; contents undefined at the start
 //
-//   thread_rank() block_threads() block_rank() grid_blocks()    1-D indices and sizes; block_threads() % kWarpThreads
-//   == 0 block_barrier()                 every thread of the block arrives before any leaves; orders shared and global
-//   memory among them shuffle_xor(double, mask)       the value of lane (lane ^ mask); every lane of the warp takes
-//   part
+// Threads
+//   thread_rank(), block_threads()     1-D; block_threads() is a multiple of kWarpThreads
+//   block_rank(), grid_blocks()        1-D
+//   block_barrier()                    every thread of the block arrives before any leaves; orders shared and global
+//                                      memory among them
+//   shuffle_xor(double, mask)          the value of lane (lane ^ mask); every lane of the warp takes part
 //
-//   load(p), store(p, v)            one element of global memory
-//   load_vector(p), store_vector(p, v)   kVectorBytes at an address aligned to kVectorBytes
-//   Reuse::kAgain, Reuse::kLast     whether the bytes are worth keeping in cache for a later reader
+// Global memory
+//   load(p), store(p, v)               one element
+//   load_vector(p), store_vector(p, v) a Vector<T>: kVectorBytes at an address aligned to kVectorBytes
+//   Reuse::kAgain, Reuse::kLast        whether the bytes are worth keeping in cache for a later reader
 //
-//   widen(T) -> Compute<T>, narrow<T>(Compute<T>)      exact, and round-to-nearest-even (overflow to inf, NaN stays
-//   NaN) widen_vector, narrow_vector     the same for all elements of a Vector fused_multiply_add(a, b, c)     a*b + c,
-//   rounded once (the build contracts nothing by itself, on either side) reciprocal_sqrt(double)         1/sqrt(x),
-//   both correctly rounded is_finite(x)
+// Values
+//   Vector<T>{}                        zeros
+//   set_element(vector, i, T)
+//   widen(T) -> Compute<T>             exact
+//   narrow<T>(Compute<T>)              round-to-nearest-even; overflow to inf, NaN stays NaN
+//   widen_vector, narrow_vector        the same for all elements of a Vector
+//   fused_multiply_add(a, b, c)        a*b + c, rounded once (the build contracts nothing by itself, on either side)
+//   reciprocal_sqrt(double)            1/sqrt(x), both correctly rounded
+//   is_finite(x)
 #pragma once
 
 #include <cstdint>

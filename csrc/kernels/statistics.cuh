@@ -87,9 +87,7 @@ statistics_kernel(StatisticsParams params) {
       join_windows<T>(total, windows, values);
     }
 
-    const Moments joined = reduce_block(total, params.walk.lanes, slots);
-    store_partial<Walker_::kColumns>(params.partial, params.walk, share, joined);
-    block_barrier();  // slots are read before the next share overwrites them
+    store_share(params.partial, params.walk, share, total, slots);
   }
 }
 
