@@ -45,8 +45,8 @@ ROOMS = {
     "streaming": Room(frozenset({"problem", "plan", "kernels", "primitives"})),
     # Launchers take a stream, not torch's.
     "cuda": Room(frozenset({"problem", "plan", "kernels", "primitives", "streaming"}), (CUDA_RUNTIME, CUDA_TYPES)),
-    # at::parallel_for is all of torch that the CPU backend sees.
-    "cpu": Room(frozenset({"problem"}), (re.compile(r"^<ATen/Parallel\.h>$"),)),
+    # at::parallel_for is all of torch that the CPU backend sees; of the system, the advice it gives on memory.
+    "cpu": Room(frozenset({"problem"}), (re.compile(r"^<(ATen/Parallel|sys/mman)\.h>$"),)),
     # Tensors end here: what is checked becomes raw pointers.
     "arguments": Room(frozenset({"problem"}), (TORCH,)),
     # CPU or CUDA, and which device and stream.
