@@ -30,6 +30,15 @@ BNK_INLINE Span span_of(int64_t columns, int s) {
   return {begin, static_cast<int>(s * kCount - begin), static_cast<int>(kCount)};
 }
 
+template <typename T>
+BNK_INLINE void read_strip_ahead(const T* here, int64_t stride) {
+  const int64_t strip = kStripRows * stride * static_cast<int64_t>(sizeof(T));
+  const int64_t ahead = strip > kReadAhead ? strip : kReadAhead;
+  for (int64_t line = 0; line < static_cast<int64_t>(Lanes<Accumulate<T>>::kCount * sizeof(T)); line += 64) {
+    __builtin_prefetch(reinterpret_cast<const char*>(here) + ahead + line);
+  }
+}
+
 template <bool kWhole, typename T>
 BNK_INLINE Lanes<Accumulate<T>> load_span(const T* from, const Span& span) {
   if constexpr (kWhole) return load(from);
@@ -86,7 +95,7 @@ struct ColumnSum {
   BNK_INLINE void run(int s, const Span& span, int64_t row, int64_t rows) const {
     Lanes<A> total = sum[s];
     for (const T* from = x + row * stride + span.begin; rows > 0; --rows, from += stride) {
-      read_ahead(from);
+      read_strip_ahead(from, stride);
       total = total + load_span<kWhole>(from, span);
     }
     sum[s] = total;
@@ -188,8 +197,8 @@ struct ColumnGradientSums {
     const Lanes<A> m = mean[s], scale = invstd[s];
     Lanes<A> s1 = sum_g[s], s2 = sum_gx[s];
     for (int64_t at = row * stride + span.begin; rows > 0; --rows, at += stride) {
-      read_ahead(g + at);
-      read_ahead(x + at);
+      read_strip_ahead(g + at, stride);
+      read_strip_ahead(x + at, stride);
       const Lanes<A> gradient = load_span<kWhole>(g + at, span);
       s1 = s1 + gradient;
       s2 = s2 + gradient * ((load_span<kWhole>(x + at, span) - m) * scale);
