@@ -383,6 +383,57 @@ def test_bytes(plain: Server, pair: tuple[str, str], layout: str, lead: int) -> 
         assert moved(only, vectors) == moved(grad_input, vectors)
 
 
+# --- beyond 32 bits --------------------------------------------------------------------------------------------------
+
+# Outer, channels, inner of over 2^32 elements, or 2^31 channels, and the chunks that make the last ones small.
+HUGE = (
+    ((1_500_007, 3, 1003), 400_000),  # many short rows of odd length
+    ((3, 1_500_007, 1003), 100),  # many channels
+    ((2, 1, 2**32 + 77), 1 << 20),  # rows longer than 2^32
+    ((1, 2**31 + 11, 2), 2),  # more channels than a grid has blocks
+    ((2**32 + 5, 1, 1), 1 << 23),  # channels-last, one channel
+    ((70_000_001, 64, 1), 1 << 17),  # whole vectors
+    ((2, 2**31 + 24, 1), 2),
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("problem, chunks", HUGE)
+def test_huge_tensors_at_their_ends(
+    plain: Server, problem: tuple[int, int, int], chunks: int, dtype: torch.dtype
+) -> None:
+    """The last blocks of an inference and of its gradient, on tensors that take memory only where they are touched."""
+    outer, channels, inner = problem
+    total = outer * channels * inner
+    x, grad = torch.randn(2, min(total, 200_000)).to(dtype)
+    weight, bias, running_mean, running_var = torch.rand(4, min(channels, 2000)) + 1
+    saved = torch.zeros(len(bias))
+    how = How(block=64, chunks=chunks, last_blocks=3)
+    vectors = {"weight": ("in", weight), "bias": ("in", bias)}
+    vectors |= {"running_mean": ("in", running_mean), "running_var": ("in", running_var)}
+    outputs = {"y": ("out", x), "mean": ("out", saved), "invstd": ("out", saved)}
+    forward = plain.run_tails("forward_eval", problem, {"x": ("in", x), **vectors, **outputs}, how, eps=1e-5)
+    invstd = (running_var + 1e-5).rsqrt()
+    tensors = {"x": ("in", x), "grad_y": ("in", grad), "grad_x": ("out", x), "weight": ("in", weight)}
+    tensors |= {"mean": ("in", running_mean), "invstd": ("in", invstd)}
+    backward = plain.run_tails("backward", problem, tensors, how, training=0)
+
+    position = torch.arange(total - len(x), total)
+    channel = position // inner % channels - (channels - len(bias))
+    known = channel >= 0
+    channel = channel.clamp(min=0)
+    y = (x - running_mean[channel]) * invstd[channel] * weight[channel] + bias[channel]
+    dx = grad * weight[channel] * invstd[channel]
+    for run, got, want, name in ((forward, forward.outputs.y, y, "y"), (backward, backward.outputs.dx, dx, "grad_x")):
+        assert got is not None
+        written = got != 0
+        # All that was written, which is every share's worth, lies in the end, where it belongs, and is right.
+        assert int(written.sum()) * got.element_size() == run.launches[0].written[name] > 0
+        assert bool(known[written].all())
+        error = (got.double() - want.double()).abs()
+        assert bool((error <= torch.finfo(dtype).eps * want.abs() + 1e-5)[written].all())
+
+
 # --- the server itself -----------------------------------------------------------------------------------------------
 
 

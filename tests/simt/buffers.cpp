@@ -1,5 +1,7 @@
 #include "simt/buffers.h"
 
+#include <sys/mman.h>
+
 #include <array>
 #include <cstdio>
 #include <cstdlib>
@@ -82,16 +84,25 @@ struct Memory {
   // A heap block of its own, ending where the buffer ends, so that AddressSanitizer guards the end to the byte.
   static char* allocate(const Buffer& buffer) {
     const size_t bytes = buffer.misalignment_ + buffer.bytes_;
+    if (buffer.storage_ == Buffer::Storage::kSparse) {
+      void* pages = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      if (pages == MAP_FAILED) throw std::bad_alloc();
+      return static_cast<char*>(pages) + buffer.misalignment_;
+    }
     return static_cast<char*>(::operator new(bytes, std::align_val_t{kStorageAlignment})) + buffer.misalignment_;
   }
 
   static void deallocate(const Buffer& buffer) {
+    if (buffer.storage_ == Buffer::Storage::kSparse) {
+      munmap(buffer.host_ - buffer.misalignment_, buffer.misalignment_ + buffer.bytes_);
+      return;
+    }
     ::operator delete(buffer.host_ - buffer.misalignment_, std::align_val_t{kStorageAlignment});
   }
 };
 
-Buffer::Buffer(std::string name, size_t bytes, size_t misalignment)
-    : name_(std::move(name)), bytes_(bytes), misalignment_(misalignment) {
+Buffer::Buffer(std::string name, size_t bytes, size_t misalignment, Storage storage)
+    : name_(std::move(name)), bytes_(bytes), misalignment_(misalignment), storage_(storage) {
   device_address_ = Memory::add(this);
   host_ = Memory::allocate(*this);
   poison();
@@ -102,7 +113,9 @@ Buffer::~Buffer() {
   Memory::remove(this);
 }
 
-void Buffer::poison() { std::memset(host_, kPoison, bytes_); }
+void Buffer::poison() {
+  if (storage_ == Storage::kDense) std::memset(host_, kPoison, bytes_);
+}
 
 std::vector<Traffic> take_traffic() { return Memory::take_traffic(); }
 

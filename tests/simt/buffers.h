@@ -21,8 +21,11 @@ using Site = std::source_location;
 
 class Buffer {
  public:
-  // `bytes` bytes, poisoned, at `misalignment` bytes past a 256-byte boundary. At most 128 buffers live at a time.
-  Buffer(std::string name, size_t bytes, size_t misalignment = 0);
+  // `bytes` bytes, poisoned, at `misalignment` bytes past a 256-byte boundary. At most 128 buffers live at a time. A sparse
+  // one is for a tensor larger than memory, of which a launch touches little: it is zero, not poisoned, and takes up what
+  // is touched.
+  enum class Storage { kDense, kSparse };
+  Buffer(std::string name, size_t bytes, size_t misalignment = 0, Storage storage = Storage::kDense);
   ~Buffer();
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
@@ -40,7 +43,7 @@ class Buffer {
   size_t bytes() const { return bytes_; }
   const std::string& name() const { return name_; }
 
-  // All bits set: a quiet NaN in every floating-point format, -1 and the like in integers.
+  // All bits set: a quiet NaN in every floating-point format, -1 and the like in integers. Nothing if sparse.
   void poison();
 
  private:
@@ -48,6 +51,7 @@ class Buffer {
   std::string name_;
   size_t bytes_;
   size_t misalignment_;
+  Storage storage_;
   uintptr_t device_address_;
   char* host_;
   size_t bytes_read_ = 0;

@@ -98,7 +98,7 @@ class Grid {
   bool is_left_out(const Site& barrier) const;
   std::string where(size_t first, size_t end) const;
 
-  Block& block() { return blocks_[position().block]; }
+  Block& block() { return blocks_[current_ / launch_.block]; }
   Warp& warp() { return warps_[current_ / kWarp]; }
   size_t first_of_block() const { return current_ / launch_.block * launch_.block; }
   size_t first_of_warp() const { return current_ / kWarp * kWarp; }
@@ -167,7 +167,8 @@ void Grid::start_block(size_t rank, size_t slot) {
   for (unsigned i = 0; i < launch_.block; ++i) {
     const size_t index = rank * launch_.block + i;
     Thread& thread = threads_[index];
-    thread.position = {i, launch_.block, static_cast<unsigned>(rank), launch_.grid};
+    thread.position = {i, launch_.block, static_cast<unsigned>(launch_.first_block + rank),
+                       static_cast<unsigned>(launch_.of_blocks == 0 ? launch_.grid : launch_.of_blocks)};
     thread.fiber = slot * launch_.block + i;
     while (fibers.size() <= thread.fiber) {
       fibers.push_back(std::make_unique<Fiber>([] {

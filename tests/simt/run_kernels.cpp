@@ -2,16 +2,18 @@
 //
 // Requests on stdin, answers on stdout, one after the other until stdin ends. A request is a line of words
 //
-//   OPERATION key=value ... tensor=NAME:MODE:DTYPE:BYTES:MISALIGNMENT ...
+//   OPERATION key=value ... tensor=NAME:MODE:DTYPE:BYTES:MISALIGNMENT:TAIL ...
 //
 // followed by the bytes of its tensors of mode `in` and `inout`, in order. OPERATION is forward_train, forward_eval or
-// backward, a tensor's NAME that of the field of its arguments (problem.h); what is not named is null. The keys:
+// backward, a tensor's NAME that of the field of its arguments (problem.h); what is not named is null. A TAIL that is not
+// 0 makes the tensor a sparse one, zero but for its last TAIL bytes, which are all of it that is sent. The keys:
 //
 //   outer channels inner dtype           the problem
 //   momentum cumulative eps training     as in problem.h
 //   block chunks                         the plan: make_streaming(), or, with multiprocessors and threads instead, plan_streaming()
 //   finish_block grid                    another block size for the finishing kernels; a limit to every grid
 //   seeds first_seed schedule resident   each seed is one run of the whole sequence, on memory poisoned anew
+//   last_blocks                          how many of each grid's blocks are run, from its end
 //   without                              LAUNCH:FILE:LINE, a barrier that one launch of the sequence does not keep
 //
 // The answer is lines of text, then the bytes of the tensors of mode `inout` and `out`, in order:
@@ -40,14 +42,17 @@ struct Tensor {
   std::string name;
   std::string mode;
   bnk::Dtype dtype;
+  size_t sent;  // bytes, from the end
   std::unique_ptr<simt::Buffer> buffer;
   std::vector<char> initial;
+
+  char* content() const { return buffer->host<char>() + buffer->bytes() - sent; }
 
   void reset() {
     if (mode == "out") {
       buffer->poison();
     } else {
-      std::memcpy(buffer->host<char>(), initial.data(), initial.size());
+      std::memcpy(content(), initial.data(), sent);
     }
   }
 };
@@ -114,15 +119,20 @@ bool read_request(std::istream& in, Request& request) {
     }
     std::istringstream fields(value);
     Tensor tensor;
-    std::string dtype, bytes, misalignment;
+    std::string dtype, bytes, misalignment, tail;
     std::getline(fields, tensor.name, ':');
     std::getline(fields, tensor.mode, ':');
     std::getline(fields, dtype, ':');
     std::getline(fields, bytes, ':');
-    std::getline(fields, misalignment);
+    std::getline(fields, misalignment, ':');
+    std::getline(fields, tail);
     tensor.dtype = dtype_named(dtype);
-    tensor.buffer = std::make_unique<simt::Buffer>(tensor.name, std::stoul(bytes), std::stoul(misalignment));
-    if (tensor.mode != "out") tensor.initial.resize(std::stoul(bytes));
+    const bool sparse = std::stoul(tail) > 0;
+    tensor.sent = std::stoul(sparse ? tail : bytes);
+    tensor.buffer =
+        std::make_unique<simt::Buffer>(tensor.name, std::stoul(bytes), std::stoul(misalignment),
+                                       sparse ? simt::Buffer::Storage::kSparse : simt::Buffer::Storage::kDense);
+    if (tensor.mode != "out") tensor.initial.resize(tensor.sent);
     request.tensors.push_back(std::move(tensor));
   }
   for (Tensor& tensor : request.tensors)
@@ -136,7 +146,8 @@ class HostExecutor {
   HostExecutor(const Request& request, uint64_t seed)
       : seed_(seed),
         schedule_(schedule_named(request.options.at("schedule"))),
-        resident_(static_cast<unsigned>(request.integer("resident", 0))) {
+        resident_(static_cast<unsigned>(request.integer("resident", 0))),
+        last_blocks_(request.integer("last_blocks", 0)) {
     const auto without = request.options.find("without");
     if (without == request.options.end()) return;
     const size_t colon = without->second.find(':');
@@ -147,13 +158,16 @@ class HostExecutor {
   template <typename Params>
   void launch(bnk::Launch launch, void (*kernel)(Params), const Params& params) {
     if (!fault.empty()) return;
-    const auto grid = static_cast<unsigned>(launch.grid);
+    const int64_t blocks = last_blocks_ == 0 ? launch.grid : std::min(last_blocks_, launch.grid);
+    const auto grid = static_cast<unsigned>(blocks);
     const auto block = static_cast<unsigned>(launch.block);
     const simt::Report report = simt::launch({.grid = grid,
                                               .block = block,
                                               .seed = 8 * seed_ + count,
                                               .schedule = schedule_,
                                               .resident_blocks = resident_,
+                                              .first_block = static_cast<size_t>(launch.grid - blocks),
+                                              .of_blocks = static_cast<size_t>(launch.grid),
                                               .without = count == without_launch_ ? without_ : ""},
                                              [&] { kernel(params); });
     std::ostringstream line;
@@ -176,6 +190,7 @@ class HostExecutor {
   uint64_t seed_;
   simt::Schedule schedule_;
   unsigned resident_;
+  int64_t last_blocks_;
   size_t without_launch_ = 0;
   std::string without_;
 };
@@ -251,7 +266,7 @@ int64_t scratch_doubles(const Request& request) {
 std::string difference(const Request& request, const std::vector<std::vector<char>>& first,
                        const HostExecutor& first_executor, const HostExecutor& executor) {
   for (size_t i = 0; i < request.tensors.size(); ++i) {
-    const char* bytes = request.tensors[i].buffer->host<char>();
+    const char* bytes = request.tensors[i].content();
     for (size_t byte = 0; byte < first[i].size(); ++byte) {
       if (bytes[byte] != first[i][byte]) return request.tensors[i].name + " " + std::to_string(byte);
     }
@@ -260,7 +275,10 @@ std::string difference(const Request& request, const std::vector<std::vector<cha
 }
 
 void answer(Request& request) {
-  simt::Buffer scratch("scratch", static_cast<size_t>(scratch_doubles(request)) * sizeof(double));
+  const size_t scratch_bytes = static_cast<size_t>(scratch_doubles(request)) * sizeof(double);
+  const bool huge = scratch_bytes >> 30 != 0;
+  simt::Buffer scratch("scratch", scratch_bytes, 0,
+                       huge ? simt::Buffer::Storage::kSparse : simt::Buffer::Storage::kDense);
   const auto first_seed = static_cast<uint64_t>(request.integer("first_seed", 0));
   const auto seeds = static_cast<uint64_t>(request.integer("seeds", 1));
   std::vector<std::vector<char>> first;
@@ -281,8 +299,7 @@ void answer(Request& request) {
       return;
     }
     for (const Tensor& tensor : request.tensors) {
-      const char* bytes = tensor.buffer->host<char>();
-      first.emplace_back(bytes, bytes + tensor.buffer->bytes());
+      first.emplace_back(tensor.content(), tensor.content() + tensor.sent);
     }
     first_executor = std::move(executor);
   }

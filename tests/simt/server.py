@@ -44,6 +44,8 @@ class How:
     schedule: str = "seeded"
     resident: int = 0
     """Blocks that run at a time; 0: all."""
+    last_blocks: int | None = None
+    """How many blocks of each grid run, from its end; all others do nothing."""
     without: tuple[int, str] | None = None
     """A launch of the sequence, and the barrier ("file:line") that it does not keep."""
     misaligned: Mapping[str, int] = field(default_factory=dict)
@@ -153,6 +155,29 @@ class Server:
                 tensors.append((name, "out", torch.empty_like(like)))
         return self._run("backward", inputs.x, tensors, {"training": int(inputs.training)}, how, channels_last)
 
+    def run_tails(
+        self,
+        operation: str,
+        problem: tuple[int, int, int],
+        tails: Mapping[str, tuple[str, Tensor]],
+        how: How,
+        **options: float,
+    ) -> Run:
+        """A sequence on tensors larger than memory: zero but for their ends, which `tails` gives by name, with a mode.
+
+        `problem`: outer, channels, inner. To be run with `how.last_blocks`; what comes back are the ends.
+        """
+        outer, channels, inner = problem
+        x = tails["x"][1]
+        sent = []
+        for name, (mode, tail) in tails.items():
+            whole = channels if name in _PER_CHANNEL else outer * channels * inner
+            here = min(whole, tail.numel())
+            size = tail.element_size()
+            sent.append((name, mode, tail[-here:], whole * size, here * size))
+        settings = {"outer": outer, "channels": channels, "inner": inner, "dtype": _name(x), **options}
+        return self._request(operation, settings, sent, how, False)
+
     @staticmethod
     def _forward_outputs(inputs: Inputs) -> list[tuple[str, str, Tensor]]:
         channels = inputs.x.shape[1]
@@ -177,39 +202,54 @@ class Server:
             "channels": channels,
             "inner": inner,
             "dtype": _name(x),
+            **options,
+        }
+        sent = [(name, mode, t, t.numel() * t.element_size(), 0) for name, mode, t in tensors]
+        return self._request(operation, settings, sent, how, channels_last)
+
+    def _request(
+        self,
+        operation: str,
+        settings: dict[str, object],
+        tensors: list[tuple[str, str, Tensor, int, int]],
+        how: How,
+        channels_last: bool,
+    ) -> Run:
+        """`tensors`: name, mode, content, all bytes, and how many of them, at the end, the content is (0: dense)."""
+        assert self._process.stdin is not None
+        settings |= {
             "schedule": how.schedule,
             "first_seed": how.seeds.start,
             "seeds": len(how.seeds),
             "resident": how.resident,
-            **options,
         }
         if how.device is not None:
             settings |= {"multiprocessors": how.device[0], "threads": how.device[1]}
         else:
             settings |= {"block": how.block, "chunks": how.chunks}
-        for key in ("finish_block", "grid"):
+        for key in ("finish_block", "grid", "last_blocks"):
             if (value := getattr(how, key)) is not None:
                 settings[key] = value
         if how.without is not None:
             settings["without"] = f"{how.without[0]}:{how.without[1]}"
         words = [operation, *(f"{key}={value}" for key, value in settings.items())]
-        for name, mode, tensor in tensors:
+        for name, mode, tensor, size, tail in tensors:
             shift = how.misaligned.get(name, 0) * tensor.element_size()
-            words.append(f"tensor={name}:{mode}:{_name(tensor)}:{tensor.numel() * tensor.element_size()}:{shift}")
-        content = [_to_bytes(tensor, channels_last) for _, mode, tensor in tensors if mode != "out"]
+            words.append(f"tensor={name}:{mode}:{_name(tensor)}:{size}:{shift}:{tail}")
+        content = [_to_bytes(tensor, channels_last) for _, mode, tensor, *_ in tensors if mode != "out"]
         try:
             self._process.stdin.write(b"".join([" ".join(words).encode() + b"\n", *content]))
             self._process.stdin.flush()
         except BrokenPipeError:
             raise Failure(self._complaint()) from None
-        run = self._answer(tensors, channels_last)
+        run = self._answer([(name, tensor) for name, mode, tensor, *_ in tensors if mode != "in"], channels_last)
         # ThreadSanitizer tells what it sees and goes on.
         if os.fstat(self._stderr.fileno()).st_size > 0:
             self.kill()
             raise Failure(self._complaint())
         return run
 
-    def _answer(self, tensors: list[tuple[str, str, Tensor]], channels_last: bool) -> Run:
+    def _answer(self, results: list[tuple[str, Tensor]], channels_last: bool) -> Run:
         assert self._process.stdout is not None
         launches = []
         while (line := self._process.stdout.readline().decode().strip()) != "done":
@@ -220,15 +260,13 @@ class Server:
             moved = [entry.split(":") for entry in traffic]
             read = {name: int(count) for name, count, _ in moved}
             written = {name: int(count) for name, _, count in moved}
-            launches.append(
-                Launch(int(grid), int(block), int(switches), tuple(barriers.split(",")[:-1]), read, written)
-            )
-        results = {}
-        for name, mode, tensor in tensors:
-            if mode != "in":
-                data = self._process.stdout.read(tensor.numel() * tensor.element_size())
-                results[_OUTPUT_NAMES.get(name, name)] = _from_bytes(data, tensor, channels_last)
-        return Run(Outputs(**results), launches)
+            met = tuple(barriers.split(",")[:-1])
+            launches.append(Launch(int(grid), int(block), int(switches), met, read, written))
+        outputs = {}
+        for name, like in results:
+            data = self._process.stdout.read(like.numel() * like.element_size())
+            outputs[_OUTPUT_NAMES.get(name, name)] = _from_bytes(data, like, channels_last)
+        return Run(Outputs(**outputs), launches)
 
     def _complaint(self) -> str:
         """What the process, which is at its end, said to stderr."""
@@ -237,6 +275,7 @@ class Server:
         return f"exit code {code}\n" + self._stderr.read().decode(errors="replace")[:20_000]
 
 
+_PER_CHANNEL = {"weight", "bias", "running_mean", "running_var", "mean", "invstd"}
 _OUTPUT_NAMES = {"grad_x": "dx", "grad_weight": "dweight", "grad_bias": "dbias"}
 
 
