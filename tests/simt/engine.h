@@ -39,7 +39,7 @@ struct Launch {
   unsigned resident_blocks = 0;  // blocks that run at a time, the next starting where one ended; 0: all
   size_t first_block = 0;        // these are blocks first_block and on ...
   size_t of_blocks = 0;          // ... of a grid of so many, of which the others do not run; 0: of `grid`
-  std::string without;           // "file:line" of a barrier that is not kept, for tests to see that it is missed
+  std::string without{};         // "file:line" of a barrier that is not kept, for tests to see that it is missed
 };
 
 struct Report {

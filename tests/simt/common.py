@@ -1,0 +1,75 @@
+"""What the tests of the kernels on the host share: variants, shapes, servers, and how a run is judged.
+
+A test module that names it in `pytest_plugins` has the fixtures `servers` and `plain`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+
+import pytest
+
+from bnkernels.testing import DTYPE_PAIRS, Case, Inputs, assert_within, judge_call, same_bits
+
+from . import build
+from .server import Run, Server
+
+BUILDS = ("plain", "asan", "tsan")
+SEEDS = range(20)
+LAYOUTS = ("channels_first", "channels_last")
+PAIRS = [pytest.param(pair, id="+".join(dict.fromkeys(pair))) for pair in DTYPE_PAIRS]
+
+
+class Servers:
+    """One server for each build, made when first asked for, and anew after one has died."""
+
+    def __init__(self) -> None:
+        # Compiled once: what all tests of a run see is one state of the sources.
+        self._programs = build.programs(("run_kernels", name) for name in BUILDS)
+        self._running: dict[str, Server] = {}
+
+    def __call__(self, name: str) -> Server:
+        if name not in self._running or not self._running[name].alive:
+            self._running[name] = Server(self._programs["run_kernels", name])
+        return self._running[name]
+
+    def close(self) -> None:
+        for server in self._running.values():
+            if server.alive:
+                server.close()
+
+
+@pytest.fixture(scope="session")
+def servers() -> Iterator[Servers]:
+    made = Servers()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def plain(servers: Servers) -> Server:
+    return servers("plain")
+
+
+def make(shape: tuple[int, ...], pair: tuple[str, str], training: bool = True, weight: str = "normal") -> Inputs:
+    return Case("offset_1e2", shape, *pair, weight=weight, training=training).inputs()
+
+
+def judge(inputs: Inputs, run: Run, context: object) -> None:
+    assert_within(judge_call(inputs, run.outputs), str(context))
+
+
+def assert_same(run: Run, other: Run, context: object, but: tuple[str, ...] = ()) -> None:
+    different = [
+        field.name
+        for field in fields(run.outputs)
+        if field.name not in but and not same_bits(getattr(run.outputs, field.name), getattr(other.outputs, field.name))
+    ]
+    assert not different, (different, context)
+
+
+# Rows that start anywhere, with heads and tails, in blocks that hold several of them; and rows of whole vectors.
+FIRST = ((3, 5, 37), (2, 3, 8, 8))
+# Channels that are no whole vectors, over more than one slab of lanes; and whole vectors.
+LAST = ((5, 69, 3), (37, 16))
