@@ -1,0 +1,326 @@
+"""The CPU backend by itself: its SIMD levels, its cuts into blocks, chunks and tiles, its threads.
+
+What holds on every backend is in test_numerics.py; here is what only this one promises: the same bits at every SIMD
+level, for every number of threads and however often it is called.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from bnkernels import ops
+from bnkernels.testing import Case, Inputs, Outputs, assert_within, cases, judge_call, lay_out, same_bits
+
+EVERY = 10  # of the quick grid's cases, for what runs the grid once per SIMD level
+
+
+def run(i: Inputs) -> Outputs:
+    """Forward and backward by the compiled library, which has no Python above it here."""
+    running_mean, running_var, count = (
+        None if t is None else t.clone() for t in (i.running_mean, i.running_var, i.num_batches_tracked)
+    )
+    if i.training:
+        y, mean, invstd = ops.forward_train(i.x, i.weight, i.bias, running_mean, running_var, count, i.momentum, i.eps)
+    else:
+        y, mean, invstd = ops.forward_eval(i.x, i.weight, i.bias, running_mean, running_var, i.eps)
+    need_weight = i.weight is not None
+    dx, dweight, dbias = ops.backward(i.grad, i.x, i.weight, mean, invstd, i.training, True, need_weight, need_weight)
+    return Outputs(y, mean, invstd, running_mean, running_var, count, dx, dweight, dbias)
+
+
+def tensors(outputs: Outputs) -> dict[str, Tensor]:
+    return {name: t for name, t in vars(outputs).items() if isinstance(t, Tensor)}
+
+
+def assert_same_bits(a: Outputs, b: Outputs, what: str) -> None:
+    for name, t in tensors(a).items():
+        assert same_bits(t, tensors(b)[name]), f"{name}: {what}"
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# ---- SIMD levels ----
+
+
+def in_subprocess(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "2", **environment}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=600)
+
+
+def levels() -> list[str]:
+    """Every level of this build and processor, as the library itself lists them."""
+    answer = in_subprocess("import bnkernels; bnkernels.build_info()", BNKERNELS_CPU_SIMD="none such")
+    assert answer.returncode != 0
+    assert "BNKERNELS_CPU_SIMD=none such: this build and processor have " in answer.stderr
+    return answer.stderr.strip().rpartition(" have ")[2].split(", ")
+
+
+def digest_of_grid() -> str:
+    """One hash over the results of the grid, every NaN as one. Raises AssertionError beyond the gate."""
+    digest = hashlib.sha256()
+    for case in list(cases("quick"))[::EVERY]:
+        inputs = case.inputs()
+        outputs = run(inputs)
+        assert_within(judge_call(inputs, outputs), str(case))
+        for t in tensors(outputs).values():
+            # The sign and payload of a NaN are the instruction's choice.
+            digest.update(t.double().nan_to_num(nan=12345.0, posinf=torch.inf, neginf=-torch.inf).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def assert_conversions_exact() -> None:
+    """Widening over every 16-bit pattern; narrowing over ties, neighbours of ties, subnormals and overflow."""
+    for dtype in (torch.bfloat16, torch.float16):
+        x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+        x = x.reshape(1, 1, -1)
+        one, zero = torch.ones(1), torch.zeros(1)
+        y, _, _ = ops.forward_eval(x, None, None, zero, 0.75 * one, 0.25)  # invstd is exactly 1
+        assert torch.equal(y.isnan(), x.isnan())
+        assert torch.equal(y.nan_to_num(0.0), x.nan_to_num(0.0)), f"{dtype} in runs"
+
+        bits = torch.arange(2**16, dtype=torch.int64) << 16
+        wide = torch.cat(
+            [bits, bits + 0x7FFF, bits + 0x8000, bits + 0x8001, bits + 0x1000, bits + 0x0FFF, bits + 0x3000]
+        )
+        wide = wide.to(torch.int32).view(torch.float32)
+        wide = wide[wide.isfinite()]
+        ones = torch.ones(2, wide.numel(), dtype=dtype)
+        zeros = torch.zeros_like(wide)
+        y, _, _ = ops.forward_eval(ones, wide, None, zeros, zeros + 0.75, 0.25)
+        assert torch.equal(y[0], wide.to(dtype)), f"{dtype} in columns"
+        assert torch.equal(y[1], wide.to(dtype)), f"{dtype} in columns"
+
+
+def test_every_level_is_within_the_gate_and_all_give_the_same_bits() -> None:
+    digests = {}
+    names = levels()
+    assert names[-1] == "baseline"
+    for level in names:
+        code = (
+            "import bnkernels, test_cpu_backend as t\n"
+            "t.assert_conversions_exact()\n"
+            "print(bnkernels.build_info()['simd'], t.digest_of_grid())"
+        )
+        answer = in_subprocess(code, BNKERNELS_CPU_SIMD=level)
+        assert answer.returncode == 0, answer.stderr
+        ran, digests[level] = answer.stdout.split()
+        assert ran == level
+    assert len(set(digests.values())) == 1, digests
+
+
+def test_huge_pages_change_nothing_and_are_validated() -> None:
+    code = (
+        "import torch, hashlib\nfrom bnkernels import ops\n"
+        "x = torch.randn(2, 8, 512, 512, generator=torch.Generator().manual_seed(0))\n"
+        "y, _, _ = ops.forward_train(x, None, None, None, None, None, 0.1, 1e-5)\n"
+        "print(hashlib.sha256(y.numpy().tobytes()).hexdigest())"
+    )
+    answers = {value: in_subprocess(code, BNKERNELS_CPU_HUGE_PAGES=value) for value in ("0", "1", "", "2")}
+    assert answers["0"].stdout == answers["1"].stdout == answers[""].stdout != ""
+    assert answers["2"].returncode != 0
+    assert "BNKERNELS_CPU_HUGE_PAGES=2: expected 0 or 1" in answers["2"].stderr
+
+
+# ---- threads ----
+
+# A shape for each way of the schedule: blocks of a thread's own, shared chunks, one channel, few channels, folded rows,
+# several blocks of columns, short runs as columns, chunks of unequal size.
+SCHEDULES = [
+    ((4, 64, 28, 28), "contiguous"),
+    ((8, 130, 7, 7), "contiguous"),
+    ((3, 3, 301, 303), "contiguous"),
+    ((2, 1, 400, 411), "contiguous"),
+    ((5000, 40, 3), "contiguous"),
+    ((40, 2048, 2, 2), "contiguous"),
+    ((6, 64, 56, 56), "channels_last"),
+    ((2, 2100, 9, 9), "channels_last"),
+    ((9, 3, 111, 111), "channels_last"),
+    ((70_003, 5), "contiguous"),
+    ((1999, 100), "contiguous"),
+]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize(("shape", "layout"), SCHEDULES, ids=lambda v: "x".join(map(str, v)) if type(v) is tuple else v)
+def test_bits_do_not_depend_on_threads_or_repetition(shape: tuple[int, ...], layout: str, dtype: str) -> None:
+    inputs = Case("offset_1e2", shape, dtype, layout=layout).inputs()
+    with threads(1):
+        alone = run(inputs)
+    assert_within(judge_call(inputs, alone), str(shape))
+    for count in (2, 3, 7):
+        with threads(count):
+            assert_same_bits(alone, run(inputs), f"{count} threads")
+            assert_same_bits(alone, run(inputs), f"{count} threads, again")
+
+
+def test_called_from_inside_a_parallel_region_of_its_own_kind() -> None:
+    # More work than one thread would do alone, from several Python threads at once.
+    import concurrent.futures
+
+    inputs = Case("normal", (8, 64, 28, 28), "float32").inputs()
+    expected = run(inputs)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for outputs in pool.map(lambda _: run(inputs), range(8)):
+            assert_same_bits(expected, outputs, "concurrent calls")
+
+
+# ---- cuts: every remainder ----
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+def test_every_length_of_a_run(dtype: str) -> None:
+    lengths = [*range(1, 70), 95, 96, 97, 127, 129, 1023, 1024, 1025, 2047, 2048, 2049, 4100]
+    for length in lengths:
+        case = Case("offset_1e2", (3, 3, length), dtype)
+        inputs = case.inputs()
+        assert_within(judge_call(inputs, run(inputs)), str(case))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+def test_every_number_of_columns(dtype: str) -> None:
+    for columns in [*range(1, 70), 95, 96, 97, 127, 129, 1023, 1025, 2049]:
+        for rows in (2, 33, 70):
+            case = Case("offset_1e2", (rows, columns), dtype)
+            inputs = case.inputs()
+            assert_within(judge_call(inputs, run(inputs)), str(case))
+
+
+@pytest.mark.parametrize("rows", [2, 3, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 257, 1025, 8193])
+def test_every_number_of_rows(rows: int) -> None:
+    for shape in ((rows, 7), (rows, 33), (rows, 5, 2)):
+        case = Case("ramp_1e3", shape, "float32")
+        inputs = case.inputs()
+        assert_within(judge_call(inputs, run(inputs)), str(case))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_results_past_the_cache_at_every_alignment(dtype: str, layout: str) -> None:
+    # Over 32 MB in all, so that results are streamed; 49 and 63 elements, so that runs and rows begin anywhere.
+    shape = (500, 384, 7, 7) if layout == "contiguous" else (150, 63, 33, 33)
+    x, grad = (lay_out(torch.randn(shape).to(getattr(torch, dtype)), layout) for _ in range(2))
+    weight, bias = torch.rand(shape[1]) + 0.5, torch.randn(shape[1])
+    outputs = run(Inputs(x, grad, weight, bias, None, None, None, True, 0.1, 1e-5))
+    some = [0, 1, shape[1] // 2, shape[1] - 1]
+    few = Inputs(x[:, some], grad[:, some], weight[some], bias[some], None, None, None, True, 0.1, 1e-5)
+    assert outputs.y is not None and outputs.dx is not None
+    assert_within(judge_call(few, Outputs(y=outputs.y[:, some], dx=outputs.dx[:, some])), str(shape))
+    # Everywhere else roughly: an element that was not written, or written elsewhere, would stand out.
+    theirs = torch.native_batch_norm(x, weight, bias, None, None, True, 0.1, 1e-5)
+    dx = torch.ops.aten.native_batch_norm_backward(
+        grad, x, weight, None, None, *theirs[1:], True, 1e-5, [True, False, False]
+    )[0]
+    tolerance = 1e-3 if dtype == "float32" else 0.1
+    assert (outputs.y.float() - theirs[0].float()).abs().max() < tolerance
+    assert (outputs.dx.float() - dx.float()).abs().max() < tolerance
+
+
+def test_layouts_agree_to_rounding_and_offsets_to_the_bit() -> None:
+    for layout in ("contiguous", "channels_last"):
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            x = torch.randn(4, 70, 9, 9).to(dtype)
+            plain = ops.forward_train(lay_out(x, layout), None, None, None, None, None, 0.1, 1e-5)
+            moved = ops.forward_train(
+                lay_out(x, layout.replace("contiguous", "") + ("_" if "_" in layout else "") + "offset"),
+                *(None,) * 5,
+                0.1,
+                1e-5,
+            )
+            for a, b in zip(plain, moved):
+                assert same_bits(a, b)
+
+
+# ---- what overflows float inside of a tile ----
+
+
+@pytest.mark.parametrize("family", ["scale_1e18", "scale_1e30", "one_inf", "one_nan", "subnormal", "scale_1e-20"])
+@pytest.mark.parametrize("shape", [(4, 40, 33), (300, 70), (200, 3), (2, 2, 5000)], ids=str)
+def test_tiles_beyond_float(family: str, shape: tuple[int, ...]) -> None:
+    inputs = Case(family, shape, "float32").inputs()
+    assert_within(judge_call(inputs, run(inputs)), f"{family} {shape}")
+
+
+def test_sums_of_the_gradient_beyond_float() -> None:
+    for shape in ((4, 40, 33), (300, 70)):
+        inputs = Case("normal", shape, "float32").inputs()
+        # Every tile's sum of |g| overflows float; the channel's own sum is moderate, as signs alternate.
+        signs = torch.ones(inputs.x.shape)
+        signs[1::2] = -1
+        huge = replace(inputs, grad=3e38 * signs)
+        outputs = run(huge)
+        assert outputs.dbias is not None and outputs.dweight is not None
+        expected = huge.grad.double().movedim(1, 0).reshape(shape[1], -1).sum(1)
+        assert torch.equal(outputs.dbias.double(), expected)
+
+
+@pytest.mark.parametrize("shape", [(4, 40, 33), (300, 70)], ids=str)
+def test_a_tiny_eps_is_not_drowned_by_underflow(shape: tuple[int, ...]) -> None:
+    # The squares of 1e-22 are below float's least subnormal. With eps as small they are the variance all the same.
+    inputs = replace(Case("normal", shape, "float32").inputs(), eps=1e-44)
+    inputs = replace(inputs, x=inputs.x * 1e-22, weight=None, bias=None)
+    outputs = run(inputs)
+    rows = inputs.x.double()
+    dims = [d for d in range(rows.dim()) if d != 1]
+    var = rows.var(dim=dims, correction=0)
+    assert outputs.invstd is not None
+    torch.testing.assert_close(outputs.invstd.double(), (var + 1e-44).rsqrt(), rtol=1e-5, atol=0)
+
+
+# ---- state ----
+
+
+@pytest.mark.parametrize("dtypes", [("float64", "float64"), ("float32", "float32"), ("bfloat16", "float32")])
+@pytest.mark.parametrize("shape", [(16, 5, 8, 8), (64, 5), (1024, 70)], ids=str)
+def test_running_statistics_and_counter_to_the_bit(shape: tuple[int, ...], dtypes: tuple[str, str]) -> None:
+    # Two integers in turn, center + width and center - width: every sum is exact, also of any part of the elements that
+    # is even in number, so the formulas in float64 leave one possible result.
+    center, width = (torch.randint(1, 9, (1, shape[1], *(1,) * (len(shape) - 2))) for _ in range(2))
+    sign = 1 - 2 * (torch.arange(shape[-1]) % 2) if len(shape) > 2 else 1 - 2 * (torch.arange(shape[0]) % 2)[:, None]
+    x = (center + sign * width).expand(shape).to(getattr(torch, dtypes[0])).contiguous()
+    dtype = getattr(torch, dtypes[1])
+    n = x.numel() // shape[1]
+    mean_before, var_before = torch.randn(shape[1]).to(dtype), torch.rand(shape[1]).to(dtype)
+    dims = [d for d in range(x.dim()) if d != 1]
+    mean = x.double().mean(dims)
+    squares = (x.double() - mean.view(1, -1, *(1,) * (x.dim() - 2))).square().sum(dims)
+    for momentum, factor in ((0.1, 0.1), (None, 1 / 8), (0.0, 0.0), (1.0, 1.0)):
+        running_mean, running_var = mean_before.clone(), var_before.clone()
+        count = torch.tensor(7)
+        ops.forward_train(x, None, None, running_mean, running_var, count, momentum, 1e-5)
+        assert count.item() == 8
+        old = mean_before.double()
+        assert torch.equal(running_mean, (old + factor * (mean - old)).to(dtype)), momentum
+        old = var_before.double()
+        assert torch.equal(running_var, (old + factor * (squares / (n - 1) - old)).to(dtype)), momentum
+
+
+def test_outputs_that_are_not_wanted_change_nothing_in_the_others() -> None:
+    inputs = Case("offset_1e2", (5, 9, 35), "float32").inputs()
+    assert inputs.weight is not None
+    _, mean, invstd = ops.forward_train(inputs.x, inputs.weight, inputs.bias, None, None, None, 0.1, 1e-5)
+    for training in (True, False):
+        whole = ops.backward(inputs.grad, inputs.x, inputs.weight, mean, invstd, training, True, True, True)
+        for mask in range(1, 8):
+            wanted = [bool(mask & bit) for bit in (1, 2, 4)]
+            some = ops.backward(inputs.grad, inputs.x, inputs.weight, mean, invstd, training, *wanted)
+            for asked, part, full in zip(wanted, some, whole):
+                assert same_bits(part, full) if asked else part is None
