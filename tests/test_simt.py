@@ -15,7 +15,7 @@ from simt.server import SCHEDULES, Failure, How, Run, Server
 
 from bnkernels.testing import Inputs
 
-pytest_plugins = ["simt.common"]
+pytest_plugins = ["simt.fixtures"]
 
 # --- every variant, 20 seeds, three builds ---------------------------------------------------------------------------
 

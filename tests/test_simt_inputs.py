@@ -12,7 +12,7 @@ from simt.server import How, Server
 
 from bnkernels.testing import DTYPES, cases
 
-pytest_plugins = ["simt.common"]
+pytest_plugins = ["simt.fixtures"]
 
 FORWARD = ("x", "y", "weight", "bias", "mean", "invstd", "running_mean", "running_var", "num_batches_tracked")
 BACKWARD = ("x", "grad_y", "grad_x", "weight", "mean", "invstd", "grad_weight", "grad_bias")

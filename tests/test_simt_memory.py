@@ -11,7 +11,7 @@ from simt.server import How, Launch, Server
 
 from bnkernels.testing import DTYPES, Inputs
 
-pytest_plugins = ["simt.common"]
+pytest_plugins = ["simt.fixtures"]
 
 # --- the bytes that move ---------------------------------------------------------------------------------------------
 

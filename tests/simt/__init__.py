@@ -14,6 +14,6 @@ A test instrument and no backend. What it consists of, lowest first:
     run_kernels.cpp      a server that runs the real launch sequences
     build.py             compiles these in three builds: plain, AddressSanitizer + UBSan, ThreadSanitizer
     server.py            run_kernels from Python, on tensors
-    common.py            what the tests over it share
+    common.py            what the tests over it share, and fixtures.py
     drop_barriers.py     removes each barrier of the kernels in turn and sees the tests fail
 """

@@ -1,11 +1,7 @@
-"""What the tests of the kernels on the host share: variants, shapes, servers, and how a run is judged.
-
-A test module that names it in `pytest_plugins` has the fixtures `servers` and `plain`.
-"""
+"""What the tests of the kernels on the host share: variants, shapes, servers, and how a run is judged."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import fields
 
 import pytest
@@ -38,18 +34,6 @@ class Servers:
         for server in self._running.values():
             if server.alive:
                 server.close()
-
-
-@pytest.fixture(scope="session")
-def servers() -> Iterator[Servers]:
-    made = Servers()
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def plain(servers: Servers) -> Server:
-    return servers("plain")
 
 
 def make(shape: tuple[int, ...], pair: tuple[str, str], training: bool = True, weight: str = "normal") -> Inputs:
