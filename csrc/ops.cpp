@@ -27,6 +27,12 @@ PerChannel pointer_to(const at::Tensor& statistic, const Input& input) {
   return {statistic.data_ptr(), accumulate_dtype(input.problem.dtype)};
 }
 
+// What a result is written to: of the input's shape and dtype, dense in its memory format, whatever the strides of its
+// dimensions of size 1.
+at::Tensor empty_result(const Input& input) {
+  return at::empty_like(input.tensor, {}, input.tensor.suggest_memory_format());
+}
+
 ThreeTensors train(const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                    const OptionalTensor& running_mean, const OptionalTensor& running_var,
                    const OptionalTensor& num_batches_tracked, std::optional<double> momentum, double eps) {
@@ -49,7 +55,7 @@ ThreeTensors train(const at::Tensor& x, const OptionalTensor& weight, const Opti
   TORCH_CHECK_VALUE(input.problem.elements_per_channel() != 1,
                     "Expected more than 1 value per channel when training, got input size torch.Size(", x.sizes(), ")");
 
-  const at::Tensor y = at::empty_like(input.tensor);
+  const at::Tensor y = empty_result(input);
   if (input.problem.elements() == 0) {
     // Nothing to average: the running statistics stay, the batch counts.
     if (counts) num_batches_tracked->add_(1);
@@ -112,7 +118,7 @@ ThreeTensors eval(const at::Tensor& x, const OptionalTensor& weight, const Optio
   TORCH_CHECK(average_var.defined(), "running_var must be defined in evaluation mode");
   TORCH_CHECK_VALUE(eps >= 0, "batch_norm eps must be non-negative, but got ", eps);
 
-  const at::Tensor y = at::empty_like(input.tensor);
+  const at::Tensor y = empty_result(input);
   if (input.problem.elements() == 0) {
     const at::TensorOptions options = statistic_options(input);
     return {y, running_mean.to(options.dtype()).clone(), at::rsqrt(at::add(running_var.to(options.dtype()), eps))};
@@ -151,7 +157,7 @@ ThreeTensors backward(const at::Tensor& grad, const at::Tensor& x, const Optiona
     const int64_t size = needed ? input.problem.channels : 0;
     return empty ? at::zeros({size}, parameter_options) : at::empty({size}, parameter_options);
   };
-  const at::Tensor grad_x = need_input ? at::empty_like(input.tensor) : at::empty({0}, input.tensor.options());
+  const at::Tensor grad_x = need_input ? empty_result(input) : at::empty({0}, input.tensor.options());
   const at::Tensor grad_weight = parameter_grad(need_weight && scale.defined());
   const at::Tensor grad_bias = parameter_grad(need_bias);
   if (empty) return {grad_x, grad_weight, grad_bias};

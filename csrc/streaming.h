@@ -4,6 +4,8 @@
 // in tests/simt runs it on the host. What is checked without a GPU is so this very sequence.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels/grad_input.cuh"
 #include "kernels/grad_sums.cuh"
 #include "kernels/normalize.cuh"
@@ -23,25 +25,32 @@ inline int64_t backward_scratch(const StreamingPlan& plan) {
   return (kFields<GradSums> * plan.walk.chunks + 2) * plan.walk.channels;
 }
 
-// Calls body.template operator()<T, kLayout>().
+template <typename T>
+struct TypeTag {
+  using type = T;
+};
+template <Layout kLayout>
+using LayoutTag = std::integral_constant<Layout, kLayout>;
+
+// Calls body(TypeTag<T>, LayoutTag<kLayout>) with those of the problem.
 template <typename Body>
 void with_types(const Problem& problem, const Body& body) {
-  const auto with_layout = [&]<typename T>() {
+  const auto with_layout = [&](auto type) {
     if (problem.channels_last()) {
-      body.template operator()<T, Layout::kChannelsLast>();
+      body(type, LayoutTag<Layout::kChannelsLast>());
     } else {
-      body.template operator()<T, Layout::kChannelsFirst>();
+      body(type, LayoutTag<Layout::kChannelsFirst>());
     }
   };
   switch (problem.dtype) {
     case Dtype::kFloat64:
-      return with_layout.template operator()<double>();
+      return with_layout(TypeTag<double>());
     case Dtype::kFloat32:
-      return with_layout.template operator()<float>();
+      return with_layout(TypeTag<float>());
     case Dtype::kFloat16:
-      return with_layout.template operator()<Half>();
+      return with_layout(TypeTag<Half>());
     case Dtype::kBFloat16:
-      return with_layout.template operator()<BFloat16>();
+      return with_layout(TypeTag<BFloat16>());
   }
 }
 
@@ -73,7 +82,9 @@ void forward_train(const ForwardTrainArgs& args, const StreamingPlan& plan, doub
       .mean_out = {},
       .invstd_out = {},
   };
-  with_types(args.problem, [&]<typename T, Layout kLayout>() {
+  with_types(args.problem, [&](auto type, auto layout) {
+    using T = typename decltype(type)::type;
+    constexpr Layout kLayout = decltype(layout)::value;
     executor.launch(plan.walk_launch, statistics_kernel<T, kLayout>, statistics);
     executor.launch(plan.finish_launch, finish_statistics, finish);
     executor.launch(plan.walk_launch, normalize_kernel<T, kLayout>, normalize);
@@ -95,7 +106,9 @@ void forward_eval(const ForwardEvalArgs& args, const StreamingPlan& plan, Execut
       .mean_out = args.mean,
       .invstd_out = args.invstd,
   };
-  with_types(args.problem, [&]<typename T, Layout kLayout>() {
+  with_types(args.problem, [&](auto type, auto layout) {
+    using T = typename decltype(type)::type;
+    constexpr Layout kLayout = decltype(layout)::value;
     executor.launch(plan.walk_launch, normalize_kernel<T, kLayout>, normalize);
   });
 }
@@ -131,7 +144,9 @@ void backward(const BackwardArgs& args, const StreamingPlan& plan, double* scrat
       .mean_g_xhat = mean_g_xhat,
       .training = args.training,
   };
-  with_types(args.problem, [&]<typename T, Layout kLayout>() {
+  with_types(args.problem, [&](auto type, auto layout) {
+    using T = typename decltype(type)::type;
+    constexpr Layout kLayout = decltype(layout)::value;
     if (needs_sums) {
       executor.launch(plan.walk_launch, grad_sums_kernel<T, kLayout>, sums);
       executor.launch(plan.finish_launch, finish_grad_sums, finish);

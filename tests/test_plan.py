@@ -1,7 +1,7 @@
 """The launch plan of the CUDA streaming path, checked by arithmetic alone, for any problem and device.
 
-That each element is visited exactly once by the threads of such a plan is shown by the host execution (tests/simt); here
-are the properties that this rests on, at sizes that nothing could execute.
+That each element is visited exactly once by the threads of such a plan is shown by the host execution (tests/simt);
+here are the properties that this rests on, at sizes that nothing could execute.
 """
 
 from __future__ import annotations
