@@ -7,6 +7,7 @@
 // read and written through a padded copy.
 
 constexpr int64_t kStripRows = 8;
+constexpr int64_t kGradientRows = 4;  // where two tensors are read and a third is written: fewer lines in flight
 
 struct Span {
   int64_t begin;  // column
@@ -69,11 +70,11 @@ struct Coefficients {
 };
 
 // Calls strip(span number, span, first row, rows) over the tile, strip by strip.
-template <typename A, typename Strip>
+template <typename A, int64_t kRows = kStripRows, typename Strip>
 BNK_INLINE void visit_strips(const Tile& tile, Strip& strip) {
   const int spans = spans_of<A>(tile.length);
-  for (int64_t row = 0; row < tile.rows; row += kStripRows) {
-    const int64_t rows = tile.rows - row < kStripRows ? tile.rows - row : kStripRows;
+  for (int64_t row = 0; row < tile.rows; row += kRows) {
+    const int64_t rows = tile.rows - row < kRows ? tile.rows - row : kRows;
     if (tile.length < Lanes<A>::kCount) {
       strip.template run<false>(0, span_of<A>(tile.length, 0), row, rows);
     } else {
@@ -373,7 +374,7 @@ void column_gradient(const void* g_data, const void* x, void* grad_x_data, Tile 
   T* grad_x = static_cast<T*>(grad_x_data);
   if (x == nullptr) {
     const ScaledColumns<T> scaled{g, grad_x, tile.stride, streamed, {gradient.scale, tile.length}};
-    return visit_strips<A>(tile, scaled);
+    return visit_strips<A, kGradientRows>(tile, scaled);
   }
   const GradientColumns<T> result{g,
                                   static_cast<const T*>(x),
@@ -385,5 +386,5 @@ void column_gradient(const void* g_data, const void* x, void* grad_x_data, Tile 
                                   {gradient.scale, tile.length},
                                   {gradient.mean_g, tile.length},
                                   {gradient.mean_gx, tile.length}};
-  visit_strips<A>(tile, result);
+  visit_strips<A, kGradientRows>(tile, result);
 }

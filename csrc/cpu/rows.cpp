@@ -12,6 +12,7 @@ namespace {
 constexpr int64_t kTileBytes = 8192;  // in the arithmetic type: short chains, and its second pass is from the cache
 constexpr int64_t kChunkTiles = 32;   // at least, in a chunk
 constexpr int64_t kMaxChunks = 256;
+constexpr int64_t kStreamedRunBytes = 4096;
 constexpr int64_t kBlockRunBytes = 2048;  // neighbouring runs that a block walks together
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -32,6 +33,8 @@ Rows::Rows(const Problem& problem, int tensors) : Layout(problem, tensors) {
     tile_rows_ = tile_elements / inner;
     tiles_ = ceil_div(problem.outer, tile_rows_);
   }
+  // Past the cache only whole lines: the ends of short runs would be written to the same lines both ways.
+  streamed_ = streamed_ && inner * size_of(problem.dtype) >= kStreamedRunBytes;
   chunk_tiles_ = std::max(kChunkTiles, ceil_div(tiles_, kMaxChunks));
   chunks_ = ceil_div(tiles_, chunk_tiles_);
   block_channels_ = std::clamp<int64_t>(ceil_div(kBlockRunBytes, inner * size_of(problem.dtype)), 1, kMaxRowChannels);
