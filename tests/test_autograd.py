@@ -95,9 +95,10 @@ def test_two_forwards_under_ddp() -> None:
     first, second = images("cpu"), images("cpu")
     results = []
     with one_process():
-        for module in (ours, theirs):
-            parallel = nn.parallel.DistributedDataParallel(module)
-            (parallel(first) * parallel(second)).square().sum().backward()
+        # torch 2.11's own layer cannot do this: its saved running statistics have then been modified in place. With one
+        # process the broadcast changes no value, so its result without DDP is the one to have.
+        for module, call in ((ours, nn.parallel.DistributedDataParallel(ours)), (theirs, theirs)):
+            (call(first) * call(second)).square().sum().backward()
             results.append([*(p.grad for p in module.parameters()), *module.buffers(), first.grad, second.grad])
             first.grad = second.grad = None
     torch.testing.assert_close(*results)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import re
 from typing import Any
 
 import pytest
@@ -30,11 +31,13 @@ SHAPES: dict[Any, list[tuple[int, ...]]] = {
     nn.BatchNorm2d: [(4, 3, 5, 2)],
     nn.BatchNorm3d: [(4, 3, 2, 3, 2)],
 }
+HAS_BIAS = "bias" in inspect.signature(nn.BatchNorm1d.__init__).parameters  # not in torch 2.11
+NO_BIAS: dict[str, dict[str, Any]] = {"no_bias": {"bias": False}} if HAS_BIAS else {}
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
     "cumulative": {"momentum": None},
     "not_affine": {"affine": False},
-    "no_bias": {"bias": False},
+    **NO_BIAS,
     "not_tracking": {"track_running_stats": False},
     "eps_momentum": {"eps": 1e-2, "momentum": 0.7},
     "float64": {"dtype": torch.float64},
@@ -146,7 +149,11 @@ def test_errors_are_torchs(
         theirs.train(training)(x)
     with pytest.raises(expected.type) as got:
         ours.train(training)(x)
-    assert str(got.value).splitlines()[0] == str(expected.value).splitlines()[0]
+    words = str(expected.value).splitlines()[0]
+    if "eps must be positive, but got" in words:  # torch 2.11's, for training and inference alike; ours are the newer
+        words = str(got.value)
+        assert re.fullmatch(r"batch_norm eps must be (positive during training|non-negative), but got -?\d\.0", words)
+    assert str(got.value).splitlines()[0] == words
     torch.testing.assert_close(dict(ours.state_dict()), dict(before), rtol=0, atol=0)
 
 
@@ -279,7 +286,7 @@ def test_no_channels(training: bool, device: str) -> None:
 
 
 @pytest.mark.parametrize("torchs", LAZY_PAIRS, ids=lambda cls: cls.__name__)
-@pytest.mark.parametrize("options", [{}, {"affine": False}, {"bias": False}, {"momentum": None}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"affine": False}, *NO_BIAS.values(), {"momentum": None}], ids=str)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_lazy(torchs: Any, options: dict[str, Any], training: bool) -> None:
     theirs, ours = torchs(**options).train(training), LAZY_PAIRS[torchs](**options).train(training)
