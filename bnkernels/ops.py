@@ -2,7 +2,7 @@
 
 The only file that knows how Python reaches C++. Two doors lead to the same kernels and the same argument checks:
 
-    forward_train, forward_eval, backward            pybind functions, for eager: a call costs about a microsecond
+    forward_train, forward_eval, backward            pybind functions, for eager: the cheaper call
     train_functional, eval_op, backward_op           the registered ops torch.ops.bnkernels.*, for tracing
 
 The pybind functions go through torch's dispatcher as well, so that dispatch modes and tensor subclasses see them.

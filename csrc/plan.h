@@ -17,7 +17,7 @@ struct DeviceLimits {
   int max_threads_per_multiprocessor;
 };
 
-// A number to divide by on the device, where a 64-bit division is a call of a hundred instructions.
+// A number to divide by on the device, where a 64-bit division is a function call.
 struct Divisor {
   int64_t value;
   double reciprocal;
