@@ -29,7 +29,7 @@ from bnkernels.testing import (
     poisoned_allocations,
 )
 
-# Each for a path through the kernels; see csrc/plan.cpp for where they part.
+# Each for a path through the kernels; see csrc/plan_*.cpp for where they part.
 SHAPES: tuple[tuple[int, ...], ...] = (
     (2, 3),  # two rows, less than a vector of channels
     (67, 100),  # 2-D: the channels-last kernels, a last slab that is not full

@@ -10,6 +10,9 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include <cstdlib>
+#include <string>
+
 #include "cuda/backend.h"
 #endif
 
@@ -18,14 +21,37 @@ namespace bnk {
 #ifdef BNK_WITH_CUDA
 namespace {
 
-StreamingPlan plan_for(const Problem& problem, const void* lead) {
+// BNKERNELS_PLAN=streaming takes the streaming path for everything; read once.
+PlanOptions plan_options() {
+  const char* value = std::getenv("BNKERNELS_PLAN");
+  const std::string text = value == nullptr ? "" : value;
+  TORCH_CHECK(text.empty() || text == "auto" || text == "streaming", "BNKERNELS_PLAN=", text,
+              ": expected auto or streaming");
+  return {.force_streaming = text == "streaming"};
+}
+
+Plan plan_for(const Problem& problem, Pass pass, const void* lead) {
+  static const PlanOptions options = plan_options();
   DeviceLimits limits;
   C10_CUDA_CHECK(cuda::current_device_limits(&limits));
-  return plan_streaming(problem, cuda::is_aligned(lead), limits);
+  Plan plan = plan_pass(problem, pass, cuda::is_aligned(lead), limits, options);
+  C10_CUDA_CHECK(cuda::confirm(problem.dtype, pass, &plan));
+  return plan;
+}
+
+// Backward without grad_x, or of inference, has no result that waits for the sums: nothing is to be kept.
+Pass pass_of(const BackwardArgs& args) {
+  return args.training && args.grad_x != nullptr ? Pass::kBackwardTrain : Pass::kBackwardEval;
 }
 
 // From the caching allocator, on the current stream: reused without a synchronization.
 at::Tensor scratch_like(const at::Tensor& x, int64_t bytes) { return at::empty({bytes}, x.options().dtype(at::kByte)); }
+
+unsigned* counters_of(const Plan& plan, cudaStream_t stream) {
+  unsigned* counters = nullptr;
+  C10_CUDA_CHECK(cuda::counters_for(plan, stream, &counters));
+  return counters;
+}
 
 }  // namespace
 #else
@@ -45,9 +71,10 @@ void run_forward_train(const ForwardTrainArgs& args, const at::Tensor& x) {
   if (x.is_cpu()) return cpu::forward_train(args);
 #ifdef BNK_WITH_CUDA
   const c10::cuda::CUDAGuard guard(x.device());
-  const StreamingPlan plan = plan_for(args.problem, args.x);
-  const at::Tensor scratch = scratch_like(x, cuda::forward_train_scratch_bytes(plan));
-  C10_CUDA_CHECK(cuda::forward_train(args, plan, scratch.data_ptr(), c10::cuda::getCurrentCUDAStream()));
+  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+  const Plan plan = plan_for(args.problem, Pass::kForwardTrain, args.x);
+  const at::Tensor scratch = scratch_like(x, cuda::scratch_bytes(plan, Pass::kForwardTrain));
+  C10_CUDA_CHECK(cuda::forward_train(args, plan, scratch.data_ptr(), counters_of(plan, stream), stream));
 #else
   no_cuda();
 #endif
@@ -57,7 +84,8 @@ void run_forward_eval(const ForwardEvalArgs& args, const at::Tensor& x) {
   if (x.is_cpu()) return cpu::forward_eval(args);
 #ifdef BNK_WITH_CUDA
   const c10::cuda::CUDAGuard guard(x.device());
-  C10_CUDA_CHECK(cuda::forward_eval(args, plan_for(args.problem, args.x), c10::cuda::getCurrentCUDAStream()));
+  const Plan plan = plan_for(args.problem, Pass::kForwardEval, args.x);
+  C10_CUDA_CHECK(cuda::forward_eval(args, plan, c10::cuda::getCurrentCUDAStream()));
 #else
   no_cuda();
 #endif
@@ -67,9 +95,10 @@ void run_backward(const BackwardArgs& args, const at::Tensor& x) {
   if (x.is_cpu()) return cpu::backward(args);
 #ifdef BNK_WITH_CUDA
   const c10::cuda::CUDAGuard guard(x.device());
-  const StreamingPlan plan = plan_for(args.problem, args.x);
-  const at::Tensor scratch = scratch_like(x, cuda::backward_scratch_bytes(plan));
-  C10_CUDA_CHECK(cuda::backward(args, plan, scratch.data_ptr(), c10::cuda::getCurrentCUDAStream()));
+  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+  const Plan plan = plan_for(args.problem, pass_of(args), args.x);
+  const at::Tensor scratch = scratch_like(x, cuda::scratch_bytes(plan, pass_of(args)));
+  C10_CUDA_CHECK(cuda::backward(args, plan, scratch.data_ptr(), counters_of(plan, stream), stream));
 #else
   no_cuda();
 #endif

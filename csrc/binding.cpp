@@ -71,7 +71,9 @@ py::dict streaming_plan(int64_t outer, int64_t channels, int64_t inner, const st
     throw py::value_error("expected sizes and limits of at least 1");
   }
   const Problem problem{outer, channels, inner, dtype_of(dtype)};
-  const StreamingPlan plan = plan_streaming(problem, aligned, {multiprocessors, max_threads_per_multiprocessor});
+  const DeviceLimits limits{.multiprocessors = multiprocessors,
+                            .max_threads_per_multiprocessor = max_threads_per_multiprocessor};
+  const StreamingPlan plan = plan_streaming(problem, aligned, limits);
   py::dict result;
   result["slabs"] = plan.walk.slabs.value;
   result["chunks"] = plan.walk.chunks;

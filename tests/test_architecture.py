@@ -41,10 +41,10 @@ ROOMS = {
     "kernels": Room(frozenset({"problem", "plan", "primitives"})),
     # The one door to the hardware, and its CUDA side.
     "primitives": Room(frozenset({"problem", "plan"}), (CUDA_TYPES,)),
-    # The sequence of launches over any executor: CUDA's, or the host's in tests/simt.
-    "streaming": Room(frozenset({"problem", "plan", "kernels", "primitives"})),
+    # The sequences of launches over any executor: CUDA's, or the host's in tests/simt.
+    "paths": Room(frozenset({"problem", "plan", "kernels", "primitives"})),
     # Launchers take a stream, not torch's.
-    "cuda": Room(frozenset({"problem", "plan", "kernels", "primitives", "streaming"}), (CUDA_RUNTIME, CUDA_TYPES)),
+    "cuda": Room(frozenset({"problem", "plan", "kernels", "primitives", "paths"}), (CUDA_RUNTIME, CUDA_TYPES)),
     # at::parallel_for is all of torch that the CPU backend sees; of the system, the advice it gives on memory.
     "cpu": Room(frozenset({"problem"}), (re.compile(r"^<(ATen/Parallel|sys/mman)\.h>$"),)),
     # Tensors end here: what is checked becomes raw pointers.
@@ -139,7 +139,7 @@ def test_native_includes(path: Path) -> None:
         ("kernels/x.cuh", "<cub/block/block_reduce.cuh>"),
         ("kernels/x.cuh", "<cuda_fp16.h>"),
         ("kernels/x.cuh", '"../cpu/backend.h"'),
-        ("plan.cpp", "<cuda_runtime.h>"),
+        ("plan_walk.cpp", "<cuda_runtime.h>"),
         ("problem.h", '"plan.h"'),
         ("problem.h", "<ATen/ATen.h>"),
         ("cuda/x.cu", "<ATen/cuda/CUDAContext.h>"),

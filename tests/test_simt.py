@@ -84,8 +84,8 @@ def test_grids_residency_and_schedules_change_no_bit(plain: Server, pair: tuple[
         first = plain.call(inputs, how, channels_last=last)
         judge(inputs, first, (shape, how))
         for schedule in SCHEDULES:
-            for grid, resident in ((None, 0), (1, 0), (2, 0), (3, 2), (None, 1)):
-                other = replace(how, schedule=schedule, grid=grid, resident=resident, seeds=range(2))
+            for grid, at_a_time in ((None, 0), (1, 0), (2, 0), (3, 2), (None, 1)):
+                other = replace(how, schedule=schedule, grid=grid, at_a_time=at_a_time, seeds=range(2))
                 assert_same(first, plain.call(inputs, other, channels_last=last), (shape, other))
 
 
@@ -110,7 +110,7 @@ def test_plans_for_devices(plain: Server, pair: tuple[str, str], layout: str) ->
     last = layout == "channels_last"
     inputs = make((4, 19, 23, 23), pair)
     for device in ((1, 1024), (16, 1536), (132, 2048)):
-        how = How(device=device, resident=8)
+        how = How(device=device, at_a_time=8)
         judge(inputs, plain.call(inputs, how, channels_last=last), how)
 
 

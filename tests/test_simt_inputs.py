@@ -87,7 +87,7 @@ def test_adversarial_cases(plain: Server, pair: tuple[str, str]) -> None:
             continue
         last = len(case.shape) == 2 or case.layout.startswith("channels_last")
         inputs = case.inputs()
-        judge(inputs, plain.call(inputs, How(device=(3, 512), resident=8), channels_last=last), case)
+        judge(inputs, plain.call(inputs, How(device=(3, 512), at_a_time=8), channels_last=last), case)
         count += 1
     assert count > 50
 

@@ -10,18 +10,26 @@
 
 namespace bnk::cuda {
 
-// The current device's, from attributes that the driver keeps: cheap enough for every call, allowed in a capture.
+// The current device's. Asked from the driver once for each device.
 cudaError_t current_device_limits(DeviceLimits* limits);
 
 // Whether plans may take every row for aligned: see plan_streaming.
 bool is_aligned(const void* data);
 
-// Scratch memory that the call of this plan needs, in bytes.
-int64_t forward_train_scratch_bytes(const StreamingPlan& plan);
-int64_t backward_scratch_bytes(const StreamingPlan& plan);
+// Takes a resident plan back to the streaming path if the device cannot hold its blocks at the same time after all: what
+// a plan knows of a device is its limits, and drivers and other processes may take a share.
+cudaError_t confirm(Dtype dtype, Pass pass, Plan* plan);
 
-cudaError_t forward_train(const ForwardTrainArgs& args, const StreamingPlan& plan, void* scratch, cudaStream_t stream);
-cudaError_t forward_eval(const ForwardEvalArgs& args, const StreamingPlan& plan, cudaStream_t stream);
-cudaError_t backward(const BackwardArgs& args, const StreamingPlan& plan, void* scratch, cudaStream_t stream);
+// Scratch memory that the pass needs, in bytes.
+int64_t scratch_bytes(const Plan& plan, Pass pass);
+
+// Counters for the pass's groups (counters.h); null where the plan has none.
+cudaError_t counters_for(const Plan& plan, cudaStream_t stream, unsigned** counters);
+
+cudaError_t forward_train(const ForwardTrainArgs& args, const Plan& plan, void* scratch, unsigned* counters,
+                          cudaStream_t stream);
+cudaError_t forward_eval(const ForwardEvalArgs& args, const Plan& plan, cudaStream_t stream);
+cudaError_t backward(const BackwardArgs& args, const Plan& plan, void* scratch, unsigned* counters,
+                     cudaStream_t stream);
 
 }  // namespace bnk::cuda

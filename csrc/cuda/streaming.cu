@@ -1,6 +1,6 @@
 // Launches of the streaming path.
-#include "../streaming.h"
-#include "backend.h"
+#include "../paths/streaming.h"
+#include "launchers.h"
 
 namespace bnk::cuda {
 namespace {
@@ -26,24 +26,15 @@ class StreamExecutor {
 
 }  // namespace
 
-cudaError_t current_device_limits(DeviceLimits* limits) {
-  int device = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
-  error = cudaDeviceGetAttribute(&limits->multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (error != cudaSuccess) return error;
-  return cudaDeviceGetAttribute(&limits->max_threads_per_multiprocessor, cudaDevAttrMaxThreadsPerMultiProcessor,
-                                device);
-}
-
 bool is_aligned(const void* data) { return streaming::is_aligned(data); }
 
-int64_t forward_train_scratch_bytes(const StreamingPlan& plan) {
-  return streaming::forward_train_scratch(plan) * static_cast<int64_t>(sizeof(double));
-}
+namespace streaming_path {
 
-int64_t backward_scratch_bytes(const StreamingPlan& plan) {
-  return streaming::backward_scratch(plan) * static_cast<int64_t>(sizeof(double));
+int64_t scratch_bytes(const StreamingPlan& plan, Pass pass) {
+  if (pass == Pass::kForwardEval) return 0;
+  const int64_t doubles =
+      pass == Pass::kForwardTrain ? streaming::forward_train_scratch(plan) : streaming::backward_scratch(plan);
+  return doubles * static_cast<int64_t>(sizeof(double));
 }
 
 cudaError_t forward_train(const ForwardTrainArgs& args, const StreamingPlan& plan, void* scratch, cudaStream_t stream) {
@@ -64,4 +55,5 @@ cudaError_t backward(const BackwardArgs& args, const StreamingPlan& plan, void* 
   return executor.error();
 }
 
+}  // namespace streaming_path
 }  // namespace bnk::cuda

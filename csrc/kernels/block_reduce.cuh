@@ -6,7 +6,7 @@
 #pragma once
 
 #include "../plan.h"
-#include "primitives.cuh"
+#include "sums.cuh"
 
 namespace bnk {
 

@@ -7,7 +7,7 @@
 #pragma once
 
 #include "per_channel.cuh"
-#include "walk.cuh"
+#include "walkers.cuh"
 
 namespace bnk {
 
@@ -63,7 +63,7 @@ grad_input_kernel(GradInputParams params) {
     while (walker.more()) {
       Window windows[kTile];
       Vector<T> g_bits[kTile], x_bits[kTile];
-      walker.next_tile(windows);
+      next_tile(walker, windows);
       load_tile<Reuse::kLast>(g, windows, g_bits);
       if (params.training) load_tile<Reuse::kLast>(x, windows, x_bits);
 #pragma unroll

@@ -9,25 +9,12 @@
 
 #include "partials.cuh"
 #include "per_channel.cuh"
+#include "sums.cuh"
 
 namespace bnk {
 
 // Windows of each of x and g a thread keeps in flight.
 inline constexpr int kGradSumsTile = 4;
-
-struct GradSums {
-  double g;
-  double g_xhat;
-};
-
-BNK_DEVICE void join(GradSums& a, const GradSums& b) {
-  a.g += b.g;
-  a.g_xhat += b.g_xhat;
-}
-
-BNK_DEVICE GradSums shuffle_xor(const GradSums& sums, int mask) {
-  return {shuffle_xor(sums.g, mask), shuffle_xor(sums.g_xhat, mask)};
-}
 
 struct GradSumsParams {
   Walk walk;
@@ -35,7 +22,7 @@ struct GradSumsParams {
   const void* x;
   ConstPerChannel mean;
   ConstPerChannel invstd;
-  double* partial;  // GradSums, see partials.cuh
+  double* partial;  // Sums of g and of g*xhat, see partials.cuh
 };
 
 template <typename T, Layout kLayout>
@@ -44,7 +31,7 @@ grad_sums_kernel(GradSumsParams params) {
   using Walker_ = Walker<T, kLayout>;
   using Real = Compute<T>;
   constexpr int kColumns = Walker_::kColumns;
-  BNK_SHARED(GradSums, slots, (kReduceSlots<kColumns, Walker_::kLanes>));
+  BNK_SHARED(Sums, slots, (kReduceSlots<kColumns, Walker_::kLanes>));
 
   const T* lead = static_cast<const T*>(params.x);
   const T* grad = static_cast<const T*>(params.grad_y);
@@ -56,7 +43,7 @@ grad_sums_kernel(GradSumsParams params) {
     Walker_ walker(params.walk, share, lead);
 
     Real mean[kColumns], invstd[kColumns];
-    GradSums total[kColumns] = {};
+    Sums total[kColumns] = {};
 #pragma unroll
     for (int column = 0; column < kColumns; ++column) {
       if (!walker.has_channel(column)) continue;
@@ -68,7 +55,7 @@ grad_sums_kernel(GradSumsParams params) {
       Window windows[kGradSumsTile];
       Vector<T> x_bits[kGradSumsTile], g_bits[kGradSumsTile];
       Real xs[kGradSumsTile][Walker_::kElements], gs[kGradSumsTile][Walker_::kElements];
-      walker.next_tile(windows);
+      next_tile(walker, windows);
       load_tile<Reuse::kAgain>(x, windows, x_bits);
       load_tile<Reuse::kAgain>(g, windows, g_bits);
       unpack_tile(x_bits, windows, xs);
@@ -107,12 +94,12 @@ struct FinishGradSumsParams {
 };
 
 static BNK_KERNEL(kMaxBlockThreads) finish_grad_sums(FinishGradSumsParams params) {
-  BNK_SHARED(GradSums, slots, (kReduceSlots<1, kWarpThreads>));
-  finish_channels<GradSums>(params.finish, params.partial, slots, [&](int64_t channel, const GradSums& all) {
-    write(params.grad_bias, channel, all.g);
-    write(params.grad_weight, channel, all.g_xhat);
-    write(params.mean_g, channel, all.g / params.elements_per_channel);
-    write(params.mean_g_xhat, channel, all.g_xhat / params.elements_per_channel);
+  BNK_SHARED(Sums, slots, (kReduceSlots<1, kWarpThreads>));
+  finish_channels<Sums>(params.finish, params.partial, slots, [&](int64_t channel, const Sums& all) {
+    write(params.grad_bias, channel, all.first);
+    write(params.grad_weight, channel, all.second);
+    write(params.mean_g, channel, all.first / params.elements_per_channel);
+    write(params.mean_g_xhat, channel, all.second / params.elements_per_channel);
   });
 }
 

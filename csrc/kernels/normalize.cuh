@@ -6,7 +6,7 @@
 #pragma once
 
 #include "per_channel.cuh"
-#include "walk.cuh"
+#include "walkers.cuh"
 
 namespace bnk {
 
@@ -62,7 +62,7 @@ normalize_kernel(NormalizeParams params) {
     while (walker.more()) {
       Window windows[kNormalizeTile];
       Vector<T> bits[kNormalizeTile];
-      walker.next_tile(windows);
+      next_tile(walker, windows);
       load_tile<Reuse::kLast>(x, windows, bits);
 #pragma unroll
       for (int i = 0; i < kNormalizeTile; ++i) {

@@ -5,7 +5,7 @@
 #pragma once
 
 #include "block_reduce.cuh"
-#include "walk.cuh"
+#include "walkers.cuh"
 
 namespace bnk {
 
@@ -43,25 +43,31 @@ BNK_DEVICE Accumulator load_partial(const double* partial, const Finish& finish,
   return result;
 }
 
-// Joins the partials of each channel and calls done(channel, joined), once per channel in all, from one thread. Each
-// block takes `lanes` neighbouring channels at a time; its threads of the same lane share the chunks of one channel.
+// Joins the partials of the channels first .. first + count - 1 and calls done(channel - first, joined), once per channel
+// in all, from one thread. Each of several workers, a block each, takes `lanes` neighbouring channels at a time; its
+// threads of the same lane share the chunks of one channel.
 template <typename Accumulator, typename Done>
-BNK_DEVICE void finish_channels(const Finish& finish, const double* partial, Accumulator* slots, const Done& done) {
+BNK_DEVICE void join_channels(const Finish& finish, const double* partial, int64_t first, int64_t count, int64_t worker,
+                              int64_t workers, Accumulator* slots, const Done& done) {
   const int lanes = finish.lanes;
   const int lane = static_cast<int>(thread_rank()) % lanes;
-  const int64_t groups = (finish.channels + lanes - 1) / lanes;
-  for (int64_t group = block_rank(); group < groups; group += grid_blocks()) {
-    const int64_t channel = group * lanes + lane;
+  for (int64_t begin = worker * lanes; begin < count; begin += workers * lanes) {
     Accumulator total[1] = {};
-    if (channel < finish.channels) {
+    if (begin + lane < count) {
       for (int64_t chunk = thread_rank() / lanes; chunk < finish.chunks; chunk += block_threads() / lanes) {
-        join(total[0], load_partial<Accumulator>(partial, finish, chunk, channel));
+        join(total[0], load_partial<Accumulator>(partial, finish, chunk, first + begin + lane));
       }
     }
     reduce_block(total, lanes, slots, [&](int column, const Accumulator& joined) {
-      if (group * lanes + column < finish.channels) done(group * lanes + column, joined);
+      if (begin + column < count) done(begin + column, joined);
     });
   }
+}
+
+// The same for all channels, by all blocks.
+template <typename Accumulator, typename Done>
+BNK_DEVICE void finish_channels(const Finish& finish, const double* partial, Accumulator* slots, const Done& done) {
+  join_channels(finish, partial, 0, finish.channels, block_rank(), grid_blocks(), slots, done);
 }
 
 }  // namespace bnk

@@ -12,7 +12,9 @@
 // Declarations
 //   BNK_KERNEL(max_threads)            a kernel (returns void)
 //   BNK_DEVICE                         a device function
+//   BNK_KERNEL_BESIDE(max_threads, n)  one whose registers are few enough that n such blocks share a multiprocessor
 //   BNK_SHARED(T, name, count)         T name[count] in the block's shared memory; contents undefined at the start
+//   BNK_DYNAMIC_SHARED(T, name)        T* name, to as much of it as the launch gives; once in a kernel
 //
 // Threads
 //   thread_rank(), block_threads()     1-D; block_threads() is a multiple of kWarpThreads
@@ -20,6 +22,13 @@
 //   block_barrier()                    every thread of the block arrives before any leaves; orders shared and global
 //                                      memory among them
 //   shuffle_xor(double, mask)          the value of lane (lane ^ mask); every lane of the warp takes part
+//   group_barrier(counter, members, rank)
+//                                      every thread of a group of blocks, `rank` of `members` in each, arrives before any
+//                                      leaves; orders shared and global memory among them. The blocks must all be
+//                                      resident. Between barriers the counter is 0 but for its top bit, which tells two
+//                                      barriers in a row apart; so one counter serves any launch after any other.
+//   last_to_arrive(counter, count)     true for the last of `count` callers, whose earlier accesses are ordered before
+//                                      the last's later ones; leaves the counter 0, as it must be found
 //
 // Global memory
 //   load(p), store(p, v)               one element

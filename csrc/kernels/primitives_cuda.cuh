@@ -6,8 +6,12 @@
 
 // One block a multiprocessor is all that is promised: left to itself, ptxas spills to fit in one more.
 #define BNK_KERNEL(max_threads) __global__ void __launch_bounds__(max_threads, 1)
+#define BNK_KERNEL_BESIDE(max_threads, n) __global__ void __launch_bounds__(max_threads, n)
 #define BNK_DEVICE __device__ __forceinline__
 #define BNK_SHARED(T, name, count) __shared__ T name[count]
+#define BNK_DYNAMIC_SHARED(T, name)             \
+  extern __shared__ uint4 bnk_dynamic_shared[]; \
+  T* const name = reinterpret_cast<T*>(bnk_dynamic_shared)
 
 namespace bnk {
 
@@ -19,6 +23,31 @@ BNK_DEVICE unsigned grid_blocks() { return gridDim.x; }
 BNK_DEVICE void block_barrier() { __syncthreads(); }
 
 BNK_DEVICE double shuffle_xor(double value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+
+// One thread speaks for its block: what its block has done is ordered before its arrival, and what others have done after
+// its wait, by the block's own barriers. The members of rank other than 0 add 1 each and rank 0 as much as flips the top
+// bit when all are there.
+BNK_DEVICE void group_barrier(unsigned* counter, unsigned members, unsigned rank) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const unsigned step = rank == 0 ? 0x80000000u - (members - 1) : 1;
+    unsigned before, now;
+    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(step) : "memory");
+    do {
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
+    } while (((before ^ now) & 0x80000000u) == 0);
+  }
+  __syncthreads();
+}
+
+BNK_DEVICE bool last_to_arrive(unsigned* counter, unsigned count) {
+  unsigned before;  // wraps to 0 behind count - 1
+  asm volatile("atom.inc.acq_rel.gpu.global.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(counter), "r"(count - 1)
+               : "memory");
+  return before == count - 1;
+}
 
 // Elements travel as the unsigned integer of their size: the cache-hint intrinsics are overloaded for those.
 template <int kBytes>

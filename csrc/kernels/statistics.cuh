@@ -1,8 +1,7 @@
 // Forward training, the statistics (Ioffe & Szegedy 2015, Algorithm 1, lines 1 and 2), in two kernels.
 //
 //   statistics_kernel   each block joins the moments of each of its shares of x into a partial
-//   finish_statistics   joins a channel's partials in chunk order:  mean,  invstd = 1/sqrt(m2/n + eps),
-//                       running_mean += factor*(mean - running_mean),  running_var += factor*(m2/(n-1) - running_var)
+//   finish_statistics   joins a channel's partials in chunk order, and writes what they become (statistics_results.cuh)
 //
 // Every partial, every statistic and the counter is written by exactly one thread.
 #pragma once
@@ -10,8 +9,8 @@
 #include "block_reduce.cuh"
 #include "moments.cuh"
 #include "partials.cuh"
-#include "per_channel.cuh"
-#include "walk.cuh"
+#include "statistics_results.cuh"
+#include "walkers.cuh"
 
 namespace bnk {
 
@@ -81,7 +80,7 @@ statistics_kernel(StatisticsParams params) {
       Window windows[kTile];
       Vector<T> bits[kTile];
       Compute<T> values[kTile][Walker_::kElements];
-      walker.next_tile(windows);
+      next_tile(walker, windows);
       load_tile<Reuse::kAgain>(x, windows, bits);
       unpack_tile(bits, windows, values);
       join_windows<T>(total, windows, values);
@@ -95,30 +94,14 @@ struct FinishStatisticsParams {
   Finish finish;
   const double* partial;
   const int64_t* num_batches_tracked;  // read if cumulative
-  double momentum;
-  bool cumulative;
-  double eps;
-  PerChannel mean;
-  PerChannel invstd;
-  PerChannel running_mean;
-  PerChannel running_var;
+  StatisticsResults results;
 };
-
-BNK_DEVICE void update_running(const PerChannel& running, int64_t channel, double value, double factor) {
-  if (running.data == nullptr) return;
-  write(running, channel,
-        fused_multiply_add(factor, value, (1 - factor) * read({running.data, running.dtype}, channel)));
-}
 
 static BNK_KERNEL(kMaxBlockThreads) finish_statistics(FinishStatisticsParams params) {
   BNK_SHARED(Moments, slots, (kReduceSlots<1, kWarpThreads>));
+  const int64_t batches = params.results.cumulative ? load(params.num_batches_tracked) : 0;
   finish_channels<Moments>(params.finish, params.partial, slots, [&](int64_t channel, const Moments& all) {
-    write(params.mean, channel, all.mean);
-    write(params.invstd, channel, reciprocal_sqrt(all.m2 / all.count + params.eps));
-    const double factor =
-        params.cumulative ? 1 / static_cast<double>(load(params.num_batches_tracked)) : params.momentum;
-    update_running(params.running_mean, channel, all.mean, factor);
-    update_running(params.running_var, channel, all.m2 / (all.count - 1), factor);
+    write_statistics(params.results, channel, all, running_factor(params.results, batches));
   });
 }
 

@@ -1,16 +1,14 @@
-// Walking an [outer][channels][inner] array by windows: the only place that knows where an element lies.
+// Windows: the unit in which kernels reach an [outer][channels][inner] array.
 //
-// A window is kVectorElements<T> consecutive elements of which [begin, end) belong to the walker's row; see Walk in
-// plan.h for who visits which. A full window of a tensor that is aligned alike is one 16-byte access; every other
-// window is accessed element by element, so heads, tails and odd alignments are correct by construction.
+// A window is kVectorElements<T> consecutive elements of which [begin, end) belong to the walker's row; who visits which
+// is told by walkers.cuh. A full window of a tensor that is aligned alike is one 16-byte access; every other window is
+// accessed element by element, so heads, tails and odd alignments are correct by construction.
 #pragma once
 
 #include "../plan.h"
 #include "primitives.cuh"
 
 namespace bnk {
-
-enum class Layout { kChannelsFirst, kChannelsLast };
 
 struct Window {
   int64_t offset;  // of its element 0, in elements from the tensor's start; that element itself may lie outside
@@ -58,122 +56,6 @@ struct View {
   bool wide;
 };
 
-// `columns` is the number of channels that one window holds: all its elements are of one channel (channels-first), or
-// each is of the next channel (channels-last).
-template <typename T, Layout kLayout>
-class Walker;
-
-template <typename T>
-class Walker<T, Layout::kChannelsFirst> {
- public:
-  static constexpr int kElements = kVectorElements<T>;
-  static constexpr int kColumns = 1;
-  static constexpr int kLanes = 1;
-
-  // Windows are aligned to `lead`, the tensor whose speed matters most.
-  BNK_DEVICE Walker(const Walk& walk, Share share, const T* lead)
-      : walk_(walk), channel_(share.slab), phase_(phase_of(lead)) {
-    const int64_t all = walk.outer * walk.windows.value;
-    const int64_t first = share.chunk * walk.chunk_size + thread_rank();
-    const int64_t last = share.chunk * walk.chunk_size + walk.chunk_size;
-    left_ = (last < all ? last : all) - first;
-    if (left_ > 0) {
-      row_ = quotient(first, walk.windows);
-      window_ = first - row_ * walk.windows.value;
-    }
-  }
-
-  BNK_DEVICE static bool is_wide(const Walk&, const T* data, const T* lead) { return phase_of(data) == phase_of(lead); }
-
-  BNK_DEVICE bool more() const { return left_ > 0; }
-
-  // The current window, and on to the thread's next. Empty when there are no more.
-  BNK_DEVICE Window next() {
-    if (left_ <= 0) return {0, 0, 0};
-    const int64_t start = (row_ * walk_.channels + channel_) * walk_.inner;
-    const int shift = static_cast<int>(static_cast<uint64_t>(phase_ + start) % kElements);
-    const int64_t in_row = window_ * kElements - shift;
-    const int64_t rest = walk_.inner - in_row;
-    const Window window{start + in_row, in_row < 0 ? shift : 0, rest < kElements ? static_cast<int>(rest) : kElements};
-
-    left_ -= block_threads();
-    row_ += walk_.step_rows;
-    window_ += walk_.step_windows;
-    if (window_ >= walk_.windows.value) {
-      window_ -= walk_.windows.value;
-      ++row_;
-    }
-    return window;
-  }
-
-  template <int kTile>
-  BNK_DEVICE void next_tile(Window (&windows)[kTile]) {
-#pragma unroll
-    for (int i = 0; i < kTile; ++i) windows[i] = next();
-  }
-
-  BNK_DEVICE int64_t channel(int /*column*/) const { return channel_; }
-  BNK_DEVICE bool has_channel(int /*column*/) const { return true; }
-  // Whether this thread is the one of its block that speaks for its channels.
-  BNK_DEVICE bool first_in_block() const { return thread_rank() == 0; }
-
- private:
-  const Walk& walk_;
-  int64_t channel_;
-  int phase_;
-  int64_t left_;
-  int64_t row_ = 0;
-  int64_t window_ = 0;
-};
-
-template <typename T>
-class Walker<T, Layout::kChannelsLast> {
- public:
-  static constexpr int kElements = kVectorElements<T>;
-  static constexpr int kColumns = kElements;
-  static constexpr int kLanes = kMaxLanes;
-
-  BNK_DEVICE Walker(const Walk& walk, Share share, const T* /*lead*/) : walk_(walk) {
-    const int lane = static_cast<int>(thread_rank()) % walk.lanes;
-    channel_ = (share.slab * walk.lanes + lane) * kElements;
-    const int64_t rest = walk.channels - channel_;
-    columns_ = rest < 0 ? 0 : rest < kElements ? static_cast<int>(rest) : kElements;
-    const int64_t last = share.chunk * walk.chunk_size + walk.chunk_size;
-    row_ = share.chunk * walk.chunk_size + thread_rank() / walk.lanes;
-    end_row_ = columns_ == 0 ? 0 : last < walk.outer ? last : walk.outer;
-  }
-
-  BNK_DEVICE static bool is_wide(const Walk& walk, const T* data, const T* /*lead*/) {
-    return walk.channels % kElements == 0 && phase_of(data) == 0;
-  }
-
-  BNK_DEVICE bool more() const { return row_ < end_row_; }
-
-  BNK_DEVICE Window next() {
-    if (!more()) return {0, 0, 0};
-    const Window window{row_ * walk_.channels + channel_, 0, columns_};
-    row_ += block_threads() / walk_.lanes;
-    return window;
-  }
-
-  template <int kTile>
-  BNK_DEVICE void next_tile(Window (&windows)[kTile]) {
-#pragma unroll
-    for (int i = 0; i < kTile; ++i) windows[i] = next();
-  }
-
-  BNK_DEVICE int64_t channel(int column) const { return channel_ + column; }
-  BNK_DEVICE bool has_channel(int column) const { return column < columns_; }
-  BNK_DEVICE bool first_in_block() const { return static_cast<int>(thread_rank()) < walk_.lanes; }
-
- private:
-  const Walk& walk_;
-  int64_t channel_;
-  int columns_;
-  int64_t row_;
-  int64_t end_row_;
-};
-
 // Loading is in two steps, so that a thread can have several windows in flight before it waits for the first:
 // load_window only issues the load, unpack_window looks at the bits.
 //
@@ -217,6 +99,14 @@ BNK_DEVICE void store_window(const View<T>& view, const Window& window,
   for (int i = 0; i < kVectorElements<T>; ++i) {
     if (i >= window.begin && i < window.end) store<Reuse::kLast>(start + i, narrow<T>(values[i]));
   }
+}
+
+template <int kTile>
+BNK_DEVICE bool all_full(const Window (&windows)[kTile], int elements) {
+  bool full = true;
+#pragma unroll
+  for (int i = 0; i < kTile; ++i) full &= windows[i].is_full(elements);
+  return full;
 }
 
 // A tile of windows: all its loads are issued before the first is waited for.

@@ -36,10 +36,11 @@ BUILDS = {
 }
 # Compiled without sanitizers in every build: its own memory is not under test, and it calls the sanitizers itself.
 ENGINE = ["tests/simt/fiber.cpp", "tests/simt/buffers.cpp", "tests/simt/engine.cpp"]
+PLAN = ["csrc/plan_walk.cpp", "csrc/plan_streaming.cpp", "csrc/plan_resident.cpp"]
 PROGRAMS = {
     "convert16": ["tests/simt/convert16.cpp"],
     "run_planted": ["tests/simt/run_planted.cpp"],
-    "run_kernels": ["tests/simt/run_kernels.cpp", "csrc/plan.cpp"],
+    "run_kernels": ["tests/simt/run_kernels.cpp", *PLAN],
 }
 # What a program is run with. A race stops nothing, so that one run tells all of them.
 ENVIRONMENT = {
@@ -110,7 +111,12 @@ def _compiler() -> tuple[tuple[str, ...], bytes]:
 
 def _headers(root: Path) -> list[bytes]:
     """All that a source may include: names and contents."""
-    found = [*root.glob("csrc/*.h"), *root.glob("csrc/kernels/*.cuh"), *root.glob("tests/simt/*.h")]
+    found = [
+        *root.glob("csrc/*.h"),
+        *root.glob("csrc/paths/*.h"),
+        *root.glob("csrc/kernels/*.cuh"),
+        *root.glob("tests/simt/*.h"),
+    ]
     return [part for path in sorted(found) for part in (path.name.encode(), path.read_bytes())]
 
 

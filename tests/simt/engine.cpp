@@ -19,8 +19,8 @@ struct Thread {
   bool started = false;
   State state = State::kReady;
   Site site;                          // of the call that it waits in
-  const unsigned* counter = nullptr;  // that it waits for
-  unsigned target = 0;
+  const unsigned* counter = nullptr;  // whose top bit it waits to flip ...
+  unsigned before = 0;                // ... from what it is here
 };
 
 struct Block {
@@ -45,12 +45,21 @@ struct Warp {
 
 constexpr size_t kMaxBarriers = 256;  // in the source of one kernel
 
+constexpr unsigned kTopBit = 0x80000000u;
+bool flipped(unsigned now, unsigned before) { return ((now ^ before) & kTopBit) != 0; }
+
 // Thrown through the kernel's frames when the launch has ended in a fault.
 struct Unwind {};
 
 // These outlive launches: making them costs more than a small launch does.
 std::vector<std::unique_ptr<Fiber>> fibers;
 std::vector<std::unique_ptr<SharedMemory>> arenas;
+
+// Who a group's barrier still waits for, by its counter: rank 0 takes it from few to just below its top bit.
+std::string missing(unsigned counter) {
+  const unsigned count = counter % kTopBit;
+  return count < kTopBit / 2 ? "rank 0 of a group" : std::to_string(kTopBit - count) + " more of a group";
+}
 
 class Grid;
 Grid* grid = nullptr;  // the one that runs
@@ -83,9 +92,12 @@ class Grid {
   const Position& position() const { return threads_[current_].position; }
   void block_barrier(const Site& site);
   double shuffle_xor(double value, int mask, const Site& site);
-  void arrive(unsigned* counter, const Site& site);
-  void wait_for(const unsigned* counter, unsigned target, const Site& site);
+  unsigned arrive(unsigned* counter, unsigned step, const Site& site);
+  void wait_for_flip(const unsigned* counter, unsigned before, const Site& site);
+  void group_barrier(unsigned* counter, unsigned members, unsigned rank, const Site& site);
+  bool last_to_arrive(unsigned* counter, unsigned count, const Site& site);
   void* shared_array(const void* key, const char* name, size_t bytes, const Site& site);
+  void* dynamic_shared(const Site& site);
   [[noreturn]] void fault(const std::string& what, const Site& site);
 
  private:
@@ -162,8 +174,8 @@ void Grid::start_block(size_t rank, size_t slot) {
   // The race detector needs threads that share no fiber and no arena; without it, those of an ended block are used again.
   if (race_detector_present()) slot = rank;
   blocks_[rank].slot = slot;
-  while (arenas.size() <= slot) arenas.push_back(std::make_unique<SharedMemory>(kSharedBytes));
-  arenas[slot]->start_block();
+  while (arenas.size() <= slot) arenas.push_back(std::make_unique<SharedMemory>(kSharedBytes + kMaxDynamicBytes));
+  arenas[slot]->start_block(kSharedBytes + launch_.dynamic_bytes);
   for (unsigned i = 0; i < launch_.block; ++i) {
     const size_t index = rank * launch_.block + i;
     Thread& thread = threads_[index];
@@ -196,7 +208,7 @@ void Grid::unwind() {
 void Grid::wake_waiting() {
   for (size_t i = waiting_.size(); i-- > 0;) {
     const Thread& thread = threads_[waiting_[i]];
-    if (*thread.counter < thread.target) continue;
+    if (!flipped(*thread.counter, thread.before)) continue;
     make_ready(waiting_[i]);
     waiting_[i] = waiting_.back();
     waiting_.pop_back();
@@ -223,8 +235,7 @@ std::string Grid::where(size_t first, size_t end) const {
       case State::kWaiting:
         break;
     }
-    return "waiting until " + std::to_string(*thread.counter) + " is " + std::to_string(thread.target) + ", " +
-           describe(thread.site);
+    return "waiting for " + missing(*thread.counter) + ", " + describe(thread.site);
   };
   std::string text;
   int lines = 0;
@@ -328,27 +339,53 @@ double Grid::shuffle_xor(double value, int mask, const Site& site) {
   return values[lane ^ static_cast<size_t>(mask)];
 }
 
-void Grid::arrive(unsigned* counter, const Site& site) {
+unsigned Grid::arrive(unsigned* counter, unsigned step, const Site& site) {
   auto* real = static_cast<unsigned*>(checked_write(counter, sizeof *counter, sizeof *counter, site));
   release(real);
-  ++*real;
+  const unsigned before = *real;
+  *real += step;
   pause(State::kReady, site);
+  return before;
 }
 
-void Grid::wait_for(const unsigned* counter, unsigned target, const Site& site) {
+void Grid::wait_for_flip(const unsigned* counter, unsigned before, const Site& site) {
   Thread& thread = threads_[current_];
   thread.counter = static_cast<const unsigned*>(checked_read(counter, sizeof *counter, sizeof *counter, site));
-  thread.target = target;
+  thread.before = before;
   waiting_.push_back(current_);
   pause(State::kWaiting, site);
   acquire(const_cast<unsigned*>(thread.counter));
+}
+
+void Grid::group_barrier(unsigned* counter, unsigned members, unsigned rank, const Site& site) {
+  if (is_left_out(site)) return;
+  block_barrier(site);
+  if (position().thread == 0) {
+    wait_for_flip(counter, arrive(counter, rank == 0 ? kTopBit - (members - 1) : 1, site), site);
+  }
+  block_barrier(site);
+}
+
+bool Grid::last_to_arrive(unsigned* counter, unsigned count, const Site& site) {
+  auto* real = static_cast<unsigned*>(checked_write(counter, sizeof *counter, sizeof *counter, site));
+  release(real);
+  const bool last = *real >= count - 1;
+  *real = last ? 0 : *real + 1;
+  pause(State::kReady, site);
+  if (last) acquire(real);
+  return last;
+}
+
+void* Grid::dynamic_shared(const Site& site) {
+  static const char key = 0;
+  return shared_array(&key, "dynamic", launch_.dynamic_bytes, site);
 }
 
 void* Grid::shared_array(const void* key, const char* name, size_t bytes, const Site& site) {
   SharedMemory& arena = *arenas[block().slot];
   if (void* array = arena.array(key, name, bytes)) return array;
   fault("too much shared memory: " + std::to_string(bytes) + " bytes for '" + name + "' on top of " +
-            std::to_string(arena.used()) + ", of " + std::to_string(kSharedBytes),
+            std::to_string(arena.used()) + ", of " + std::to_string(kSharedBytes + launch_.dynamic_bytes),
         site);
 }
 
@@ -366,9 +403,11 @@ void Grid::fault(const std::string& what, const Site& site) {
 
 Report launch(const Launch& configuration, void (*kernel)(void*), void* argument) {
   const unsigned block = configuration.block;
-  if (configuration.grid == 0 || block == 0 || block % kWarp != 0 || block > kMaxBlock) {
+  const size_t dynamic = configuration.dynamic_bytes;
+  if (configuration.grid == 0 || block == 0 || block % kWarp != 0 || block > kMaxBlock || dynamic > kMaxDynamicBytes) {
     Report report;
-    report.fault = "invalid launch: grid " + std::to_string(configuration.grid) + ", block " + std::to_string(block);
+    report.fault = "invalid launch: grid " + std::to_string(configuration.grid) + ", block " + std::to_string(block) +
+                   ", " + std::to_string(dynamic) + " bytes of dynamic shared memory";
     return report;
   }
   const auto one = std::make_unique<Grid>(configuration, kernel, argument);
@@ -389,8 +428,17 @@ size_t Report::written(const std::string& buffer) const {
 const Position& position() { return grid->position(); }
 void block_barrier(const Site& site) { grid->block_barrier(site); }
 double shuffle_xor(double value, int mask, const Site& site) { return grid->shuffle_xor(value, mask, site); }
-void arrive(unsigned* counter, const Site& site) { grid->arrive(counter, site); }
-void wait_for(const unsigned* counter, unsigned target, const Site& site) { grid->wait_for(counter, target, site); }
+unsigned arrive(unsigned* counter, unsigned step, const Site& site) { return grid->arrive(counter, step, site); }
+void wait_for_flip(const unsigned* counter, unsigned before, const Site& site) {
+  grid->wait_for_flip(counter, before, site);
+}
+void group_barrier(unsigned* counter, unsigned members, unsigned rank, const Site& site) {
+  grid->group_barrier(counter, members, rank, site);
+}
+bool last_to_arrive(unsigned* counter, unsigned count, const Site& site) {
+  return grid->last_to_arrive(counter, count, site);
+}
+void* dynamic_shared(const Site& site) { return grid->dynamic_shared(site); }
 void* shared_array(const void* key, const char* name, size_t bytes, const Site& site) {
   return grid->shared_array(key, name, bytes, site);
 }

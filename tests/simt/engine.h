@@ -29,13 +29,15 @@ namespace simt {
 
 inline constexpr unsigned kWarp = 32;
 inline constexpr unsigned kMaxBlock = 1024;
-inline constexpr size_t kSharedBytes = 48 * 1024;  // of static shared memory: CUDA's limit for a block
+inline constexpr size_t kSharedBytes = 48 * 1024;       // of static shared memory: CUDA's limit for a block
+inline constexpr size_t kMaxDynamicBytes = 227 * 1024;  // and of dynamic: the most that any device gives
 
 struct Launch {
   unsigned grid = 1;
   unsigned block = kWarp;  // a multiple of a warp, at most kMaxBlock
   uint64_t seed = 0;
   Schedule schedule = Schedule::kSeeded;
+  size_t dynamic_bytes = 0;      // of shared memory
   unsigned resident_blocks = 0;  // blocks that run at a time, the next starting where one ended; 0: all
   size_t first_block = 0;        // these are blocks first_block and on ...
   size_t of_blocks = 0;          // ... of a grid of so many, of which the others do not run; 0: of `grid`
@@ -72,13 +74,20 @@ const Position& position();
 void block_barrier(const Site& site);
 double shuffle_xor(double value, int mask, const Site& site);
 
-// What a group barrier is made of. arrive: release of all that this thread knows of, and one more on the counter.
-// wait_for: until the counter is at least the target, then acquire. `counter` is a device address.
-void arrive(unsigned* counter, const Site& site);
-void wait_for(const unsigned* counter, unsigned target, const Site& site);
+// Of the primitives' meaning (csrc/kernels/primitives.cuh). `counter` is a device address.
+void group_barrier(unsigned* counter, unsigned members, unsigned rank, const Site& site);
+bool last_to_arrive(unsigned* counter, unsigned count, const Site& site);
+
+// What a group barrier is made of. arrive: release of all that this thread knows of, and `step` more on the counter; what
+// it was before. wait_for_flip: until its top bit is another than that of `before`, then acquire.
+unsigned arrive(unsigned* counter, unsigned step, const Site& site);
+void wait_for_flip(const unsigned* counter, unsigned before, const Site& site);
 
 // The block's array of this key, poisoned when the block starts: the same for every thread of the block.
 void* shared_array(const void* key, const char* name, size_t bytes, const Site& site);
+
+// The launch's dynamic shared memory.
+void* dynamic_shared(const Site& site);
 
 // Ends the launch: every thread is unwound, and the report carries the message.
 [[noreturn]] void fault(const std::string& what, const Site& site);

@@ -70,10 +70,14 @@ BNK_KERNEL(1024)
 grid_sum(Params params) {
   if (bnk::thread_rank() == 0) {
     bnk::store(params.partial + bnk::block_rank(), bnk::load(params.x + bnk::block_rank()));
-    if (kFault != GridSum::kNoArrival || bnk::block_rank() != 1) simt::arrive(params.counter, simt::Site::current());
+    const unsigned members = bnk::grid_blocks() + (kFault == GridSum::kWaitsForTooMany ? 1 : 0);
+    unsigned before = 0;
+    if (kFault != GridSum::kNoArrival || bnk::block_rank() != 1) {
+      const unsigned step = bnk::block_rank() == 0 ? 0x80000000u - (members - 1) : 1;
+      before = simt::arrive(params.counter, step, simt::Site::current());
+    }
     // Every block waits, as in a group barrier: so all must be able to run at the same time.
-    const unsigned target = bnk::grid_blocks() + (kFault == GridSum::kWaitsForTooMany ? 1 : 0);
-    if (kFault != GridSum::kNoWait) simt::wait_for(params.counter, target, simt::Site::current());
+    if (kFault != GridSum::kNoWait) simt::wait_for_flip(params.counter, before, simt::Site::current());
     if (bnk::block_rank() == 0) {
       float total = 0;
       for (unsigned block = 0; block < bnk::grid_blocks(); ++block) total += bnk::load(params.partial + block);

@@ -14,9 +14,11 @@
 #include "simt/float16.h"
 
 #define BNK_KERNEL(max_threads) inline void
+#define BNK_KERNEL_BESIDE(max_threads, n) inline void
 #define BNK_DEVICE inline
 // The lambda's type is the array's identity: one for each declaration and each instantiation of a template around it.
 #define BNK_SHARED(T, name, count) T(&name)[count] = ::simt::shared<T, count>([] {}, #name)
+#define BNK_DYNAMIC_SHARED(T, name) T* const name = static_cast<T*>(::simt::dynamic_shared(::simt::Site::current()))
 
 namespace simt {
 
@@ -43,6 +45,15 @@ BNK_DEVICE void block_barrier(simt::Site site = simt::Site::current()) { simt::b
 
 BNK_DEVICE double shuffle_xor(double value, int mask, simt::Site site = simt::Site::current()) {
   return simt::shuffle_xor(value, mask, site);
+}
+
+BNK_DEVICE void group_barrier(unsigned* counter, unsigned members, unsigned rank,
+                              simt::Site site = simt::Site::current()) {
+  simt::group_barrier(counter, members, rank, site);
+}
+
+BNK_DEVICE bool last_to_arrive(unsigned* counter, unsigned count, simt::Site site = simt::Site::current()) {
+  return simt::last_to_arrive(counter, count, site);
 }
 
 template <Reuse kReuse = Reuse::kAgain, typename T>

@@ -1,4 +1,4 @@
-// run_kernels: a server that runs the streaming path's launch sequences (csrc/streaming.h) on the engine.
+// run_kernels: a server that runs the launch sequences of both paths (csrc/paths/streaming.h, csrc/paths/resident.h) on the engine.
 //
 // Requests on stdin, answers on stdout, one after the other until stdin ends. A request is a line of words
 //
@@ -11,8 +11,10 @@
 //   outer channels inner dtype           the problem
 //   momentum cumulative eps training     as in problem.h
 //   block chunks                         the plan: make_streaming(), or, with multiprocessors and threads instead, plan_streaming()
+//   layout lanes block members groups kept divided     the resident path instead, with make_resident()
+//   limits                               plan_pass() for a device: the numbers of DeviceLimits in order, commas between
 //   finish_block grid                    another block size for the finishing kernels; a limit to every grid
-//   seeds first_seed schedule resident   each seed is one run of the whole sequence, on memory poisoned anew
+//   seeds first_seed schedule at_a_time   each seed is one run of the whole sequence, on memory poisoned anew
 //   last_blocks                          how many of each grid's blocks are run, from its end
 //   without                              LAUNCH:FILE:LINE, a barrier that one launch of the sequence does not keep
 //
@@ -25,16 +27,19 @@
 //   done
 //
 // Traffic that is not the same in every run is a difference too.
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <iostream>
 #include <map>
+#include <optional>
 #include <sstream>
 #include <string>
 #include <vector>
 
+#include "paths/resident.h"
+#include "paths/streaming.h"
 #include "simt/engine.h"
-#include "streaming.h"
 
 namespace {
 
@@ -140,13 +145,13 @@ bool read_request(std::istream& in, Request& request) {
   return static_cast<bool>(in);
 }
 
-// What streaming.h's sequences run on, here: one launch after the other on the engine, none after a fault.
+// What the sequences run on, here: one launch after the other on the engine, none after a fault.
 class HostExecutor {
  public:
   HostExecutor(const Request& request, uint64_t seed)
       : seed_(seed),
         schedule_(schedule_named(request.options.at("schedule"))),
-        resident_(static_cast<unsigned>(request.integer("resident", 0))),
+        resident_(static_cast<unsigned>(request.integer("at_a_time", 0))),
         last_blocks_(request.integer("last_blocks", 0)) {
     const auto without = request.options.find("without");
     if (without == request.options.end()) return;
@@ -155,8 +160,19 @@ class HostExecutor {
     without_ = without->second.substr(colon + 1);
   }
 
+  // All blocks of a resident plan run at a time, as in a cooperative launch.
+  template <typename Params>
+  void launch(const bnk::ResidentPlan& plan, void (*kernel)(Params), const Params& params) {
+    launch(plan.launch, kernel, params, static_cast<size_t>(plan.shared_bytes), 0);
+  }
+
   template <typename Params>
   void launch(bnk::Launch launch, void (*kernel)(Params), const Params& params) {
+    this->launch(launch, kernel, params, 0, resident_);
+  }
+
+  template <typename Params>
+  void launch(bnk::Launch launch, void (*kernel)(Params), const Params& params, size_t dynamic, unsigned resident) {
     if (!fault.empty()) return;
     const int64_t blocks = last_blocks_ == 0 ? launch.grid : std::min(last_blocks_, launch.grid);
     const auto grid = static_cast<unsigned>(blocks);
@@ -165,7 +181,8 @@ class HostExecutor {
                                               .block = block,
                                               .seed = 8 * seed_ + count,
                                               .schedule = schedule_,
-                                              .resident_blocks = resident_,
+                                              .dynamic_bytes = dynamic,
+                                              .resident_blocks = resident,
                                               .first_block = static_cast<size_t>(launch.grid - blocks),
                                               .of_blocks = static_cast<size_t>(launch.grid),
                                               .without = count == without_launch_ ? without_ : ""},
@@ -195,15 +212,62 @@ class HostExecutor {
   std::string without_;
 };
 
-bnk::StreamingPlan make_plan(const Request& request, const void* lead) {
+bnk::Pass pass_of(const Request& request) {
+  if (request.operation == "forward_train") return bnk::Pass::kForwardTrain;
+  if (request.operation == "forward_eval") return bnk::Pass::kForwardEval;
+  return request.integer("training", 0) != 0 ? bnk::Pass::kBackwardTrain : bnk::Pass::kBackwardEval;
+}
+
+bool is_aligned(const Request& request) { return bnk::streaming::is_aligned(request.data("x")); }
+
+bnk::DeviceLimits limits_of(const std::string& text) {
+  std::istringstream in(text);
+  bnk::DeviceLimits limits{};
+  char comma;
+  in >> limits.multiprocessors >> comma >> limits.max_threads_per_multiprocessor >> comma >>
+      limits.max_blocks_per_multiprocessor >> comma >> limits.shared_per_multiprocessor >> comma >>
+      limits.shared_per_block >> comma >> limits.shared_reserved >> comma >> limits.cooperative_launch;
+  return limits;
+}
+
+bnk::Layout layout_named(const std::string& name) {
+  static const std::map<std::string, bnk::Layout> all{{"channels_first", bnk::Layout::kChannelsFirst},
+                                                      {"channels_last", bnk::Layout::kChannelsLast},
+                                                      {"packed", bnk::Layout::kPacked}};
+  return all.at(name);
+}
+
+// The resident path's plan, if the request is for that path.
+std::optional<bnk::ResidentPlan> resident_plan(const Request& request) {
   const bnk::Problem problem = request.problem();
-  const bool aligned = bnk::streaming::is_aligned(lead);
-  bnk::StreamingPlan plan = request.options.count("multiprocessors")
-                                ? bnk::plan_streaming(problem, aligned,
-                                                      {static_cast<int>(request.integer("multiprocessors", 0)),
-                                                       static_cast<int>(request.integer("threads", 0))})
-                                : bnk::make_streaming(problem, aligned, static_cast<int>(request.integer("block", 0)),
-                                                      request.integer("chunks", 1));
+  const bnk::Pass pass = pass_of(request);
+  if (const auto limits = request.options.find("limits"); limits != request.options.end()) {
+    const bnk::Plan plan = bnk::plan_pass(problem, pass, is_aligned(request), limits_of(limits->second), {});
+    if (plan.path != bnk::Path::kResident) return std::nullopt;
+    return plan.resident;
+  }
+  if (!request.options.count("layout") || pass == bnk::Pass::kForwardEval || pass == bnk::Pass::kBackwardEval) {
+    return std::nullopt;
+  }
+  const auto number = [&](const char* key) { return static_cast<int>(request.integer(key, 0)); };
+  return bnk::make_resident(problem, is_aligned(request), pass,
+                            {layout_named(request.options.at("layout")), number("lanes"), number("block"),
+                             number("members"), number("groups"), number("kept"), number("divided") != 0});
+}
+
+bnk::StreamingPlan streaming_plan(const Request& request) {
+  const bnk::Problem problem = request.problem();
+  const bool aligned = is_aligned(request);
+  if (const auto limits = request.options.find("limits"); limits != request.options.end()) {
+    return bnk::plan_streaming(problem, aligned, limits_of(limits->second));
+  }
+  bnk::StreamingPlan plan =
+      request.options.count("multiprocessors")
+          ? bnk::plan_streaming(problem, aligned,
+                                {.multiprocessors = static_cast<int>(request.integer("multiprocessors", 0)),
+                                 .max_threads_per_multiprocessor = static_cast<int>(request.integer("threads", 0))})
+          : bnk::make_streaming(problem, aligned, static_cast<int>(request.integer("block", 0)),
+                                request.integer("chunks", 1));
   plan.finish_launch.block = static_cast<int>(request.integer("finish_block", plan.finish_launch.block));
   for (bnk::Launch* launch : {&plan.walk_launch, &plan.finish_launch}) {
     launch->grid = std::min(launch->grid, request.integer("grid", launch->grid));
@@ -211,8 +275,9 @@ bnk::StreamingPlan make_plan(const Request& request, const void* lead) {
   return plan;
 }
 
-void run_sequence(const Request& request, simt::Buffer& scratch, HostExecutor& executor) {
-  const bnk::StreamingPlan plan = make_plan(request, request.data("x"));
+void run_sequence(const Request& request, const bnk::StreamingPlan& plan,
+                  const std::optional<bnk::ResidentPlan>& resident, simt::Buffer& scratch, simt::Buffer& counters,
+                  HostExecutor& executor) {
   scratch.poison();
   if (request.operation == "forward_train") {
     const bnk::ForwardTrainArgs args{.problem = request.problem(),
@@ -228,7 +293,11 @@ void run_sequence(const Request& request, simt::Buffer& scratch, HostExecutor& e
                                      .eps = request.real("eps"),
                                      .mean = request.vector("mean"),
                                      .invstd = request.vector("invstd")};
-    bnk::streaming::forward_train(args, plan, scratch.device<double>(), executor);
+    if (resident) {
+      bnk::resident::forward_train(args, *resident, scratch.device<double>(), counters.device<unsigned>(), executor);
+    } else {
+      bnk::streaming::forward_train(args, plan, scratch.device<double>(), executor);
+    }
   } else if (request.operation == "forward_eval") {
     const bnk::ForwardEvalArgs args{.problem = request.problem(),
                                     .x = request.data("x"),
@@ -252,14 +321,22 @@ void run_sequence(const Request& request, simt::Buffer& scratch, HostExecutor& e
                                  .grad_weight = request.vector("grad_weight"),
                                  .grad_bias = request.vector("grad_bias"),
                                  .training = request.integer("training", 0) != 0};
-    bnk::streaming::backward(args, plan, scratch.device<double>(), executor);
+    if (resident && args.grad_x != nullptr) {
+      bnk::resident::backward(args, *resident, scratch.device<double>(), counters.device<unsigned>(), executor);
+    } else {
+      bnk::streaming::backward(args, plan, scratch.device<double>(), executor);
+    }
   }
 }
 
-int64_t scratch_doubles(const Request& request) {
-  const bnk::StreamingPlan plan = make_plan(request, request.data("x"));
-  if (request.operation == "forward_train") return bnk::streaming::forward_train_scratch(plan);
-  return request.operation == "backward" ? bnk::streaming::backward_scratch(plan) : 0;
+int64_t scratch_doubles(const Request& request, const bnk::StreamingPlan& plan,
+                        const std::optional<bnk::ResidentPlan>& resident) {
+  if (request.operation == "forward_train") {
+    return resident ? bnk::resident::forward_scratch(*resident) : bnk::streaming::forward_train_scratch(plan);
+  }
+  if (request.operation != "backward") return 0;
+  return resident && request.find("grad_x") ? bnk::resident::backward_scratch(*resident)
+                                            : bnk::streaming::backward_scratch(plan);
 }
 
 // Empty if the two are the same; else "TENSOR BYTE", or "traffic 0".
@@ -275,10 +352,16 @@ std::string difference(const Request& request, const std::vector<std::vector<cha
 }
 
 void answer(Request& request) {
-  const size_t scratch_bytes = static_cast<size_t>(scratch_doubles(request)) * sizeof(double);
+  const bnk::StreamingPlan plan = streaming_plan(request);
+  const std::optional<bnk::ResidentPlan> resident = resident_plan(request);
+  const size_t scratch_bytes = static_cast<size_t>(scratch_doubles(request, plan, resident)) * sizeof(double);
   const bool huge = scratch_bytes >> 30 != 0;
   simt::Buffer scratch("scratch", scratch_bytes, 0,
                        huge ? simt::Buffer::Storage::kSparse : simt::Buffer::Storage::kDense);
+  // Counters are 0 once: every run finds what the one before has left.
+  const auto counted = static_cast<size_t>(resident ? bnk::resident::counters(*resident) : 0);
+  simt::Buffer counters("counters", counted * sizeof(unsigned));
+  std::fill_n(counters.host<unsigned>(), counted, 0u);
   const auto first_seed = static_cast<uint64_t>(request.integer("first_seed", 0));
   const auto seeds = static_cast<uint64_t>(request.integer("seeds", 1));
   std::vector<std::vector<char>> first;
@@ -286,7 +369,7 @@ void answer(Request& request) {
   for (uint64_t seed = first_seed; seed < first_seed + seeds; ++seed) {
     for (Tensor& tensor : request.tensors) tensor.reset();
     auto executor = std::make_unique<HostExecutor>(request, seed);
-    run_sequence(request, scratch, *executor);
+    run_sequence(request, plan, resident, scratch, counters, *executor);
     if (!executor->fault.empty()) {
       for (char& c : executor->fault) c = c == '\n' ? '|' : c;
       std::cout << "fault " << seed << ' ' << executor->count - 1 << ' ' << executor->fault << std::endl;

@@ -1,4 +1,4 @@
-"""run_kernels from Python: the launch sequences of csrc/streaming.h on tensors, thread by thread on the host.
+"""run_kernels from Python: the launch sequences of csrc/paths on tensors, thread by thread on the host.
 
     server = Server(build.program("run_kernels", "plain"))
     run = server.call(inputs, How(block=64, chunks=3, seeds=range(20)), channels_last=False)
@@ -16,7 +16,7 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -30,6 +30,32 @@ SCHEDULES = ("seeded", "in_order", "reverse", "stall_one")
 
 
 @dataclass(frozen=True)
+class Resident:
+    """A plan of the resident path: ResidentChoice, in csrc/plan.h."""
+
+    layout: str
+    block: int = 64
+    members: int = 1
+    groups: int = 1
+    kept: int = 4
+    lanes: int = 1
+    divided: bool = False
+
+
+@dataclass(frozen=True)
+class Limits:
+    """A device: DeviceLimits, in csrc/plan.h."""
+
+    multiprocessors: int
+    max_threads_per_multiprocessor: int = 2048
+    max_blocks_per_multiprocessor: int = 32
+    shared_per_multiprocessor: int = 228 << 10
+    shared_per_block: int = 227 << 10
+    shared_reserved: int = 1 << 10
+    cooperative_launch: bool = True
+
+
+@dataclass(frozen=True)
 class How:
     """How to run a sequence. A field left at None takes the plan's own choice."""
 
@@ -37,13 +63,17 @@ class How:
     chunks: int = 1
     device: tuple[int, int] | None = None
     """Multiprocessors and threads of each: plan_streaming's choice instead of block and chunks."""
+    resident: Resident | None = None
+    """The resident path, for what of a call has one, with this plan."""
+    limits: Limits | None = None
+    """The path and the plan that plan_pass chooses for this device."""
     finish_block: int | None = None
     grid: int | None = None
     """A limit to every grid."""
     seeds: range = field(default=range(1))
     schedule: str = "seeded"
-    resident: int = 0
-    """Blocks that run at a time; 0: all."""
+    at_a_time: int = 0
+    """Blocks that run at a time; 0: all. (Those of the resident path always do.)"""
     last_blocks: int | None = None
     """How many blocks of each grid run, from its end; all others do nothing."""
     without: tuple[int, str] | None = None
@@ -221,9 +251,13 @@ class Server:
             "schedule": how.schedule,
             "first_seed": how.seeds.start,
             "seeds": len(how.seeds),
-            "resident": how.resident,
+            "at_a_time": how.at_a_time,
         }
-        if how.device is not None:
+        if how.limits is not None:
+            settings["limits"] = ",".join(str(int(value)) for value in astuple(how.limits))
+        elif how.resident is not None:
+            settings |= {key: int(v) if isinstance(v, bool) else v for key, v in asdict(how.resident).items()}
+        elif how.device is not None:
             settings |= {"multiprocessors": how.device[0], "threads": how.device[1]}
         else:
             settings |= {"block": how.block, "chunks": how.chunks}

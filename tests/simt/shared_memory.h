@@ -25,9 +25,11 @@ class SharedMemory {
   SharedMemory(const SharedMemory&) = delete;
   SharedMemory& operator=(const SharedMemory&) = delete;
 
-  void start_block() {
+  // `size`: of the capacity, what this block may have.
+  void start_block(size_t size) {
+    size_ = size;
     permit_access(arena_, bytes());
-    std::memset(arena_, kPoison, bytes());
+    std::memset(arena_, kPoison, size_ + kAllGaps);
     forbid_access(arena_, bytes());
     arrays_.clear();
     used_ = 0;
@@ -40,7 +42,7 @@ class SharedMemory {
       if (array.key == key) return array.begin;
     }
     const size_t rounded = (size + kAlignment - 1) / kAlignment * kAlignment;
-    if (used_ + rounded > capacity_ || arrays_.size() == kMaxArrays) return nullptr;
+    if (used_ + rounded > size_ || arrays_.size() == kMaxArrays) return nullptr;
     char* begin = arena_ + top_;
     arrays_.push_back({key, name, begin, size});
     used_ += rounded;
@@ -63,6 +65,7 @@ class SharedMemory {
   static constexpr size_t kAlignment = 16;
   static constexpr size_t kGap = 64;
   static constexpr size_t kMaxArrays = 32;
+  static constexpr size_t kAllGaps = (kMaxArrays + 1) * kGap;
 
   struct Array {
     const void* key;
@@ -71,7 +74,7 @@ class SharedMemory {
     size_t size;
   };
 
-  size_t bytes() const { return capacity_ + (kMaxArrays + 1) * kGap; }
+  size_t bytes() const { return capacity_ + kAllGaps; }
 
   static bool changed(const char* begin, size_t size) {
     for (size_t i = 0; i < size; ++i) {
@@ -83,6 +86,7 @@ class SharedMemory {
   size_t capacity_;
   char* arena_;
   std::vector<Array> arrays_;
+  size_t size_ = 0;
   size_t used_ = 0;
   size_t top_ = 0;
 };

@@ -4,13 +4,12 @@
 // in tests/simt runs it on the host. What is checked without a GPU is so this very sequence.
 #pragma once
 
-#include <type_traits>
-
-#include "kernels/grad_input.cuh"
-#include "kernels/grad_sums.cuh"
-#include "kernels/normalize.cuh"
-#include "kernels/statistics.cuh"
-#include "plan.h"
+#include "../kernels/grad_input.cuh"
+#include "../kernels/grad_sums.cuh"
+#include "../kernels/normalize.cuh"
+#include "../kernels/statistics.cuh"
+#include "../plan.h"
+#include "dispatch.h"
 
 namespace bnk::streaming {
 
@@ -22,36 +21,31 @@ inline int64_t forward_train_scratch(const StreamingPlan& plan) {
   return kFields<Moments> * plan.walk.chunks * plan.walk.channels;
 }
 inline int64_t backward_scratch(const StreamingPlan& plan) {
-  return (kFields<GradSums> * plan.walk.chunks + 2) * plan.walk.channels;
+  return (kFields<Sums> * plan.walk.chunks + 2) * plan.walk.channels;
 }
-
-template <typename T>
-struct TypeTag {
-  using type = T;
-};
-template <Layout kLayout>
-using LayoutTag = std::integral_constant<Layout, kLayout>;
 
 // Calls body(TypeTag<T>, LayoutTag<kLayout>) with those of the problem.
 template <typename Body>
 void with_types(const Problem& problem, const Body& body) {
-  const auto with_layout = [&](auto type) {
+  with_dtype(problem.dtype, [&](auto type) {
     if (problem.channels_last()) {
       body(type, LayoutTag<Layout::kChannelsLast>());
     } else {
       body(type, LayoutTag<Layout::kChannelsFirst>());
     }
+  });
+}
+
+inline StatisticsResults results_of(const ForwardTrainArgs& args) {
+  return {
+      .momentum = args.momentum,
+      .cumulative = args.cumulative,
+      .eps = args.eps,
+      .mean = args.mean,
+      .invstd = args.invstd,
+      .running_mean = args.running_mean,
+      .running_var = args.running_var,
   };
-  switch (problem.dtype) {
-    case Dtype::kFloat64:
-      return with_layout(TypeTag<double>());
-    case Dtype::kFloat32:
-      return with_layout(TypeTag<float>());
-    case Dtype::kFloat16:
-      return with_layout(TypeTag<Half>());
-    case Dtype::kBFloat16:
-      return with_layout(TypeTag<BFloat16>());
-  }
 }
 
 template <typename Executor>
@@ -61,13 +55,7 @@ void forward_train(const ForwardTrainArgs& args, const StreamingPlan& plan, doub
       .finish = plan.finish,
       .partial = scratch,
       .num_batches_tracked = args.num_batches_tracked,
-      .momentum = args.momentum,
-      .cumulative = args.cumulative,
-      .eps = args.eps,
-      .mean = args.mean,
-      .invstd = args.invstd,
-      .running_mean = args.running_mean,
-      .running_var = args.running_var,
+      .results = results_of(args),
   };
   const NormalizeParams normalize{
       .walk = plan.walk,
@@ -116,7 +104,7 @@ void forward_eval(const ForwardEvalArgs& args, const StreamingPlan& plan, Execut
 template <typename Executor>
 void backward(const BackwardArgs& args, const StreamingPlan& plan, double* scratch, Executor& executor) {
   // The two means stand behind the partials; only grad_x of a training forward needs them.
-  double* means = scratch + kFields<GradSums> * plan.walk.chunks * plan.walk.channels;
+  double* means = scratch + kFields<Sums> * plan.walk.chunks * plan.walk.channels;
   const bool needs_means = args.training && args.grad_x != nullptr;
   const bool needs_sums = needs_means || args.grad_weight.data != nullptr || args.grad_bias.data != nullptr;
   const PerChannel mean_g{needs_means ? means : nullptr, Dtype::kFloat64};

@@ -1,0 +1,112 @@
+#include "backend.h"
+
+#include <map>
+#include <mutex>
+#include <tuple>
+#include <utility>
+
+#include "counters.h"
+#include "launchers.h"
+
+namespace bnk::cuda {
+namespace {
+
+cudaError_t ask_limits(int device, DeviceLimits* limits) {
+  int shared_per_multiprocessor = 0, shared_per_block = 0, shared_reserved = 0, cooperative = 0;
+  const std::pair<cudaDeviceAttr, int*> questions[] = {
+      {cudaDevAttrMultiProcessorCount, &limits->multiprocessors},
+      {cudaDevAttrMaxThreadsPerMultiProcessor, &limits->max_threads_per_multiprocessor},
+      {cudaDevAttrMaxBlocksPerMultiprocessor, &limits->max_blocks_per_multiprocessor},
+      {cudaDevAttrMaxSharedMemoryPerMultiprocessor, &shared_per_multiprocessor},
+      {cudaDevAttrMaxSharedMemoryPerBlockOptin, &shared_per_block},
+      {cudaDevAttrReservedSharedMemoryPerBlock, &shared_reserved},
+      {cudaDevAttrCooperativeLaunch, &cooperative},
+  };
+  for (const auto& [attribute, answer] : questions) {
+    const cudaError_t error = cudaDeviceGetAttribute(answer, attribute, device);
+    if (error != cudaSuccess) return error;
+  }
+  limits->shared_per_multiprocessor = shared_per_multiprocessor;
+  limits->shared_per_block = shared_per_block;
+  limits->shared_reserved = shared_reserved;
+  limits->cooperative_launch = cooperative != 0;
+  return cudaSuccess;
+}
+
+}  // namespace
+
+cudaError_t current_device_limits(DeviceLimits* limits) {
+  static std::mutex mutex;
+  static std::map<int, DeviceLimits> known;
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (const auto found = known.find(device); found != known.end()) {
+    *limits = found->second;
+    return cudaSuccess;
+  }
+  if ((error = ask_limits(device, limits)) == cudaSuccess) known[device] = *limits;
+  return error;
+}
+
+cudaError_t confirm(Dtype dtype, Pass pass, Plan* plan) {
+  if (plan->path != Path::kResident || plan->resident.members == 1) return cudaSuccess;
+  // By device, kernel and what of the plan decides it.
+  using Key = std::tuple<int, Dtype, Pass, Layout, int, int64_t>;
+  static std::mutex mutex;
+  static std::map<Key, int64_t> known;  // blocks at the same time on the device
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const ResidentPlan& resident = plan->resident;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [entry, unknown] =
+      known.try_emplace({device, dtype, pass, resident.walk.layout, resident.launch.block, resident.shared_bytes}, 0);
+  if (unknown) {
+    int beside = 0, multiprocessors = 0;
+    error = resident_path::blocks_beside(dtype, pass, resident, &beside);
+    if (error == cudaSuccess) {
+      error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    }
+    if (error != cudaSuccess) {
+      known.erase(entry);
+      return error;
+    }
+    entry->second = int64_t{beside} * multiprocessors;
+  }
+  if (entry->second < resident.launch.grid) {
+    plan->path = Path::kStreaming;
+    plan->reason = Reason::kNotResident;
+  }
+  return cudaSuccess;
+}
+
+int64_t scratch_bytes(const Plan& plan, Pass pass) {
+  return plan.path == Path::kResident ? resident_path::scratch_bytes(plan.resident, pass)
+                                      : streaming_path::scratch_bytes(plan.streaming, pass);
+}
+
+cudaError_t counters_for(const Plan& plan, cudaStream_t stream, unsigned** counters) {
+  *counters = nullptr;
+  if (plan.path != Path::kResident) return cudaSuccess;
+  return lease_counters(resident_path::counters(plan.resident), stream, counters);
+}
+
+cudaError_t forward_train(const ForwardTrainArgs& args, const Plan& plan, void* scratch, unsigned* counters,
+                          cudaStream_t stream) {
+  if (plan.path == Path::kStreaming) return streaming_path::forward_train(args, plan.streaming, scratch, stream);
+  return resident_path::forward_train(args, plan.resident, scratch, counters, stream);
+}
+
+cudaError_t forward_eval(const ForwardEvalArgs& args, const Plan& plan, cudaStream_t stream) {
+  return streaming_path::forward_eval(args, plan.streaming, stream);
+}
+
+cudaError_t backward(const BackwardArgs& args, const Plan& plan, void* scratch, unsigned* counters,
+                     cudaStream_t stream) {
+  if (plan.path == Path::kStreaming) return streaming_path::backward(args, plan.streaming, scratch, stream);
+  return resident_path::backward(args, plan.resident, scratch, counters, stream);
+}
+
+}  // namespace bnk::cuda

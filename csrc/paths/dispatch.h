@@ -1,0 +1,46 @@
+// From a dtype or a layout known at run time to a template's argument.
+#pragma once
+
+#include <type_traits>
+
+#include "../kernels/primitives.cuh"
+#include "../plan.h"
+
+namespace bnk {
+
+template <typename T>
+struct TypeTag {
+  using type = T;
+};
+template <Layout kLayout>
+using LayoutTag = std::integral_constant<Layout, kLayout>;
+
+// Calls body(TypeTag<T>) with the elements' type.
+template <typename Body>
+void with_dtype(Dtype dtype, const Body& body) {
+  switch (dtype) {
+    case Dtype::kFloat64:
+      return body(TypeTag<double>());
+    case Dtype::kFloat32:
+      return body(TypeTag<float>());
+    case Dtype::kFloat16:
+      return body(TypeTag<Half>());
+    case Dtype::kBFloat16:
+      return body(TypeTag<BFloat16>());
+  }
+}
+
+// Calls body(LayoutTag<kLayout>).
+template <typename Body>
+void with_layout(Layout layout, const Body& body) {
+  switch (layout) {
+    case Layout::kChannelsFirst:
+      return body(LayoutTag<Layout::kChannelsFirst>());
+    case Layout::kChannelsLast:
+      return body(LayoutTag<Layout::kChannelsLast>());
+    case Layout::kPacked:
+      return body(LayoutTag<Layout::kPacked>());
+  }
+}
+
+}  // namespace bnk

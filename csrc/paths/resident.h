@@ -1,0 +1,78 @@
+// The resident path: one launch a call, over any executor (as streaming.h is).
+#pragma once
+
+#include "../kernels/resident_backward.cuh"
+#include "../kernels/resident_forward.cuh"
+#include "dispatch.h"
+#include "streaming.h"
+
+namespace bnk::resident {
+
+// Doubles of scratch memory; its contents are undefined before and after.
+inline int64_t forward_scratch(const ResidentPlan& plan) {
+  return plan.members == 1 ? 0 : kFields<Moments> * plan.members * plan.walk.channels;
+}
+inline int64_t backward_scratch(const ResidentPlan& plan) {
+  return plan.members == 1 ? 0 : (kFields<Sums> * plan.members + (plan.divided ? 2 : 0)) * plan.walk.channels;
+}
+
+// Counters that a launch needs: all 0 but for their top bits before it, and after it.
+inline int64_t counters(const ResidentPlan& plan) { return int64_t{kCounterStride} * (plan.groups + 1); }
+
+inline Residence residence(const ResidentPlan& plan, double* scratch, unsigned* counters) {
+  return {plan.members, plan.groups, plan.kept, plan.divided, plan.join_lanes, scratch, counters};
+}
+
+// Calls body(TypeTag<T>, LayoutTag<kLayout>) with those of the plan.
+template <typename Body>
+void with_types(Dtype dtype, const ResidentPlan& plan, const Body& body) {
+  with_dtype(dtype, [&](auto type) { with_layout(plan.walk.layout, [&](auto layout) { body(type, layout); }); });
+}
+
+template <typename Executor>
+void forward_train(const ForwardTrainArgs& args, const ResidentPlan& plan, double* scratch, unsigned* counters,
+                   Executor& executor) {
+  const ResidentForwardParams params{
+      .walk = plan.walk,
+      .residence = residence(plan, scratch, counters),
+      .x = args.x,
+      .y = args.y,
+      .weight = args.weight,
+      .bias = args.bias,
+      .num_batches_tracked = args.num_batches_tracked,
+      .results = streaming::results_of(args),
+  };
+  with_types(args.problem.dtype, plan, [&](auto type, auto layout) {
+    using T = typename decltype(type)::type;
+    executor.launch(plan, resident_forward_kernel<T, decltype(layout)::value>, params);
+  });
+}
+
+// Precondition: args.training and args.grad_x.
+template <typename Executor>
+void backward(const BackwardArgs& args, const ResidentPlan& plan, double* scratch, unsigned* counters,
+              Executor& executor) {
+  // The two means stand behind the partials.
+  double* means = scratch + kFields<Sums> * plan.members * plan.walk.channels;
+  const ResidentBackwardParams params{
+      .walk = plan.walk,
+      .residence = residence(plan, scratch, counters),
+      .grad_y = args.grad_y,
+      .x = args.x,
+      .grad_x = args.grad_x,
+      .weight = args.weight,
+      .mean = args.mean,
+      .invstd = args.invstd,
+      .elements_per_channel = static_cast<double>(args.problem.elements_per_channel()),
+      .grad_weight = args.grad_weight,
+      .grad_bias = args.grad_bias,
+      .mean_g = {plan.divided ? means : nullptr, Dtype::kFloat64},
+      .mean_g_xhat = {plan.divided ? means + plan.walk.channels : nullptr, Dtype::kFloat64},
+  };
+  with_types(args.problem.dtype, plan, [&](auto type, auto layout) {
+    using T = typename decltype(type)::type;
+    executor.launch(plan, resident_backward_kernel<T, decltype(layout)::value>, params);
+  });
+}
+
+}  // namespace bnk::resident

@@ -1,0 +1,208 @@
+#include <algorithm>
+#include <numeric>
+
+#include "plan_walk.h"
+
+namespace bnk {
+namespace {
+
+constexpr int kVectorBytes = 16;
+
+// A cooperative launch starts when all its blocks fit at once. One in so many multiprocessors is left free, so that it does
+// not wait for, say, the collectives that run beside it; memory is saturated without them.
+constexpr int kSparedOf = 16;
+
+// What is not streaming costs a round of a group, in bytes that a block could move meanwhile: on an H200 with two blocks on
+// each multiprocessor that is 16 KB a microsecond. Estimates, to be tuned by measurement.
+constexpr int64_t kRoundCost = 24 * 1024;    // the first load's latency, the block's reductions
+constexpr int64_t kBarrierCost = 32 * 1024;  // a barrier of a group, and the loads behind it
+// Partials that every member may have to read before the join is divided among them.
+constexpr int64_t kDivideAbove = 24 * 1024;
+constexpr int64_t kPartialBytes = 3 * sizeof(double);
+constexpr int64_t kMostRounds = 8;  // that are tried
+
+// The first windows are the sample that the others are centred on (resident_forward.cuh), so they must be one.
+constexpr int64_t kLeastKept = 8;  // one in so many
+// As in plan_streaming.cpp.
+constexpr int64_t kMaxWindowsPerThreadFloat64 = 128;
+
+// Vectors of a packed row that are walked side by side, at least: runs of several cache lines.
+constexpr int64_t kMinPackedLanes = 16;
+
+int64_t round_up(int64_t value, int64_t multiple) { return ceil_div(value, multiple) * multiple; }
+
+// How an array may be walked, and by how many threads.
+struct Shape {
+  Layout layout;
+  int lanes;
+  int block;
+};
+
+// Units of a chunk that a block takes at a time.
+int64_t step_of(const Shape& shape) {
+  return shape.layout == Layout::kChannelsFirst ? shape.block : shape.block / shape.lanes;
+}
+
+int threads_for(int64_t units, int lanes) {
+  const int64_t rows = std::min<int64_t>(units, kMaxBlockThreads / lanes);
+  return static_cast<int>(round_up(lanes * rows, kPlanWarp));
+}
+
+template <typename Visit>
+void each_shape(const Problem& problem, bool aligned, const Visit& visit) {
+  if (problem.channels_last()) {
+    const int widest = widest_lanes(problem);
+    visit(Shape{Layout::kChannelsLast, widest, threads_for(problem.outer, widest)});
+    if (widest == kMaxLanes) visit(Shape{Layout::kChannelsLast, widest / 2, threads_for(problem.outer, widest / 2)});
+    return;
+  }
+  const int64_t units = slab_units(problem, Layout::kChannelsFirst, aligned);
+  visit(Shape{Layout::kChannelsFirst, 1, threads_for(units, 1)});
+  const int64_t vector = vector_elements(problem.dtype);
+  if (!aligned || problem.inner < vector || problem.channels * problem.inner % vector != 0) return;
+  // So many channels begin and end on a vector.
+  const int64_t least = vector / std::gcd(vector, problem.inner);
+  const int64_t most = std::min<int64_t>(kMaxSlabChannels, problem.channels);
+  for (int64_t channels = least; channels <= most; channels += channels) {
+    const int64_t lanes = channels * problem.inner / vector;
+    if (lanes > kMaxPackedLanes) return;
+    if (lanes < kMinPackedLanes && 2 * channels <= most) continue;
+    visit(Shape{Layout::kPacked, static_cast<int>(lanes), threads_for(problem.outer, static_cast<int>(lanes))});
+  }
+}
+
+struct Room {
+  int64_t blocks;  // on the device at once, of a cooperative launch
+  int kept;        // windows of each tensor that a thread of each can keep
+};
+
+Room room_for(const Shape& shape, Pass pass, const DeviceLimits& limits) {
+  const int64_t threads = limits.max_threads_per_multiprocessor;
+  // The kernels' registers are bounded so that kResidentBlocks of the largest blocks fit.
+  const int64_t by_registers = kResidentBlocks * kMaxBlockThreads / shape.block;
+  const int64_t beside =
+      std::min<int64_t>({by_registers, threads / shape.block, int64_t{limits.max_blocks_per_multiprocessor}});
+  if (beside == 0) return {};
+  const int64_t shared =
+      std::min(limits.shared_per_multiprocessor / beside - limits.shared_reserved, limits.shared_per_block) -
+      resident_overhead(shape.layout);
+  const int64_t windows = shared / (int64_t{kVectorBytes} * shape.block * tensors_read(pass));
+  const int multiprocessors = limits.multiprocessors - limits.multiprocessors / kSparedOf;
+  return {beside * multiprocessors, static_cast<int>(std::max<int64_t>(0, windows / kResidentTile * kResidentTile))};
+}
+
+struct Candidate {
+  ResidentChoice choice;
+  int64_t cost;  // bytes that a block could move in the time that the pass takes
+};
+
+// The choice with a given number of members; cost < 0: there is none.
+Candidate candidate(const Problem& problem, Pass pass, bool aligned, const Shape& shape, const Room& room,
+                    int64_t members) {
+  const Walk walk = make_walk(problem, shape.layout, shape.lanes, aligned, shape.block, members);
+  const int64_t windows = ceil_div(walk.chunk_size, step_of(shape));  // of a thread
+  const int64_t kept = std::min<int64_t>(round_up(windows, kResidentTile), room.kept);
+  if (kept * kLeastKept < windows) return {{}, -1};
+  if (problem.dtype == Dtype::kFloat64 && windows > kMaxWindowsPerThreadFloat64) return {{}, -1};
+  const int64_t groups = std::min(room.blocks / walk.chunks, walk.slabs.value);
+  const int64_t rounds = ceil_div(walk.slabs.value, groups);
+  const int64_t joined = walk.chunks * walk.slab_channels * kPartialBytes;
+  const bool divided = walk.chunks > 1 && joined > kDivideAbove;
+  const int64_t tensors = tensors_read(pass);
+  const int64_t moved = (tensors + 1) * windows + tensors * std::max<int64_t>(0, windows - kept);
+  int64_t waited = kRoundCost;
+  if (walk.chunks > 1) waited += kBarrierCost + (divided ? kBarrierCost : joined);
+  const ResidentChoice choice{
+      shape.layout,           shape.lanes, shape.block, static_cast<int>(walk.chunks), static_cast<int>(groups),
+      static_cast<int>(kept), divided};
+  return {choice, rounds * (moved * kVectorBytes * shape.block + waited)};
+}
+
+// Of all shapes and numbers of members, the cheapest.
+Candidate cheapest(const Problem& problem, Pass pass, bool aligned, const DeviceLimits& limits) {
+  Candidate best{{}, -1};
+  each_shape(problem, aligned, [&](const Shape& shape) {
+    const Room room = room_for(shape, pass, limits);
+    if (room.kept == 0) return;
+    const int64_t units = slab_units(problem, shape.layout, aligned);
+    const int64_t slabs = make_walk(problem, shape.layout, shape.lanes, aligned, shape.block, 1).slabs.value;
+    const int64_t most = limits.cooperative_launch ? std::min(room.blocks, ceil_div(units, step_of(shape))) : 1;
+    // So few keep all of it; or, if none do, as many as there are keep the most.
+    const int64_t least = std::min(ceil_div(units, room.kept * step_of(shape)), most);
+    const auto consider = [&](int64_t members) {
+      const Candidate one = candidate(problem, pass, aligned, shape, room, members);
+      if (one.cost >= 0 && (best.cost < 0 || one.cost < best.cost)) best = one;
+    };
+    consider(least);
+    for (int64_t rounds = 1; rounds <= std::min(slabs, kMostRounds); ++rounds) {
+      const int64_t members = std::min(room.blocks / std::min(room.blocks, ceil_div(slabs, rounds)), most);
+      if (members > least) consider(members);
+    }
+  });
+  return best;
+}
+
+// Units of a slab that no member keeps.
+int64_t units_read_again(const ResidentPlan& plan, int64_t units) {
+  const Shape shape{plan.walk.layout, plan.walk.lanes, plan.launch.block};
+  const int64_t kept = plan.kept * step_of(shape);
+  const int64_t last = units - (plan.walk.chunks - 1) * plan.walk.chunk_size;
+  return (plan.walk.chunks - 1) * std::max<int64_t>(0, plan.walk.chunk_size - kept) + std::max<int64_t>(0, last - kept);
+}
+
+Traffic exchanged_by(const ResidentPlan& plan, Pass pass) {
+  if (plan.members == 1) return {0, 0};
+  const bool forward = pass == Pass::kForwardTrain;
+  const int64_t bytes = plan.walk.channels * static_cast<int64_t>(sizeof(double));
+  const int64_t partials = (forward ? 3 : 2) * bytes * plan.members;
+  if (!plan.divided) return {partials * plan.members, partials};
+  // Who has joined a channel tells the others two values; those of the forward are its results.
+  return forward ? Traffic{partials, partials} : Traffic{partials + 2 * bytes * plan.members, partials + 2 * bytes};
+}
+
+}  // namespace
+
+ResidentPlan make_resident(const Problem& problem, bool aligned, Pass pass, const ResidentChoice& choice) {
+  ResidentPlan plan{};
+  plan.walk = make_walk(problem, choice.layout, choice.lanes, aligned, choice.block, choice.members);
+  plan.members = static_cast<int>(plan.walk.chunks);
+  plan.groups = static_cast<int>(std::min<int64_t>(choice.groups, plan.walk.slabs.value));
+  plan.kept = choice.kept;
+  plan.launch = {int64_t{plan.groups} * plan.members, choice.block};
+  plan.shared_bytes = int64_t{kVectorBytes} * choice.block * choice.kept * tensors_read(pass);
+  plan.divided = choice.divided && plan.members > 1;
+  const int64_t joined = plan.divided ? ceil_div(plan.walk.slab_channels, plan.members) : plan.walk.slab_channels;
+  plan.join_lanes = join_lanes(joined, plan.members);
+  return plan;
+}
+
+Plan plan_pass(const Problem& problem, Pass pass, bool aligned, const DeviceLimits& limits,
+               const PlanOptions& options) {
+  Plan plan{};
+  plan.streaming = plan_streaming(problem, aligned, limits);
+  const int64_t tensor = problem.elements() * size_of(problem.dtype);
+  const int64_t read = tensors_read(pass) * tensor;
+  const bool training = pass == Pass::kForwardTrain || pass == Pass::kBackwardTrain;
+  const bool reads_x = pass != Pass::kBackwardEval;
+  plan.floor = {read, tensor};
+  plan.predicted = {training ? 2 * read : reads_x ? read : read + tensor, tensor};
+
+  const Candidate best = training ? cheapest(problem, pass, aligned, limits) : Candidate{{}, -1};
+  plan.reason = !training                   ? Reason::kNoReduction
+                : options.force_streaming   ? Reason::kForced
+                : best.cost >= 0            ? Reason::kNone
+                : limits.cooperative_launch ? Reason::kNotResident
+                                            : Reason::kNoCooperation;
+  if (plan.reason != Reason::kNone) return plan;
+  plan.path = Path::kResident;
+  plan.resident = make_resident(problem, aligned, pass, best.choice);
+  const int64_t again = units_read_again(plan.resident, slab_units(problem, best.choice.layout, aligned));
+  const bool by_rows = best.choice.layout != Layout::kChannelsFirst;
+  const int64_t unit_bytes =
+      problem.channels * (by_rows ? problem.inner * size_of(problem.dtype) : int64_t{kVectorBytes});
+  plan.predicted = {read + tensors_read(pass) * again * unit_bytes, tensor};
+  plan.exchanged = exchanged_by(plan.resident, pass);
+  return plan;
+}
+
+}  // namespace bnk
