@@ -167,7 +167,7 @@ def test_the_engine_names_the_fault(kernel: str, name: str) -> None:
 def test_blocks_that_wait_for_each_other_must_all_be_resident(schedule: str) -> None:
     assert planted("grid_sum", "plain", 3, 64, 4, schedule, 3).sound
     fault = planted("grid_sum", "plain", 3, 64, 4, schedule, 2).said["fault"]
-        assert fault.startswith("deadlock") and re.search("waiting for (1 more|rank 0) of a group", fault)
+    assert fault.startswith("deadlock") and re.search("waiting for (1 more|rank 0) of a group", fault)
 
 
 def test_invalid_launches() -> None:
