@@ -122,19 +122,27 @@ struct ResidentChoice {
   int block;    // threads
   int members;  // at most: as many as there are chunks
   int groups;
-  int kept;  // windows, a multiple of kResidentTile
+  int kept;  // windows
   bool divided;
 };
 
-// Windows that a thread loads at a time, of each tensor, and the unit of what is kept.
+// Windows that a thread loads at a time, of each tensor.
 inline constexpr int kResidentTile = 4;
-// Blocks of kMaxBlockThreads that share a multiprocessor: while those of one group wait for each other, those of another
+// Blocks of resident_threads() that share a multiprocessor: while those of one group wait for each other, those of another
 // move memory.
 inline constexpr int kResidentBlocks = 2;
-inline constexpr int kMaxSlabChannels = 64;
-inline constexpr int kMaxPackedLanes = kMaxBlockThreads;
+template <Layout kLayout>
+inline constexpr int kMaxSlabChannels = kLayout == Layout::kChannelsFirst ? 1 : 64;
+// Threads of a resident block, at most. Where each of a window's elements is of its own channel, as many sums and
+// coefficients want registers: eight of each for 16-bit elements; two, of twice the size, for float64.
+constexpr int resident_threads(Layout layout, int element_bytes) {
+  return layout == Layout::kChannelsFirst || element_bytes == 4 ? kMaxBlockThreads : 192;
+}
+inline constexpr int kMaxPackedLanes = 192;
 // Bytes of a block's shared memory that a resident kernel takes for itself, at most.
-constexpr int64_t resident_overhead(Layout layout) { return layout == Layout::kChannelsFirst ? 1024 : 12 * 1024; }
+constexpr int64_t resident_overhead(Layout layout) {
+  return layout == Layout::kChannelsFirst ? 1024 : layout == Layout::kChannelsLast ? 7 * 1024 : 12 * 1024;
+}
 
 ResidentPlan make_resident(const Problem& problem, bool aligned, Pass pass, const ResidentChoice& choice);
 

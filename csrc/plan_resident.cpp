@@ -22,7 +22,7 @@ constexpr int64_t kPartialBytes = 3 * sizeof(double);
 constexpr int64_t kMostRounds = 8;  // that are tried
 
 // The first windows are the sample that the others are centred on (resident_forward.cuh), so they must be one.
-constexpr int64_t kLeastKept = 8;  // one in so many
+constexpr int64_t kLeastKept = 16;  // one in so many
 // As in plan_streaming.cpp.
 constexpr int64_t kMaxWindowsPerThreadFloat64 = 128;
 
@@ -43,31 +43,32 @@ int64_t step_of(const Shape& shape) {
   return shape.layout == Layout::kChannelsFirst ? shape.block : shape.block / shape.lanes;
 }
 
-int threads_for(int64_t units, int lanes) {
-  const int64_t rows = std::min<int64_t>(units, kMaxBlockThreads / lanes);
-  return static_cast<int>(round_up(lanes * rows, kPlanWarp));
+// The threads of a block that walks `units` units of each of `lanes` lanes.
+Shape shape_of(const Problem& problem, Layout layout, int64_t lanes, int64_t units) {
+  const int64_t rows = std::min(units, resident_threads(layout, size_of(problem.dtype)) / lanes);
+  return {layout, static_cast<int>(lanes), static_cast<int>(round_up(lanes * rows, kPlanWarp))};
 }
 
 template <typename Visit>
 void each_shape(const Problem& problem, bool aligned, const Visit& visit) {
   if (problem.channels_last()) {
     const int widest = widest_lanes(problem);
-    visit(Shape{Layout::kChannelsLast, widest, threads_for(problem.outer, widest)});
-    if (widest == kMaxLanes) visit(Shape{Layout::kChannelsLast, widest / 2, threads_for(problem.outer, widest / 2)});
+    visit(shape_of(problem, Layout::kChannelsLast, widest, problem.outer));
+    if (widest == kMaxLanes) visit(shape_of(problem, Layout::kChannelsLast, widest / 2, problem.outer));
     return;
   }
   const int64_t units = slab_units(problem, Layout::kChannelsFirst, aligned);
-  visit(Shape{Layout::kChannelsFirst, 1, threads_for(units, 1)});
+  visit(shape_of(problem, Layout::kChannelsFirst, 1, units));
   const int64_t vector = vector_elements(problem.dtype);
   if (!aligned || problem.inner < vector || problem.channels * problem.inner % vector != 0) return;
   // So many channels begin and end on a vector.
   const int64_t least = vector / std::gcd(vector, problem.inner);
-  const int64_t most = std::min<int64_t>(kMaxSlabChannels, problem.channels);
+  const int64_t most = std::min<int64_t>(kMaxSlabChannels<Layout::kPacked>, problem.channels);
   for (int64_t channels = least; channels <= most; channels += channels) {
     const int64_t lanes = channels * problem.inner / vector;
     if (lanes > kMaxPackedLanes) return;
     if (lanes < kMinPackedLanes && 2 * channels <= most) continue;
-    visit(Shape{Layout::kPacked, static_cast<int>(lanes), threads_for(problem.outer, static_cast<int>(lanes))});
+    visit(shape_of(problem, Layout::kPacked, lanes, problem.outer));
   }
 }
 
@@ -76,10 +77,10 @@ struct Room {
   int kept;        // windows of each tensor that a thread of each can keep
 };
 
-Room room_for(const Shape& shape, Pass pass, const DeviceLimits& limits) {
+Room room_for(const Shape& shape, Dtype dtype, Pass pass, const DeviceLimits& limits) {
   const int64_t threads = limits.max_threads_per_multiprocessor;
   // The kernels' registers are bounded so that kResidentBlocks of the largest blocks fit.
-  const int64_t by_registers = kResidentBlocks * kMaxBlockThreads / shape.block;
+  const int64_t by_registers = kResidentBlocks * resident_threads(shape.layout, size_of(dtype)) / shape.block;
   const int64_t beside =
       std::min<int64_t>({by_registers, threads / shape.block, int64_t{limits.max_blocks_per_multiprocessor}});
   if (beside == 0) return {};
@@ -88,7 +89,7 @@ Room room_for(const Shape& shape, Pass pass, const DeviceLimits& limits) {
       resident_overhead(shape.layout);
   const int64_t windows = shared / (int64_t{kVectorBytes} * shape.block * tensors_read(pass));
   const int multiprocessors = limits.multiprocessors - limits.multiprocessors / kSparedOf;
-  return {beside * multiprocessors, static_cast<int>(std::max<int64_t>(0, windows / kResidentTile * kResidentTile))};
+  return {beside * multiprocessors, static_cast<int>(std::max<int64_t>(0, windows))};
 }
 
 struct Candidate {
@@ -101,7 +102,7 @@ Candidate candidate(const Problem& problem, Pass pass, bool aligned, const Shape
                     int64_t members) {
   const Walk walk = make_walk(problem, shape.layout, shape.lanes, aligned, shape.block, members);
   const int64_t windows = ceil_div(walk.chunk_size, step_of(shape));  // of a thread
-  const int64_t kept = std::min<int64_t>(round_up(windows, kResidentTile), room.kept);
+  const int64_t kept = std::min<int64_t>(windows, room.kept);
   if (kept * kLeastKept < windows) return {{}, -1};
   if (problem.dtype == Dtype::kFloat64 && windows > kMaxWindowsPerThreadFloat64) return {{}, -1};
   const int64_t groups = std::min(room.blocks / walk.chunks, walk.slabs.value);
@@ -122,7 +123,7 @@ Candidate candidate(const Problem& problem, Pass pass, bool aligned, const Shape
 Candidate cheapest(const Problem& problem, Pass pass, bool aligned, const DeviceLimits& limits) {
   Candidate best{{}, -1};
   each_shape(problem, aligned, [&](const Shape& shape) {
-    const Room room = room_for(shape, pass, limits);
+    const Room room = room_for(shape, problem.dtype, pass, limits);
     if (room.kept == 0) return;
     const int64_t units = slab_units(problem, shape.layout, aligned);
     const int64_t slabs = make_walk(problem, shape.layout, shape.lanes, aligned, shape.block, 1).slabs.value;
@@ -134,6 +135,7 @@ Candidate cheapest(const Problem& problem, Pass pass, bool aligned, const Device
       if (one.cost >= 0 && (best.cost < 0 || one.cost < best.cost)) best = one;
     };
     consider(least);
+    consider(std::min(room.blocks / (room.blocks / least), most));  // the same number of groups, no block left over
     for (int64_t rounds = 1; rounds <= std::min(slabs, kMostRounds); ++rounds) {
       const int64_t members = std::min(room.blocks / std::min(room.blocks, ceil_div(slabs, rounds)), most);
       if (members > least) consider(members);

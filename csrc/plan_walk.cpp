@@ -8,6 +8,8 @@ namespace {
 constexpr int kVectorBytes = 16;
 // Channels that a block joins side by side, at least: so many doubles are one memory sector.
 constexpr int kMinJoinLanes = 4;
+// A walker counts the units of its share in 32 bits, and may step past its end once.
+constexpr int64_t kMaxChunkSize = int64_t{1} << 30;
 
 Divisor divisor(int64_t value) { return {value, 1 / static_cast<double>(value)}; }
 
@@ -43,7 +45,7 @@ Walk make_walk(const Problem& problem, Layout layout, int lanes, bool aligned, i
   walk.channels = problem.channels;
   walk.inner = problem.inner;
   const int64_t units = slab_units(problem, layout, aligned);
-  walk.chunk_size = ceil_div(units, chunks);
+  walk.chunk_size = std::min(ceil_div(units, chunks), kMaxChunkSize);
   walk.chunks = ceil_div(units, walk.chunk_size);
   if (layout == Layout::kChannelsFirst) {
     const int64_t windows = windows_per_row(problem, aligned);

@@ -1,8 +1,9 @@
 // Joining what the threads of a block gathered, in a fixed order: the same bits on every run.
 //
-// Thread t holds kColumns accumulators for the columns of lane t % lanes (lanes: a power of two <= 32). First the
-// threads of a warp that share a lane join by shuffles, then the first `lanes` threads of each warp put theirs in
-// shared memory, then one thread per column joins the warps in order of rank.
+// Thread t has kColumns accumulators, for the columns of lane t % lanes (lanes: a power of two <= 32). First the threads of
+// a warp that share a lane join by shuffles, then the first `lanes` threads of each warp put theirs in shared memory,
+// where one thread per column joins them: the later half of the warps before the earlier half, which so share the same
+// memory.
 #pragma once
 
 #include "../plan.h"
@@ -11,37 +12,68 @@
 namespace bnk {
 
 inline constexpr int kMaxWarps = kMaxBlockThreads / kWarpThreads;
+static_assert(kMaxWarps % 2 == 0);
 
-// Shared memory that reduce_block needs, in accumulators, for up to kLanes lanes.
+// Shared memory that reduce_block needs, in accumulators, for up to kLanes lanes. Where there are several warps, they have a
+// thread for each column.
 template <int kColumns, int kLanes>
-inline constexpr int kReduceSlots = kMaxWarps * kColumns * kLanes;
+inline constexpr int kReduceSlots = kMaxWarps / 2 * kColumns * kLanes;
+
+// Columns whose accumulators are in registers at a time.
+template <int kColumns>
+inline constexpr int kReduceColumns = kColumns > 4 ? kColumns / 2 : kColumns;
+
+// Joins at(column) of the threads of a warp that share a lane, and puts the lanes' results in `slots`.
+template <int kColumns, typename Accumulator, typename At>
+BNK_DEVICE void reduce_warp(const At& at, int lanes, Accumulator* slots) {
+  constexpr int kPart = kReduceColumns<kColumns>;
+  const int lane = static_cast<int>(thread_rank()) % kWarpThreads;
+#pragma unroll
+  for (int first = 0; first < kColumns; first += kPart) {
+    Accumulator mine[kPart];
+#pragma unroll
+    for (int i = 0; i < kPart; ++i) mine[i] = at(first + i);
+    for (int mask = kWarpThreads / 2; mask >= lanes; mask /= 2) {
+#pragma unroll
+      for (int i = 0; i < kPart; ++i) join(mine[i], shuffle_xor(mine[i], mask));
+    }
+    if (lane < lanes) {
+#pragma unroll
+      for (int i = 0; i < kPart; ++i) slots[lane * kColumns + first + i] = mine[i];
+    }
+  }
+}
 
 // Calls done(column, joined) once for each of the lanes * kColumns columns, from one thread each; column c is column
-// c % kColumns of lane c / kColumns. Every thread of the block calls it; `slots` may be used again when it returns.
-template <int kColumns, typename Accumulator, typename Done>
-BNK_DEVICE void reduce_block(Accumulator (&mine)[kColumns], int lanes, Accumulator* slots, const Done& done) {
-  for (int mask = kWarpThreads / 2; mask >= lanes; mask /= 2) {
-#pragma unroll
-    for (int column = 0; column < kColumns; ++column) join(mine[column], shuffle_xor(mine[column], mask));
-  }
-
+// c % kColumns of lane c / kColumns. at(column) is the calling thread's accumulator of one of its own kColumns columns.
+// Every thread of the block calls it; what done() wrote to shared memory is there for all when it returns, and `slots` may
+// be used again.
+template <int kColumns, typename Accumulator, typename At, typename Done>
+BNK_DEVICE void reduce_block(const At& at, int lanes, Accumulator* slots, const Done& done) {
   const int thread = static_cast<int>(thread_rank());
   const int threads = static_cast<int>(block_threads());
   const int warp = thread / kWarpThreads;
-  const int lane = thread % kWarpThreads;
+  const int warps = threads / kWarpThreads;
+  const int half = (warps + 1) / 2;
   const int width = lanes * kColumns;
-  if (lane < lanes) {
-#pragma unroll
-    for (int column = 0; column < kColumns; ++column) slots[warp * width + lane * kColumns + column] = mine[column];
+  Accumulator later{};  // of column `thread`, over the later warps
+  for (int first = half < warps ? half : 0;; first = 0) {
+    const int end = first > 0 ? warps : half;
+    if (warp >= first && warp < end) reduce_warp<kColumns>(at, lanes, slots + (warp - first) * width);
+    block_barrier();  // these warps' slots are written before they are read
+    if (first > 0) {
+      for (int other = 0; other < end - first && thread < width; ++other) join(later, slots[other * width + thread]);
+    } else {
+      for (int column = thread; column < width; column += threads) {
+        Accumulator joined = slots[column];
+        for (int other = 1; other < end; ++other) join(joined, slots[other * width + column]);
+        if (half < warps) join(joined, later);
+        done(column, joined);
+      }
+    }
+    block_barrier();  // the slots are read before they are overwritten, by the earlier warps or the next reduction
+    if (first == 0) return;
   }
-  block_barrier();  // every warp's slots are written before they are read
-
-  for (int column = thread; column < width; column += threads) {
-    Accumulator joined = slots[column];
-    for (int other = 1; other < threads / kWarpThreads; ++other) join(joined, slots[other * width + column]);
-    done(column, joined);
-  }
-  block_barrier();  // the slots are read before the next reduction overwrites them
 }
 
 }  // namespace bnk

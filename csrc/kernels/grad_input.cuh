@@ -38,9 +38,9 @@ grad_input_kernel(GradInputParams params) {
   const T* lead = static_cast<const T*>(params.x);
   const T* grad = static_cast<const T*>(params.grad_y);
   T* out = static_cast<T*>(params.grad_x);
-  const View<const T> x{lead, elements_of(params.walk), Walker_::is_wide(params.walk, lead, lead)};
-  const View<const T> g{grad, elements_of(params.walk), Walker_::is_wide(params.walk, grad, lead)};
-  const View<T> grad_x{out, elements_of(params.walk), Walker_::is_wide(params.walk, out, lead)};
+  const View<const T, kLayout> x{lead, elements_of(params.walk), Walker_::is_wide(params.walk, lead, lead)};
+  const View<const T, kLayout> g{grad, elements_of(params.walk), Walker_::is_wide(params.walk, grad, lead)};
+  const View<T, kLayout> grad_x{out, elements_of(params.walk), Walker_::is_wide(params.walk, out, lead)};
 
   for (int64_t index = block_rank(); index < shares_of(params.walk); index += grid_blocks()) {
     const Share share = share_at(params.walk, index);

@@ -35,8 +35,8 @@ grad_sums_kernel(GradSumsParams params) {
 
   const T* lead = static_cast<const T*>(params.x);
   const T* grad = static_cast<const T*>(params.grad_y);
-  const View<const T> x{lead, elements_of(params.walk), Walker_::is_wide(params.walk, lead, lead)};
-  const View<const T> g{grad, elements_of(params.walk), Walker_::is_wide(params.walk, grad, lead)};
+  const View<const T, kLayout> x{lead, elements_of(params.walk), Walker_::is_wide(params.walk, lead, lead)};
+  const View<const T, kLayout> g{grad, elements_of(params.walk), Walker_::is_wide(params.walk, grad, lead)};
 
   for (int64_t index = block_rank(); index < shares_of(params.walk); index += grid_blocks()) {
     const Share share = share_at(params.walk, index);

@@ -36,8 +36,8 @@ normalize_kernel(NormalizeParams params) {
 
   const T* lead = static_cast<const T*>(params.x);
   T* out = static_cast<T*>(params.y);
-  const View<const T> x{lead, elements_of(params.walk), Walker_::is_wide(params.walk, lead, lead)};
-  const View<T> y{out, elements_of(params.walk), Walker_::is_wide(params.walk, out, lead)};
+  const View<const T, kLayout> x{lead, elements_of(params.walk), Walker_::is_wide(params.walk, lead, lead)};
+  const View<T, kLayout> y{out, elements_of(params.walk), Walker_::is_wide(params.walk, out, lead)};
 
   for (int64_t index = block_rank(); index < shares_of(params.walk); index += grid_blocks()) {
     const Share share = share_at(params.walk, index);

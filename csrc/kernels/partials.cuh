@@ -24,9 +24,10 @@ BNK_DEVICE void store_partial(double* partial, const Walk& walk, int64_t chunk, 
 
 // Joins what the threads of a block gathered for a share, and stores the share's partials.
 template <int kColumns, typename Accumulator>
-BNK_DEVICE void store_share(double* partial, const Walk& walk, const Share& share, Accumulator (&mine)[kColumns],
+BNK_DEVICE void store_share(double* partial, const Walk& walk, const Share& share, const Accumulator (&mine)[kColumns],
                             Accumulator* slots) {
-  reduce_block(mine, walk.lanes, slots, [&](int column, const Accumulator& joined) {
+  const auto at = [&](int column) { return mine[column]; };
+  reduce_block<kColumns>(at, walk.lanes, slots, [&](int column, const Accumulator& joined) {
     const int64_t channel = share.slab * walk.lanes * kColumns + column;
     if (channel < walk.channels) store_partial(partial, walk, share.chunk, channel, joined);
   });
@@ -52,13 +53,14 @@ BNK_DEVICE void join_channels(const Finish& finish, const double* partial, int64
   const int lanes = finish.lanes;
   const int lane = static_cast<int>(thread_rank()) % lanes;
   for (int64_t begin = worker * lanes; begin < count; begin += workers * lanes) {
-    Accumulator total[1] = {};
+    Accumulator total{};
     if (begin + lane < count) {
       for (int64_t chunk = thread_rank() / lanes; chunk < finish.chunks; chunk += block_threads() / lanes) {
-        join(total[0], load_partial<Accumulator>(partial, finish, chunk, first + begin + lane));
+        join(total, load_partial<Accumulator>(partial, finish, chunk, first + begin + lane));
       }
     }
-    reduce_block(total, lanes, slots, [&](int column, const Accumulator& joined) {
+    const auto at = [&](int) { return total; };
+    reduce_block<1>(at, lanes, slots, [&](int column, const Accumulator& joined) {
       if (begin + column < count) done(begin + column, joined);
     });
   }

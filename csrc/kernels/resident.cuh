@@ -8,8 +8,8 @@
 
 namespace bnk {
 
-// Windows that a thread has in flight where it cannot keep them: fewer, as its sums in double take registers.
-inline constexpr int kSpilledTile = 2;
+// Windows that a thread sums in the elements' compute type before the block goes on in double, behind those it keeps.
+inline constexpr int kChainWindows = 64;
 
 // A counter to each group, and one for the launch; each in a memory sector of its own, all 0 but for their top bits before
 // a launch and after it.
@@ -71,28 +71,62 @@ struct Kept {
   }
 };
 
-// A tile of kept windows, `window` the first of them.
+// A tile of kept windows: the `count` first of those from `window` on.
 template <typename T, int kTile>
-BNK_DEVICE void fetch_tile(const Kept<T>& kept, int window, Vector<T> (&bits)[kTile]) {
+BNK_DEVICE void fetch_tile(const Kept<T>& kept, int window, int count, Vector<T> (&bits)[kTile]) {
 #pragma unroll
-  for (int i = 0; i < kTile; ++i) bits[i] = kept[window + i];
+  for (int i = 0; i < kTile; ++i) {
+    if (i < count) bits[i] = kept[window + i];
+  }
 }
 
 template <typename T, int kTile>
-BNK_DEVICE void keep_tile(const Kept<T>& kept, int window, const Vector<T> (&bits)[kTile]) {
+BNK_DEVICE void keep_tile(const Kept<T>& kept, int window, int count, const Vector<T> (&bits)[kTile]) {
 #pragma unroll
-  for (int i = 0; i < kTile; ++i) kept[window + i] = bits[i];
+  for (int i = 0; i < kTile; ++i) {
+    if (i < count) kept[window + i] = bits[i];
+  }
 }
 
-// Visits a thread's windows last tile first: what was read last, and is not kept, is then likeliest still in L2. Calls
-// visit(windows, first, kept): a tile's windows, the number of the first, and whether they are kept.
+// Visits a thread's windows tile by tile: those not kept first, the last of them before the others, as what was read last is
+// likeliest still in L2. Calls visit(windows, first, kept): a tile's windows, the number of the first, and how many of
+// them are kept: 0, or all that are there.
 template <int kTile, typename Walker, typename Visit>
-BNK_DEVICE void visit_reversed(Walker& walker, int kept, const Visit& visit) {
-  for (int tile = (walker.windows() + kTile - 1) / kTile; tile-- > 0;) {
-    Window windows[kTile];
-    walker.seek(int64_t{tile} * kTile);
+BNK_DEVICE void visit_again(Walker& walker, int kept, const Visit& visit) {
+  Window windows[kTile];
+  for (int tile = (walker.windows() - kept + kTile - 1) / kTile; tile-- > 0;) {
+    walker.seek(kept + tile * kTile);
     next_tile(walker, windows);
-    visit(windows, tile * kTile, tile * kTile < kept);
+    visit(windows, kept + tile * kTile, 0);
+  }
+  walker.seek(0);
+  for (int first = 0; first < kept && walker.more(); first += kTile) {
+    next_tile(walker, windows, kept - first);
+    visit(windows, first, kept - first);
+  }
+}
+
+// Channels of a slab; the last one may have fewer.
+BNK_DEVICE int channels_of(const Walk& walk, int slab) {
+  const int64_t rest = walk.channels - int64_t{slab} * walk.slab_channels;
+  return rest < walk.slab_channels ? static_cast<int>(rest) : walk.slab_channels;
+}
+
+// Sums a share, chain by chain: of the windows that a thread keeps first, then of kChainWindows at a time. sum(first, count)
+// sums the thread's windows from `first` on, at(element) are the sums; those of the block, of all chains, are added up in
+// totals[local], and are there for all when it returns.
+template <typename T, Layout kLayout, typename Sum, typename At>
+BNK_DEVICE void sum_share(const Walk& walk, Walker<T, kLayout>& walker, int slab, int kept, Sums* slots, Sums* totals,
+                          const Sum& sum, const At& at) {
+  const int all = walker.most_windows();
+  int count = kept;
+  for (int first = 0; first < all; first += count) {
+    if (first > 0) count = kChainWindows;
+    sum(first, count);
+    reduce_slab<T>(walk, walker, slab, at, slots, [&](int local, const Sums& joined) {
+      if (first == 0) totals[local] = {};
+      join(totals[local], joined);
+    });
   }
 }
 
@@ -105,11 +139,10 @@ BNK_DEVICE void visit_reversed(Walker& walker, int kept, const Visit& visit) {
 //
 // What either wrote to shared memory is there for the block when it returns.
 template <typename Accumulator, typename Finish_, typename Recall>
-BNK_DEVICE void exchange(const Residence& residence, const Walk& walk, const Member& member, int64_t slab,
+BNK_DEVICE void exchange(const Residence& residence, const Walk& walk, const Member& member, int slab,
                          Accumulator* slots, const Finish_& finish, const Recall& recall) {
-  const int64_t first = slab * walk.slab_channels;
-  const int64_t rest = walk.channels - first;
-  const int channels = rest < walk.slab_channels ? static_cast<int>(rest) : walk.slab_channels;
+  const int64_t first = int64_t{slab} * walk.slab_channels;
+  const int channels = channels_of(walk, slab);
   const Finish partials{walk.channels, walk.chunks, residence.join_lanes};
   unsigned* counter = counter_of(residence, member.group);
   group_barrier(counter, residence.members, member.rank);  // every member's partials are stored before they are read

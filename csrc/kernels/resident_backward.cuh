@@ -14,6 +14,10 @@
 
 namespace bnk {
 
+// Windows of each of x and g that a thread takes to the result at a time: fewer than it loads, for its five coefficients
+// of each column.
+inline constexpr int kResultTile = kResidentTile;
+
 struct ResidentBackwardParams {
   Walk walk;
   Residence residence;
@@ -31,13 +35,20 @@ struct ResidentBackwardParams {
 };
 
 // Sums of g and of g*(x - mean), by element of a window.
-template <typename Real, int kElements>
+template <typename T>
 struct Products {
-  Real sum[kElements] = {};
-  Real product[kElements] = {};
+  using Real = Compute<T>;
+  static constexpr int kElements = kVectorElements<T>;
+  Real sum[kElements];
+  Real product[kElements];
+
+  BNK_DEVICE void clear() {
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) sum[i] = product[i] = 0;
+  }
 
   // kFull: all elements of all windows are there. One that is not there adds nothing, whatever the channel's statistics.
-  template <bool kFull, typename T, int kTile, int kColumns>
+  template <bool kFull, int kTile, int kColumns>
   BNK_DEVICE void add(const Window (&windows)[kTile], const Vector<T> (&x_bits)[kTile],
                       const Vector<T> (&g_bits)[kTile], const Real (&mean)[kColumns]) {
 #pragma unroll
@@ -54,7 +65,7 @@ struct Products {
     }
   }
 
-  template <typename T, int kTile, int kColumns>
+  template <int kTile, int kColumns>
   BNK_DEVICE void add(const Window (&windows)[kTile], const Vector<T> (&x_bits)[kTile],
                       const Vector<T> (&g_bits)[kTile], const Real (&mean)[kColumns]) {
     if (all_full(windows, kElements)) {
@@ -64,29 +75,29 @@ struct Products {
     }
   }
 
-  BNK_DEVICE void add_to(Sums (&total)[kElements]) const {
-#pragma unroll
-    for (int i = 0; i < kElements; ++i) {
-      join(total[i], {static_cast<double>(sum[i]), static_cast<double>(product[i])});
-    }
+  BNK_DEVICE Sums operator()(int element) const {
+    return {static_cast<double>(sum[element]), static_cast<double>(product[element])};
   }
 };
 
 template <typename T, Layout kLayout>
-BNK_KERNEL_BESIDE(kMaxBlockThreads, kResidentBlocks)
+BNK_KERNEL_BESIDE(resident_threads(kLayout, sizeof(T)), kResidentBlocks)
 resident_backward_kernel(ResidentBackwardParams params) {
   using Walker_ = Walker<T, kLayout>;
   using Real = Compute<T>;
   constexpr int kTile = kResidentTile;
   constexpr int kColumns = Walker_::kColumns;
   constexpr int kElements = Walker_::kElements;
-  constexpr int kSlabChannels = kLayout == Layout::kChannelsFirst ? 1 : kMaxSlabChannels;
+  constexpr int kSlabChannels = kMaxSlabChannels<kLayout>;
   BNK_SHARED(double, slots, (kResidentSlots<T, kLayout>));
+  BNK_SHARED(Sums, totals, kSlabChannels);
   BNK_SHARED(Real, invstds, kSlabChannels);
   BNK_SHARED(Real, scales, kSlabChannels);
   BNK_SHARED(Real, means_g, kSlabChannels);
   BNK_SHARED(Real, means_g_xhat, kSlabChannels);
   BNK_DYNAMIC_SHARED(Vector<T>, dynamic);
+
+  static_assert(sizeof slots + sizeof totals + 4 * sizeof scales <= resident_overhead(kLayout));
 
   const Walk& walk = params.walk;
   const Residence& residence = params.residence;
@@ -96,12 +107,12 @@ resident_backward_kernel(ResidentBackwardParams params) {
   const T* lead = static_cast<const T*>(params.x);
   const T* grad = static_cast<const T*>(params.grad_y);
   T* out = static_cast<T*>(params.grad_x);
-  const View<const T> x{lead, elements_of(walk), Walker_::is_wide(walk, lead, lead)};
-  const View<const T> g{grad, elements_of(walk), Walker_::is_wide(walk, grad, lead)};
-  const View<T> grad_x{out, elements_of(walk), Walker_::is_wide(walk, out, lead)};
+  const View<const T, kLayout> x{lead, elements_of(walk), Walker_::is_wide(walk, lead, lead)};
+  const View<const T, kLayout> g{grad, elements_of(walk), Walker_::is_wide(walk, grad, lead)};
+  const View<T, kLayout> grad_x{out, elements_of(walk), Walker_::is_wide(walk, out, lead)};
 
-  for (int64_t slab = member.group; slab < walk.slabs.value; slab += residence.groups) {
-    const int64_t first_channel = slab * walk.slab_channels;
+  for (int slab = member.group; slab < walk.slabs.value; slab += residence.groups) {
+    const int64_t first_channel = int64_t{slab} * walk.slab_channels;
     Walker_ walker(walk, {slab, member.rank}, lead);
     Real mean[kColumns];
 #pragma unroll
@@ -111,33 +122,24 @@ resident_backward_kernel(ResidentBackwardParams params) {
     }
 
     // 1. The share, and its sums.
-    Sums total[kElements];
-    {
-      Products<Real, kElements> of_kept;
-      for (int window = 0; window < residence.kept && walker.more(); window += kTile) {
+    Products<T> sums;
+    const auto sum = [&](int first, int count) {
+      sums.clear();
+      walker.seek(first);
+      for (int done = 0; done < count && walker.more(); done += kTile) {
         Window windows[kTile];
         Vector<T> x_bits[kTile], g_bits[kTile];
-        next_tile(walker, windows);
-        load_tile<Reuse::kLast>(x, windows, x_bits);
-        load_tile<Reuse::kLast>(g, windows, g_bits);
-        keep_tile(kept_x, window, x_bits);
-        keep_tile(kept_g, window, g_bits);
-        of_kept.add(windows, x_bits, g_bits, mean);
+        next_tile(walker, windows, count - done);
+        load_tile<Reuse::kAgain>(x, windows, x_bits);
+        load_tile<Reuse::kAgain>(g, windows, g_bits);
+        if (first == 0) {
+          keep_tile(kept_x, done, count - done, x_bits);
+          keep_tile(kept_g, done, count - done, g_bits);
+        }
+        sums.add(windows, x_bits, g_bits, mean);
       }
-#pragma unroll
-      for (int i = 0; i < kElements; ++i) total[i] = {};
-      of_kept.add_to(total);
-    }
-    while (walker.more()) {
-      Window windows[kSpilledTile];
-      Vector<T> x_bits[kSpilledTile], g_bits[kSpilledTile];
-      next_tile(walker, windows);
-      load_tile<Reuse::kAgain>(x, windows, x_bits);
-      load_tile<Reuse::kAgain>(g, windows, g_bits);
-      Products<Real, kElements> of_tile;
-      of_tile.add(windows, x_bits, g_bits, mean);
-      of_tile.add_to(total);
-    }
+    };
+    sum_share(walk, walker, slab, residence.kept, slots_of<Sums>(slots), totals, sum, sums);
 
     // 2. Of the whole channel.
     const auto set = [&](int local, double mean_g, double mean_g_xhat) {
@@ -161,13 +163,15 @@ resident_backward_kernel(ResidentBackwardParams params) {
       write(params.mean_g, channel, mean_g);
       write(params.mean_g_xhat, channel, mean_g_xhat);
     };
-    reduce_slab<T>(walk, walker, slab, total, slots_of<Sums>(slots), [&](int local, const Sums& all) {
+    const int channels = channels_of(walk, slab);
+    for (int local = thread_rank(); local < channels; local += block_threads()) {
       if (residence.members == 1) {
-        finish(local, all);
+        finish(local, totals[local]);
       } else {
-        store_partial(residence.partial, walk, member.rank, first_channel + local, all);
+        store_partial(residence.partial, walk, member.rank, first_channel + local, totals[local]);
       }
-    });
+    }
+    if (residence.members == 1) block_barrier();  // every channel's means are there for all
     if (residence.members > 1) {
       exchange(residence, walk, member, slab, slots_of<Sums>(slots), finish, [&](int local) {
         const int64_t channel = first_channel + local;
@@ -186,31 +190,30 @@ resident_backward_kernel(ResidentBackwardParams params) {
       mean_g[column] = means_g[local];
       mean_g_xhat[column] = means_g_xhat[local];
     }
-    visit_reversed<kSpilledTile>(
-        walker, residence.kept, [&](const Window(&windows)[kSpilledTile], int first, bool is_kept) {
-          Vector<T> x_bits[kSpilledTile], g_bits[kSpilledTile];
-          if (is_kept) {
-            fetch_tile(kept_x, first, x_bits);
-            fetch_tile(kept_g, first, g_bits);
-          } else {
-            load_tile<Reuse::kLast>(x, windows, x_bits);
-            load_tile<Reuse::kLast>(g, windows, g_bits);
-          }
+    visit_again<kResultTile>(walker, residence.kept, [&](const Window(&windows)[kResultTile], int first, int count) {
+      Vector<T> x_bits[kResultTile], g_bits[kResultTile];
+      if (count > 0) {
+        fetch_tile(kept_x, first, count, x_bits);
+        fetch_tile(kept_g, first, count, g_bits);
+      } else {
+        load_tile<Reuse::kLast>(x, windows, x_bits);
+        load_tile<Reuse::kLast>(g, windows, g_bits);
+      }
 #pragma unroll
-          for (int i = 0; i < kSpilledTile; ++i) {
-            Real xs[kElements], gs[kElements];
-            widen_vector(x_bits[i], xs);
-            widen_vector(g_bits[i], gs);
+      for (int i = 0; i < kResultTile; ++i) {
+        Real xs[kElements], gs[kElements];
+        widen_vector(x_bits[i], xs);
+        widen_vector(g_bits[i], gs);
 #pragma unroll
-            for (int element = 0; element < kElements; ++element) {
-              const int column = element % kColumns;
-              const Real xhat = (xs[element] - mean[column]) * invstd[column];
-              const Real centered = gs[element] - mean_g[column];
-              gs[element] = fused_multiply_add(-xhat, mean_g_xhat[column], centered) * scale[column];
-            }
-            store_window(grad_x, windows[i], gs);
-          }
-        });
+        for (int element = 0; element < kElements; ++element) {
+          const int column = element % kColumns;
+          const Real xhat = (xs[element] - mean[column]) * invstd[column];
+          const Real centered = gs[element] - mean_g[column];
+          gs[element] = fused_multiply_add(-xhat, mean_g_xhat[column], centered) * scale[column];
+        }
+        store_window(grad_x, windows[i], gs);
+      }
+    });
   }
 }
 

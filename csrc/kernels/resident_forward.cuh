@@ -4,12 +4,12 @@
 //
 //   1. loads its share, keeps it on chip, and takes the mean of what it kept: the pivot p of each channel
 //   2. sums d = x - p and d^2 from there:  mean = p + sum(d)/n,  m2 = sum(d^2) - sum(d)^2/n.  The pivot is a mean of at least
-//      an eighth of the share, so that what is subtracted is small or, where the rest lies elsewhere, part of the variance
+//      a sixteenth of the share, so that what is subtracted is small or, where the rest lies elsewhere, part of the variance
 //   3. tells its group its moments and joins those of all members (resident.cuh)
-//   4. writes  y = (x - mean) * (invstd * weight) + bias  from what it kept
+//   4. writes  y = (x - mean) * invstd * weight + bias  from what it kept
 //
 // What it could not keep is read in step 2 and, last first, in step 4. A thread sums a few hundred values at most in the
-// elements' compute type, then in double; where that overflows (finite floats whose squares do not fit), again in double.
+// elements' compute type, the block in double.
 #pragma once
 
 #include "resident.cuh"
@@ -37,32 +37,32 @@ BNK_DEVICE bool all_finite(const Real (&values)[kCount]) {
   return finite;
 }
 
-// Sums what a thread has kept, by element of a window.
-template <typename T, Layout kLayout>
-BNK_DEVICE void sum_kept_in_double(Walker<T, kLayout> walker, const Kept<T>& kept, int count,
-                                   double (&sum)[kVectorElements<T>]) {
-  walker.seek(0);
-  for (int window = 0; window < count && walker.more(); ++window) {
-    Compute<T> values[kVectorElements<T>];
-    unpack_window(kept[window], walker.next(), values);
-#pragma unroll
-    for (int i = 0; i < kVectorElements<T>; ++i) sum[i] += values[i];
-  }
-}
+// Finite floats may have a sum, and squares have it soon, that is none. A thread to which that happens sums again, scaled so
+// that it cannot; in double, what it tells its block is scaled back.
+template <typename Real>
+inline constexpr Real kSafeScale = sizeof(Real) == 4 ? Real(0x1p-80) : Real(1);
 
-// Sums of d and d^2, by element of a window.
-template <typename Real, int kElements>
+// Sums of d = x - pivot and of d^2, by element of a window, in units of `scale` and its square.
+template <typename T, int kColumns>
 struct Deviations {
-  Real sum[kElements] = {};
-  Real squares[kElements] = {};
+  using Real = Compute<T>;
+  static constexpr int kElements = kVectorElements<T>;
+  Real sum[kElements];
+  Real squares[kElements];
+  Real scale;
+
+  BNK_DEVICE void clear(Real unit) {
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) sum[i] = squares[i] = 0;
+    scale = unit;
+  }
 
   // kFull: all elements of all windows are there.
-  template <bool kFull, typename T, int kTile, int kColumns>
-  BNK_DEVICE void add(const Window (&windows)[kTile], const Vector<T> (&bits)[kTile],
-                      const Compute<T> (&pivot)[kColumns]) {
+  template <bool kFull, int kTile>
+  BNK_DEVICE void add(const Window (&windows)[kTile], const Vector<T> (&bits)[kTile], const Real (&pivot)[kColumns]) {
 #pragma unroll
     for (int i = 0; i < kTile; ++i) {
-      Compute<T> values[kElements];
+      Real values[kElements];
       widen_vector(bits[i], values);
 #pragma unroll
       for (int element = 0; element < kElements; ++element) {
@@ -74,9 +74,8 @@ struct Deviations {
     }
   }
 
-  template <typename T, int kTile, int kColumns>
-  BNK_DEVICE void add(const Window (&windows)[kTile], const Vector<T> (&bits)[kTile],
-                      const Compute<T> (&pivot)[kColumns]) {
+  template <int kTile>
+  BNK_DEVICE void add(const Window (&windows)[kTile], const Vector<T> (&bits)[kTile], const Real (&pivot)[kColumns]) {
     if (all_full(windows, kElements)) {
       add<true>(windows, bits, pivot);
     } else {
@@ -84,84 +83,73 @@ struct Deviations {
     }
   }
 
-  // False if a sum is not finite.
-  BNK_DEVICE bool add_to(Sums (&total)[kElements]) const {
+  // The same, scaled, of one window.
+  BNK_DEVICE void add_scaled(const Window& window, const Vector<T>& bits, const Real (&pivot)[kColumns]) {
+    Real values[kElements];
+    widen_vector(bits, values);
 #pragma unroll
-    for (int i = 0; i < kElements; ++i) {
-      join(total[i], {static_cast<double>(sum[i]), static_cast<double>(squares[i])});
+    for (int element = 0; element < kElements; ++element) {
+      if (element < window.begin || element >= window.end) continue;
+      const Real deviation = values[element] * scale - pivot[element % kColumns] * scale;
+      sum[element] += deviation;
+      squares[element] = fused_multiply_add(deviation, deviation, squares[element]);
     }
-    return all_finite(sum) & all_finite(squares);
+  }
+
+  BNK_DEVICE bool is_sound() const { return all_finite(sum) && all_finite(squares); }
+
+  BNK_DEVICE Sums operator()(int element) const {
+    const double unit = 1 / static_cast<double>(scale);
+    return {static_cast<double>(sum[element]) * unit, static_cast<double>(squares[element]) * unit * unit};
   }
 };
 
-// Of all of a thread's windows: of the kept ones in one chain of the compute type, of the others by the tile. False if a
-// sum is not finite.
+// Of a thread's windows first .. first + count - 1, which are kept or not.
 template <typename T, Layout kLayout, int kColumns>
-BNK_DEVICE bool sum_deviations(const View<const T>& x, Walker<T, kLayout> walker, const Kept<T>& kept, int count,
-                               const Compute<T> (&pivot)[kColumns], Sums (&total)[kVectorElements<T>]) {
+BNK_DEVICE void sum_deviations(const View<const T, kLayout>& x, Walker<T, kLayout>& walker, const Kept<T>& kept,
+                               bool is_kept, int first, int count, const Compute<T> (&pivot)[kColumns],
+                               Deviations<T, kColumns>& sums) {
   constexpr int kTile = kResidentTile;
-  constexpr int kElements = kVectorElements<T>;
-  walker.seek(0);
-  Deviations<Compute<T>, kElements> of_kept;
-  for (int window = 0; window < count && walker.more(); window += kTile) {
+  sums.clear(1);
+  walker.seek(first);
+  for (int done = 0; done < count && walker.more(); done += kTile) {
     Window windows[kTile];
     Vector<T> bits[kTile];
-    next_tile(walker, windows);
-    fetch_tile(kept, window, bits);
-    of_kept.add(windows, bits, pivot);
-  }
-#pragma unroll
-  for (int i = 0; i < kElements; ++i) total[i] = {};
-  bool finite = of_kept.add_to(total);
-  while (walker.more()) {
-    Window windows[kSpilledTile];
-    Vector<T> bits[kSpilledTile];
-    next_tile(walker, windows);
-    load_tile<Reuse::kAgain>(x, windows, bits);
-    Deviations<Compute<T>, kElements> of_tile;
-    of_tile.add(windows, bits, pivot);
-    finite &= of_tile.add_to(total);
-  }
-  return finite;
-}
-
-// The same in double, a window at a time.
-template <typename T, Layout kLayout, int kColumns>
-BNK_DEVICE void sum_deviations_in_double(const View<const T>& x, Walker<T, kLayout> walker, const Kept<T>& kept,
-                                         int count, const Compute<T> (&pivot)[kColumns],
-                                         Sums (&total)[kVectorElements<T>]) {
-  walker.seek(0);
-#pragma unroll
-  for (int i = 0; i < kVectorElements<T>; ++i) total[i] = {};
-  for (int number = 0; walker.more(); ++number) {
-    const Window window = walker.next();
-    const Vector<T> bits = number < count ? kept[number] : load_window<Reuse::kAgain>(x, window);
-    Compute<T> values[kVectorElements<T>];
-    widen_vector(bits, values);
-#pragma unroll
-    for (int i = 0; i < kVectorElements<T>; ++i) {
-      if (i < window.begin || i >= window.end) continue;
-      const double deviation = static_cast<double>(values[i]) - static_cast<double>(pivot[i % kColumns]);
-      join(total[i], {deviation, deviation * deviation});
+    next_tile(walker, windows, count - done);
+    if (is_kept) {
+      fetch_tile(kept, first + done, count - done, bits);
+    } else {
+      load_tile<Reuse::kAgain>(x, windows, bits);
     }
+    sums.add(windows, bits, pivot);
+  }
+  if (sums.is_sound()) return;
+  sums.clear(kSafeScale<Compute<T>>);
+  walker.seek(first);
+  for (int number = first; number < first + count && walker.more(); ++number) {
+    const Window window = walker.next();
+    sums.add_scaled(window, is_kept ? kept[number] : load_window<Reuse::kAgain>(x, window), pivot);
   }
 }
 
 template <typename T, Layout kLayout>
-BNK_KERNEL_BESIDE(kMaxBlockThreads, kResidentBlocks)
+BNK_KERNEL_BESIDE(resident_threads(kLayout, sizeof(T)), kResidentBlocks)
 resident_forward_kernel(ResidentForwardParams params) {
   using Walker_ = Walker<T, kLayout>;
   using Real = Compute<T>;
   constexpr int kTile = kResidentTile;
   constexpr int kColumns = Walker_::kColumns;
   constexpr int kElements = Walker_::kElements;
-  constexpr int kSlabChannels = kLayout == Layout::kChannelsFirst ? 1 : kMaxSlabChannels;
+  constexpr int kSlabChannels = kMaxSlabChannels<kLayout>;
   BNK_SHARED(double, slots, (kResidentSlots<T, kLayout>));
+  BNK_SHARED(Sums, totals, kSlabChannels);
   BNK_SHARED(Real, pivots, kSlabChannels);
   BNK_SHARED(Real, means, kSlabChannels);
-  BNK_SHARED(Real, scales, kSlabChannels);
+  BNK_SHARED(Real, invstds, kSlabChannels);
+  BNK_SHARED(Real, weights, kSlabChannels);
   BNK_SHARED(Real, biases, kSlabChannels);
   BNK_DYNAMIC_SHARED(Vector<T>, dynamic);
+  static_assert(sizeof slots + sizeof totals + 5 * sizeof pivots <= resident_overhead(kLayout));
   const Kept<T> kept{dynamic};
 
   const Walk& walk = params.walk;
@@ -169,37 +157,40 @@ resident_forward_kernel(ResidentForwardParams params) {
   const Member member = member_of(residence);
   const T* lead = static_cast<const T*>(params.x);
   T* out = static_cast<T*>(params.y);
-  const View<const T> x{lead, elements_of(walk), Walker_::is_wide(walk, lead, lead)};
-  const View<T> y{out, elements_of(walk), Walker_::is_wide(walk, out, lead)};
+  const View<const T, kLayout> x{lead, elements_of(walk), Walker_::is_wide(walk, lead, lead)};
+  const View<T, kLayout> y{out, elements_of(walk), Walker_::is_wide(walk, out, lead)};
 
-  for (int64_t slab = member.group; slab < walk.slabs.value; slab += residence.groups) {
-    const int64_t first_channel = slab * walk.slab_channels;
+  for (int slab = member.group; slab < walk.slabs.value; slab += residence.groups) {
+    const int64_t first_channel = int64_t{slab} * walk.slab_channels;
     Walker_ walker(walk, {slab, member.rank}, lead);
 
     // 1. The share, and the pivots.
-    Real sum[kElements] = {};
+    Deviations<T, kColumns> sums;
+    sums.clear(1);
     for (int window = 0; window < residence.kept && walker.more(); window += kTile) {
       Window windows[kTile];
       Vector<T> bits[kTile];
-      next_tile(walker, windows);
+      next_tile(walker, windows, residence.kept - window);
       load_tile<Reuse::kLast>(x, windows, bits);
-      keep_tile(kept, window, bits);
+      keep_tile(kept, window, residence.kept - window, bits);
 #pragma unroll
       for (int i = 0; i < kTile; ++i) {
         Real values[kElements];
         unpack_window(bits[i], windows[i], values);
 #pragma unroll
-        for (int element = 0; element < kElements; ++element) sum[element] += values[element];
+        for (int element = 0; element < kElements; ++element) sums.sum[element] += values[element];
       }
     }
-    double kept_sum[kElements] = {};
-    if (all_finite(sum)) {
-#pragma unroll
-      for (int i = 0; i < kElements; ++i) kept_sum[i] = static_cast<double>(sum[i]);
-    } else {
-      sum_kept_in_double(walker, kept, residence.kept, kept_sum);
+    if (!all_finite(sums.sum)) {
+      const Real zero[kColumns] = {};
+      sums.clear(kSafeScale<Real>);
+      walker.seek(0);
+      for (int number = 0; number < residence.kept && walker.more(); ++number) {
+        sums.add_scaled(walker.next(), kept[number], zero);
+      }
     }
-    reduce_slab<T>(walk, walker, slab, kept_sum, slots, [&](int local, double all) {
+    const auto sum_of = [&](int element) { return sums(element).first; };
+    reduce_slab<T>(walk, walker, slab, sum_of, slots, [&](int local, double all) {
       pivots[local] = static_cast<Real>(all / static_cast<double>(walker.elements_of_first(residence.kept)));
     });
 
@@ -209,10 +200,10 @@ resident_forward_kernel(ResidentForwardParams params) {
     for (int column = 0; column < kColumns; ++column) {
       pivot[column] = walker.has_channel(column) ? pivots[walker.local(column)] : Real(0);
     }
-    Sums deviations[kElements];
-    if (!sum_deviations(x, walker, kept, residence.kept, pivot, deviations)) {
-      sum_deviations_in_double(x, walker, kept, residence.kept, pivot, deviations);
-    }
+    const auto sum = [&](int first, int count) {
+      sum_deviations(x, walker, kept, first == 0, first, count, pivot, sums);
+    };
+    sum_share(walk, walker, slab, residence.kept, slots_of<Sums>(slots), totals, sum, sums);
 
     // 3. The statistics.
     const double count = static_cast<double>(walker.elements());
@@ -220,7 +211,8 @@ resident_forward_kernel(ResidentForwardParams params) {
     const auto set = [&](int local, double mean, double invstd) {
       const int64_t channel = first_channel + local;
       means[local] = static_cast<Real>(mean);
-      scales[local] = static_cast<Real>(invstd * read_or(params.weight, channel, 1));
+      invstds[local] = static_cast<Real>(invstd);
+      weights[local] = static_cast<Real>(read_or(params.weight, channel, 1));
       biases[local] = static_cast<Real>(read_or(params.bias, channel, 0));
     };
     const auto finish = [&](int local, const Moments& all) {
@@ -229,7 +221,9 @@ resident_forward_kernel(ResidentForwardParams params) {
         write_statistics(params.results, first_channel + local, all, running_factor(params.results, batches));
       }
     };
-    reduce_slab<T>(walk, walker, slab, deviations, slots_of<Sums>(slots), [&](int local, const Sums& all) {
+    const int channels = channels_of(walk, slab);
+    for (int local = thread_rank(); local < channels; local += block_threads()) {
+      const Sums all = totals[local];
       const double shift = all.first / count;
       const double m2 = fused_multiply_add(-shift, all.first, all.second);
       const Moments moments{count, static_cast<double>(pivots[local]) + shift, m2 < 0 ? 0 : m2};
@@ -238,7 +232,8 @@ resident_forward_kernel(ResidentForwardParams params) {
       } else {
         store_partial(residence.partial, walk, member.rank, first_channel + local, moments);
       }
-    });
+    }
+    if (residence.members == 1) block_barrier();  // every channel's statistics are there for all
     if (residence.members > 1) {
       exchange(residence, walk, member, slab, slots_of<Moments>(slots), finish, [&](int local) {
         const int64_t channel = first_channel + local;
@@ -247,18 +242,19 @@ resident_forward_kernel(ResidentForwardParams params) {
     }
 
     // 4. The result.
-    Real mean[kColumns], scale[kColumns], bias[kColumns];
+    Real mean[kColumns], invstd[kColumns], weight[kColumns], bias[kColumns];
 #pragma unroll
     for (int column = 0; column < kColumns; ++column) {
       if (!walker.has_channel(column)) continue;
       mean[column] = means[walker.local(column)];
-      scale[column] = scales[walker.local(column)];
+      invstd[column] = invstds[walker.local(column)];
+      weight[column] = weights[walker.local(column)];
       bias[column] = biases[walker.local(column)];
     }
-    visit_reversed<kTile>(walker, residence.kept, [&](const Window(&windows)[kTile], int first, bool is_kept) {
+    visit_again<kTile>(walker, residence.kept, [&](const Window(&windows)[kTile], int first, int count) {
       Vector<T> bits[kTile];
-      if (is_kept) {
-        fetch_tile(kept, first, bits);
+      if (count > 0) {
+        fetch_tile(kept, first, count, bits);
       } else {
         load_tile<Reuse::kLast>(x, windows, bits);
       }
@@ -269,7 +265,8 @@ resident_forward_kernel(ResidentForwardParams params) {
 #pragma unroll
         for (int element = 0; element < kElements; ++element) {
           const int column = element % kColumns;
-          values[element] = fused_multiply_add(values[element] - mean[column], scale[column], bias[column]);
+          const Real xhat = (values[element] - mean[column]) * invstd[column];
+          values[element] = fused_multiply_add(xhat, weight[column], bias[column]);
         }
         store_window(y, windows[i], values);
       }

@@ -24,41 +24,39 @@ BNK_DEVICE Accumulator join_warp(Accumulator mine) {
   return mine;
 }
 
-// Calls done(local, joined) once for each channel that the slab has, from one thread each. Every thread of the block calls
-// it; what done() wrote to shared memory is there for all when it returns, and `slots` may be used again.
-template <typename T, typename Accumulator, typename Done>
-BNK_DEVICE void reduce_slab(const Walk& walk, const Walker<T, Layout::kChannelsFirst>& /*walker*/, int64_t /*slab*/,
-                            Accumulator (&mine)[kVectorElements<T>], Accumulator* slots, const Done& done) {
+// Calls done(local, joined) once for each channel that the slab has, from one thread each. at(element) is the calling
+// thread's accumulator of one of its windows' elements. Every thread of the block calls it; what done() wrote to shared
+// memory is there for all when it returns, and `slots` may be used again.
+template <typename T, typename Accumulator, typename At, typename Done>
+BNK_DEVICE void reduce_slab(const Walk& walk, const Walker<T, Layout::kChannelsFirst>& /*walker*/, int /*slab*/,
+                            const At& at, Accumulator* slots, const Done& done) {
+  Accumulator mine = at(0);
 #pragma unroll
-  for (int width = kVectorElements<T> / 2; width > 0; width /= 2) {
-#pragma unroll
-    for (int i = 0; i < width; ++i) join(mine[i], mine[i + width]);
-  }
-  Accumulator all[1] = {mine[0]};
-  reduce_block(all, walk.lanes, slots, done);
+  for (int i = 1; i < kVectorElements<T>; ++i) join(mine, at(i));
+  reduce_block<1>([&](int) { return mine; }, walk.lanes, slots, done);
 }
 
-template <typename T, typename Accumulator, typename Done>
-BNK_DEVICE void reduce_slab(const Walk& walk, const Walker<T, Layout::kChannelsLast>& /*walker*/, int64_t slab,
-                            Accumulator (&mine)[kVectorElements<T>], Accumulator* slots, const Done& done) {
-  const int64_t rest = walk.channels - slab * walk.slab_channels;
-  reduce_block(mine, walk.lanes, slots, [&](int column, const Accumulator& joined) {
+template <typename T, typename Accumulator, typename At, typename Done>
+BNK_DEVICE void reduce_slab(const Walk& walk, const Walker<T, Layout::kChannelsLast>& /*walker*/, int slab,
+                            const At& at, Accumulator* slots, const Done& done) {
+  const int64_t rest = walk.channels - int64_t{slab} * walk.slab_channels;
+  reduce_block<kVectorElements<T>>(at, walk.lanes, slots, [&](int column, const Accumulator& joined) {
     if (column < rest) done(column, joined);
   });
 }
 
-template <typename T, typename Accumulator, typename Done>
-BNK_DEVICE void reduce_slab(const Walk& walk, const Walker<T, Layout::kPacked>& walker, int64_t slab,
-                            Accumulator (&mine)[kVectorElements<T>], Accumulator* slots, const Done& done) {
+template <typename T, typename Accumulator, typename At, typename Done>
+BNK_DEVICE void reduce_slab(const Walk& walk, const Walker<T, Layout::kPacked>& walker, int slab, const At& at,
+                            Accumulator* slots, const Done& done) {
   constexpr int kElements = kVectorElements<T>;
   const int first = walker.local(0);
   Accumulator halves[2] = {};
 #pragma unroll
   for (int column = 0; column < kElements; ++column) {
     if (walker.local(column) == first) {
-      join(halves[0], mine[column]);
+      join(halves[0], at(column));
     } else {
-      join(halves[1], mine[column]);
+      join(halves[1], at(column));
     }
   }
   const int thread = static_cast<int>(thread_rank());
@@ -68,7 +66,7 @@ BNK_DEVICE void reduce_slab(const Walk& walk, const Walker<T, Layout::kPacked>& 
 
   const int inner = static_cast<int>(walk.inner);
   const int rows = static_cast<int>(block_threads()) / walk.lanes;
-  const int64_t rest = walk.channels - slab * walk.slab_channels;
+  const int64_t rest = walk.channels - int64_t{slab} * walk.slab_channels;
   const int channels = rest < walk.slab_channels ? static_cast<int>(rest) : walk.slab_channels;
   const int warps = static_cast<int>(block_threads()) / kWarpThreads;
   for (int channel = thread / kWarpThreads; channel < channels; channel += warps) {

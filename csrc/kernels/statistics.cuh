@@ -71,7 +71,7 @@ statistics_kernel(StatisticsParams params) {
   }
 
   const T* data = static_cast<const T*>(params.x);
-  const View<const T> x{data, elements_of(params.walk), Walker_::is_wide(params.walk, data, data)};
+  const View<const T, kLayout> x{data, elements_of(params.walk), Walker_::is_wide(params.walk, data, data)};
   for (int64_t index = block_rank(); index < shares_of(params.walk); index += grid_blocks()) {
     const Share share = share_at(params.walk, index);
     Walker_ walker(params.walk, share, data);

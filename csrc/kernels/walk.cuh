@@ -49,7 +49,7 @@ BNK_DEVICE int phase_of(const T* data) {
 }
 
 // A tensor as a kernel sees it. wide: the walk's windows lie on 16-byte boundaries of this tensor.
-template <typename T>
+template <typename T, Layout kLayout>
 struct View {
   T* data;
   int64_t elements;
@@ -57,16 +57,20 @@ struct View {
 };
 
 // Loading is in two steps, so that a thread can have several windows in flight before it waits for the first:
-// load_window only issues the load, unpack_window looks at the bits.
+// load_tile only issues the loads, unpack_window looks at the bits.
 //
 // A window that lies inside the tensor is loaded whole, also where only a part of it is the walker's row: the other
 // elements share its memory sectors anyway. They are then masked out.
-template <Reuse kReuse, typename T>
-BNK_DEVICE Vector<T> load_window(const View<const T>& view, const Window& window) {
+template <typename T, Layout kLayout>
+BNK_DEVICE bool is_inside(const View<const T, kLayout>& view, const Window& window) {
+  if constexpr (kLayout != Layout::kChannelsFirst) return true;  // whole columns of vectors, if they are wide
+  return window.offset >= 0 && window.offset <= view.elements - kVectorElements<T>;
+}
+
+template <Reuse kReuse, typename T, Layout kLayout>
+BNK_DEVICE Vector<T> load_window(const View<const T, kLayout>& view, const Window& window) {
   const T* start = view.data + window.offset;
-  if (view.wide && window.size() > 0 && window.offset >= 0 && window.offset <= view.elements - kVectorElements<T>) {
-    return load_vector<kReuse>(start);
-  }
+  if (view.wide && window.size() > 0 && is_inside(view, window)) return load_vector<kReuse>(start);
   Vector<T> bits{};
 #pragma unroll
   for (int i = 0; i < kVectorElements<T>; ++i) {
@@ -87,8 +91,8 @@ BNK_DEVICE void unpack_window(const Vector<T>& bits, const Window& window, Compu
 }
 
 // Writes the elements that are there, and no others. Results are not read again by the kernel that makes them.
-template <typename T>
-BNK_DEVICE void store_window(const View<T>& view, const Window& window,
+template <typename T, Layout kLayout>
+BNK_DEVICE void store_window(const View<T, kLayout>& view, const Window& window,
                              const Compute<T> (&values)[kVectorElements<T>]) {
   T* start = view.data + window.offset;
   if (view.wide && window.is_full(kVectorElements<T>)) {
@@ -109,11 +113,27 @@ BNK_DEVICE bool all_full(const Window (&windows)[kTile], int elements) {
   return full;
 }
 
-// A tile of windows: all its loads are issued before the first is waited for.
-template <Reuse kReuse, typename T, int kTile>
-BNK_DEVICE void load_tile(const View<const T>& view, const Window (&windows)[kTile], Vector<T> (&bits)[kTile]) {
+// A tile of windows, in ascending order. All its loads are issued one behind the other, unless one is not of a vector, which
+// is rare.
+template <Reuse kReuse, typename T, Layout kLayout, int kTile>
+BNK_DEVICE void load_tile(const View<const T, kLayout>& view, const Window (&windows)[kTile],
+                          Vector<T> (&bits)[kTile]) {
+  bool vectors = view.wide;
+  if (windows[kTile - 1].size() > 0) {  // then none is empty
+    vectors &= is_inside(view, windows[0]) && is_inside(view, windows[kTile - 1]);
+  } else {
 #pragma unroll
-  for (int i = 0; i < kTile; ++i) bits[i] = load_window<kReuse>(view, windows[i]);
+    for (int i = 0; i < kTile; ++i) vectors &= windows[i].size() == 0 || is_inside(view, windows[i]);
+  }
+  if (vectors) {
+#pragma unroll
+    for (int i = 0; i < kTile; ++i) {
+      bits[i] = windows[i].size() > 0 ? load_vector<kReuse>(view.data + windows[i].offset) : Vector<T>{};
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kTile; ++i) bits[i] = load_window<kReuse>(view, windows[i]);
+  }
 }
 
 template <typename T, int kTile>

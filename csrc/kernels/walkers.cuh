@@ -9,9 +9,7 @@
 namespace bnk {
 
 // How often a thread is in turn that begins at `rank` of `size` and goes on in steps.
-BNK_DEVICE int turns(int64_t size, int64_t rank, int64_t step) {
-  return size <= rank ? 0 : (static_cast<int>(size - rank) + static_cast<int>(step) - 1) / static_cast<int>(step);
-}
+BNK_DEVICE int turns(int size, int rank, int step) { return size <= rank ? 0 : (size - rank + step - 1) / step; }
 
 template <typename T, Layout kLayout>
 class Walker;
@@ -27,21 +25,27 @@ class Walker<T, Layout::kChannelsFirst> {
   BNK_DEVICE Walker(const Walk& walk, Share share, const T* lead)
       : walk_(walk), channel_(share.slab), phase_(phase_of(lead)), first_(share.chunk * walk.chunk_size) {
     const int64_t rest = walk.outer * walk.windows.value - first_;
-    size_ = rest < walk.chunk_size ? rest : walk.chunk_size;
+    size_ = static_cast<int>(rest < walk.chunk_size ? rest : walk.chunk_size);
     seek(0);
   }
 
   BNK_DEVICE static bool is_wide(const Walk&, const T* data, const T* lead) { return phase_of(data) == phase_of(lead); }
 
-  // Of this thread, in all. Of shares below 2^31 windows, which those of a resident plan are by far.
-  BNK_DEVICE int windows() const { return turns(size_, thread_rank(), block_threads()); }
+  // Of this thread, in all.
+  BNK_DEVICE int windows() const {
+    return turns(size_, static_cast<int>(thread_rank()), static_cast<int>(block_threads()));
+  }
+
+  // Of any thread of the block, at most.
+  BNK_DEVICE int most_windows() const { return turns(size_, 0, static_cast<int>(block_threads())); }
 
   // On to the thread's window of this number.
-  BNK_DEVICE void seek(int64_t number) {
-    at_ = thread_rank() + number * block_threads();
+  BNK_DEVICE void seek(int number) {
+    at_ = static_cast<int>(thread_rank() + number * block_threads());
     if (at_ >= size_) return;
-    row_ = quotient(first_ + at_, walk_.windows);
-    window_ = first_ + at_ - row_ * walk_.windows.value;
+    const int64_t row = quotient(first_ + at_, walk_.windows);
+    window_ = first_ + at_ - row * walk_.windows.value;
+    row_start_ = (row * walk_.channels + channel_) * walk_.inner;
   }
 
   BNK_DEVICE bool more() const { return at_ < size_; }
@@ -49,18 +53,17 @@ class Walker<T, Layout::kChannelsFirst> {
   // The current window, and on to the thread's next. Empty when there are no more.
   BNK_DEVICE Window next() {
     if (!more()) return {0, 0, 0};
-    const int64_t start = (row_ * walk_.channels + channel_) * walk_.inner;
-    const int64_t in_row = window_ * kElements - shift_of(start);
+    const int64_t in_row = window_ * kElements - shift_of(row_start_);
     const int64_t rest = walk_.inner - in_row;
-    const Window window{start + in_row, in_row < 0 ? static_cast<int>(-in_row) : 0,
+    const Window window{row_start_ + in_row, in_row < 0 ? static_cast<int>(-in_row) : 0,
                         rest < kElements ? static_cast<int>(rest) : kElements};
 
-    at_ += block_threads();
-    row_ += walk_.step_rows;
+    at_ += static_cast<int>(block_threads());
+    row_start_ += walk_.step_rows * walk_.channels * walk_.inner;
     window_ += walk_.step_windows;
     if (window_ >= walk_.windows.value) {
       window_ -= walk_.windows.value;
-      ++row_;
+      row_start_ += walk_.channels * walk_.inner;
     }
     return window;
   }
@@ -74,8 +77,8 @@ class Walker<T, Layout::kChannelsFirst> {
 
   // Elements of each channel in the share: of all its windows, or of the first `windows` of every thread.
   BNK_DEVICE int64_t elements() const { return elements_before(first_ + size_) - elements_before(first_); }
-  BNK_DEVICE int64_t elements_of_first(int64_t windows) const {
-    const int64_t size = windows * block_threads();
+  BNK_DEVICE int64_t elements_of_first(int windows) const {
+    const int size = windows * static_cast<int>(block_threads());
     return elements_before(first_ + (size < size_ ? size : size_)) - elements_before(first_);
   }
 
@@ -96,9 +99,9 @@ class Walker<T, Layout::kChannelsFirst> {
   int64_t channel_;
   int phase_;
   int64_t first_;  // window of the channel that the share begins with
-  int64_t size_;   // windows of the share
-  int64_t at_;     // of those, the current one; in the array: window_ of row_
-  int64_t row_ = 0;
+  int size_;       // windows of the share
+  int at_;         // of those, the current one: window_ of the row that starts at row_start_
+  int64_t row_start_ = 0;
   int64_t window_ = 0;
 };
 
@@ -112,11 +115,8 @@ class ColumnWalker {
 
   BNK_DEVICE ColumnWalker(const Walk& walk, Share share, const T* /*lead*/)
       : walk_(walk), share_(share), lane_(static_cast<int>(thread_rank()) % walk.lanes) {
-    const int64_t row_columns = walk.channels * walk.inner;
-    const int64_t column = (share.slab * walk.lanes + lane_) * kElements;
-    const int64_t columns = row_columns - column;
+    const int64_t columns = row_columns() - first_column();
     columns_ = columns < 0 ? 0 : columns < kElements ? static_cast<int>(columns) : kElements;
-    start_ = share.chunk * walk.chunk_size * row_columns + column;
     if constexpr (kLayout == Layout::kPacked) {
       const int inner = static_cast<int>(walk.inner);
       local_ = lane_ * kElements / inner;
@@ -125,7 +125,7 @@ class ColumnWalker {
     step_ = static_cast<int>(block_threads()) / walk.lanes;
     rank_ = static_cast<int>(thread_rank()) / walk.lanes;
     // Threads beyond the last whole row of lanes have nothing to do, nor have those beyond the array's columns.
-    end_ = rank_ >= step_ || columns_ == 0 ? 0 : rows();
+    end_ = rank_ >= step_ || columns_ == 0 ? 0 : static_cast<int>(rows());
     seek(0);
   }
 
@@ -134,15 +134,20 @@ class ColumnWalker {
   }
 
   BNK_DEVICE int windows() const { return turns(end_, rank_, step_); }
+  BNK_DEVICE int most_windows() const { return turns(static_cast<int>(rows()), 0, step_); }
 
-  BNK_DEVICE void seek(int64_t number) { at_ = rank_ + number * step_; }
+  BNK_DEVICE void seek(int number) {
+    at_ = rank_ + number * step_;
+    offset_ = (share_.chunk * walk_.chunk_size + at_) * row_columns() + first_column();
+  }
 
   BNK_DEVICE bool more() const { return at_ < end_; }
 
   BNK_DEVICE Window next() {
     if (!more()) return {0, 0, 0};
-    const Window window{start_ + at_ * (walk_.channels * walk_.inner), 0, columns_};
+    const Window window{offset_, 0, columns_};
     at_ += step_;
+    offset_ += step_ * row_columns();
     return window;
   }
 
@@ -155,11 +160,15 @@ class ColumnWalker {
   BNK_DEVICE bool first_in_block() const { return static_cast<int>(thread_rank()) < walk_.lanes; }
 
   BNK_DEVICE int64_t elements() const { return rows() * walk_.inner; }
-  BNK_DEVICE int64_t elements_of_first(int64_t windows) const {
+  BNK_DEVICE int64_t elements_of_first(int windows) const {
     return (windows * step_ < rows() ? windows * step_ : rows()) * walk_.inner;
   }
 
  private:
+  BNK_DEVICE int64_t row_columns() const { return walk_.channels * walk_.inner; }
+  // Of its vector.
+  BNK_DEVICE int64_t first_column() const { return (share_.slab * walk_.lanes + lane_) * kElements; }
+
   BNK_DEVICE int64_t rows() const {
     const int64_t rest = walk_.outer - share_.chunk * walk_.chunk_size;
     return rest < walk_.chunk_size ? rest : walk_.chunk_size;
@@ -173,9 +182,9 @@ class ColumnWalker {
   int boundary_ = 0;  // ... and the first of its columns that is of the next one
   int step_;
   int rank_;
-  int64_t start_;  // of its vector in the share's first row, in elements
-  int64_t end_;    // rows of the share that concern this thread
-  int64_t at_;     // the current one
+  int end_;         // rows of the share that concern this thread
+  int at_;          // the current one ...
+  int64_t offset_;  // ... and of its vector in it
 };
 
 template <typename T>
@@ -188,11 +197,11 @@ class Walker<T, Layout::kPacked> : public ColumnWalker<T, Layout::kPacked> {
   using ColumnWalker<T, Layout::kPacked>::ColumnWalker;
 };
 
-// The walker's next windows; empty ones behind its last.
+// The walker's next windows, `most` of them; empty ones behind its last.
 template <typename Walker, int kTile>
-BNK_DEVICE void next_tile(Walker& walker, Window (&windows)[kTile]) {
+BNK_DEVICE void next_tile(Walker& walker, Window (&windows)[kTile], int most = kTile) {
 #pragma unroll
-  for (int i = 0; i < kTile; ++i) windows[i] = walker.next();
+  for (int i = 0; i < kTile; ++i) windows[i] = i < most ? walker.next() : Window{0, 0, 0};
 }
 
 }  // namespace bnk
