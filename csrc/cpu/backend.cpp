@@ -61,10 +61,10 @@ Problem normal_form(Problem problem) {
 
 // Calls f(layout) with the layout of the problem. `tensors`: how many of its size are read and written.
 template <typename F>
-void with_layout(const Problem& problem, int tensors, const F& f) {
+void with_layout(const Problem& problem, int tensors, bool has_partials, const F& f) {
   const int64_t channel_bytes = problem.elements_per_channel() * size_of(problem.dtype) * tensors;
   if (problem.inner >= kMinRun || problem.channels == 1) {
-    const Rows rows(problem, tensors);
+    const Rows rows(problem, tensors, has_partials);
     return f(static_cast<const Layout&>(rows), channel_bytes * rows.block_channels());
   }
   const Columns columns(problem, tensors, threads_for(problem.elements()));
@@ -158,7 +158,7 @@ void forward_train(const ForwardTrainArgs& args) {
   const Coefficients weight(args.weight, 1, problem);
   const Coefficients bias(args.bias, 0, problem);
   const AffineVectors affine{args.mean.data, args.invstd.data, weight.data(), bias.data()};
-  with_layout(problem, 2, [&](const Layout& layout, int64_t block_bytes) {
+  with_layout(problem, 2, true, [&](const Layout& layout, int64_t block_bytes) {
     const TrainForward work{
         args, layout, affine, factor, underflow_floor(args.eps), static_cast<double>(problem.elements_per_channel())};
     run(layout, work, problem.elements(), block_bytes);
@@ -175,7 +175,7 @@ void forward_eval(const ForwardEvalArgs& args) {
   const Coefficients weight(args.weight, 1, problem);
   const Coefficients bias(args.bias, 0, problem);
   const AffineVectors affine{args.mean.data, args.invstd.data, weight.data(), bias.data()};
-  with_layout(problem, 2, [&](const Layout& layout, int64_t block_bytes) {
+  with_layout(problem, 2, false, [&](const Layout& layout, int64_t block_bytes) {
     run(layout, EvalForward{args, layout, affine}, problem.elements(), block_bytes);
   });
 }
@@ -194,7 +194,7 @@ void backward(const BackwardArgs& args) {
     }
   }
   const GradientVectors vectors{args.mean.data, args.invstd.data, scale.data(), mean_g.data(), mean_gx.data()};
-  with_layout(problem, 3, [&](const Layout& layout, int64_t block_bytes) {
+  with_layout(problem, 3, has_partials, [&](const Layout& layout, int64_t block_bytes) {
     const Backward work{args,
                         layout,
                         vectors,

@@ -45,7 +45,7 @@ struct GradientVectors {
 };
 
 struct Kernels {
-  // At most kMaxRowChannels channels. Vectors start with the first of them.
+  // Vectors start with the first of the channels; where there are sums, there are at most kMaxRowChannels of them.
   void (*row_moments)(const void* x, Tile tile, int channels, double floor, Partial* of_tile);
   void (*row_normalize)(const void* x, void* y, Tile tile, int channels, const AffineVectors& affine, bool streamed);
   void (*row_sums)(const void* g, const void* x, Tile tile, int channels, const void* mean, const void* invstd,

@@ -79,7 +79,7 @@ class Layout {
 // Channels-first: runs of `inner` elements (rows.cpp). Any problem, best where inner is not tiny.
 class Rows final : public Layout {
  public:
-  Rows(const Problem& problem, int tensors);
+  Rows(const Problem& problem, int tensors, bool has_partials);
   double count(int64_t chunk) const override;
   void moments(const void* x, double floor, int64_t block, int64_t chunk, Partial* partials) const override;
   void normalize(const void* x, void* y, const AffineVectors& affine, int64_t block, int64_t chunk) const override;

@@ -2,6 +2,9 @@
 //
 // Tiles of about kTileBytes: a piece of a long run, or several short runs. A block holds several channels where runs
 // are short, so that a thread walks neighbouring runs together and every cache line that it fetches is used.
+//
+// Where there are no statistics nothing is visited twice, and memory is best walked from end to end: a block then holds
+// as many channels as make a long stretch, a chunk is one row of them, and a tile is a chunk.
 #include <algorithm>
 
 #include "layout.h"
@@ -14,13 +17,26 @@ constexpr int64_t kChunkTiles = 32;   // at least, in a chunk
 constexpr int64_t kMaxChunks = 256;
 constexpr int64_t kStreamedRunBytes = 4096;
 constexpr int64_t kBlockRunBytes = 2048;  // neighbouring runs that a block walks together
+constexpr int64_t kStretchBytes = 65536;  // of memory in a row, where there are no statistics and so no tiles
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 
-Rows::Rows(const Problem& problem, int tensors) : Layout(problem, tensors) {
+Rows::Rows(const Problem& problem, int tensors, bool has_partials) : Layout(problem, tensors) {
   const int64_t inner = problem.inner;
+  const int64_t run_bytes = inner * size_of(problem.dtype);
+  // Past the cache only whole lines: the ends of short runs would be written to the same lines both ways.
+  streamed_ = streamed_ && run_bytes >= kStreamedRunBytes;
+  if (!has_partials) {
+    length_ = std::min(inner, kStretchBytes / size_of(problem.dtype));
+    segments_ = ceil_div(inner, length_);
+    tile_rows_ = chunk_tiles_ = 1;
+    tiles_ = chunks_ = problem.outer * segments_;
+    block_channels_ = std::clamp<int64_t>(kStretchBytes / run_bytes, 1, problem.channels);
+    blocks_ = ceil_div(problem.channels, block_channels_);
+    return;
+  }
   const int64_t tile_elements = kTileBytes / size_of(accumulate_dtype(problem.dtype));
   if (inner >= tile_elements) {
     length_ = ceil_div(ceil_div(inner, ceil_div(inner, tile_elements)), 64) * 64;
@@ -33,11 +49,9 @@ Rows::Rows(const Problem& problem, int tensors) : Layout(problem, tensors) {
     tile_rows_ = tile_elements / inner;
     tiles_ = ceil_div(problem.outer, tile_rows_);
   }
-  // Past the cache only whole lines: the ends of short runs would be written to the same lines both ways.
-  streamed_ = streamed_ && inner * size_of(problem.dtype) >= kStreamedRunBytes;
   chunk_tiles_ = std::max(kChunkTiles, ceil_div(tiles_, kMaxChunks));
   chunks_ = ceil_div(tiles_, chunk_tiles_);
-  block_channels_ = std::clamp<int64_t>(ceil_div(kBlockRunBytes, inner * size_of(problem.dtype)), 1, kMaxRowChannels);
+  block_channels_ = std::clamp<int64_t>(ceil_div(kBlockRunBytes, run_bytes), 1, kMaxRowChannels);
   block_channels_ = std::min(block_channels_, problem.channels);
   blocks_ = ceil_div(problem.channels, block_channels_);
 }
