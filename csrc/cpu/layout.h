@@ -24,8 +24,9 @@ inline void merge_moments(Partial* into, double before, const Partial& from, dou
   into->second += from.second + delta * delta * before * share;
 }
 
-// A usual last-level cache. A problem that touches more does not find its result there afterwards.
-constexpr int64_t kLastLevelBytes = int64_t{32} << 20;
+// What a call may hope to keep in the last-level cache: data between its two visits, and results for whoever reads them
+// next. A cache of 32 MB is usual, and others use it too.
+constexpr int64_t kCacheBytes = int64_t{16} << 20;
 
 class Layout {
  public:
@@ -56,7 +57,7 @@ class Layout {
   Layout(const Problem& problem, int tensors)
       : problem_(problem),
         kernels_(kernels(problem.dtype)),
-        streamed_(problem.elements() * size_of(problem.dtype) * tensors > kLastLevelBytes) {}
+        streamed_(problem.elements() * size_of(problem.dtype) * tensors > kCacheBytes) {}
   ~Layout() = default;
 
   const void* at(const void* data, int64_t element) const {

@@ -18,8 +18,7 @@
 
 namespace bnk::cpu {
 
-constexpr int64_t kSerialElements = 32768;          // below, starting threads costs more than it saves
-constexpr int64_t kCacheBytes = int64_t{16} << 20;  // of the last-level cache, for the data between two visits
+constexpr int64_t kSerialElements = 32768;  // below, starting threads costs more than it saves
 
 inline int threads_for(int64_t elements) {
   return elements <= kSerialElements || at::in_parallel_region() ? 1 : at::get_num_threads();
