@@ -20,30 +20,33 @@ constexpr int64_t kInPlaceValues = 256;  // by-channel vectors up to this length
 // A vector by channel in the arithmetic type: the caller's own where it is that already, else a converted copy.
 class Coefficients {
  public:
-  Coefficients(ConstPerChannel vector, double otherwise, const Problem& problem) {
-    const Dtype dtype = accumulate_dtype(problem.dtype);
-    if (vector.data != nullptr && vector.dtype == dtype) {
+  Coefficients(ConstPerChannel vector, double otherwise, const Problem& problem)
+      : dtype_(accumulate_dtype(problem.dtype)) {
+    if (vector.data != nullptr && vector.dtype == dtype_) {
       data_ = vector.data;
       return;
     }
-    const PerChannel copy = space(problem);
-    for (int64_t c = 0; c < problem.channels; ++c) write(copy, c, read_or(vector, c, otherwise));
-    data_ = copy.data;
+    make_space(problem);
+    for (int64_t c = 0; c < problem.channels; ++c) write(space(), c, read_or(vector, c, otherwise));
   }
   // Uninitialised, to be written through space().
-  explicit Coefficients(const Problem& problem) { data_ = space(problem).data; }
+  explicit Coefficients(const Problem& problem) : dtype_(accumulate_dtype(problem.dtype)) { make_space(problem); }
+  Coefficients(const Coefficients&) = delete;
+  Coefficients& operator=(const Coefficients&) = delete;
 
-  PerChannel space(const Problem& problem) {
-    const int64_t bytes = problem.channels * size_of(accumulate_dtype(problem.dtype));
-    if (bytes > static_cast<int64_t>(sizeof(in_place_)) && heap_ == nullptr) {
-      heap_.reset(new double[static_cast<size_t>(bytes / 8 + 1)]);
-    }
-    return {heap_ ? heap_.get() : in_place_, accumulate_dtype(problem.dtype)};
-  }
   const void* data() const { return data_; }
+  PerChannel space() { return {own_, dtype_}; }
 
  private:
-  const void* data_;
+  void make_space(const Problem& problem) {
+    const int64_t bytes = problem.channels * size_of(dtype_);
+    if (bytes > static_cast<int64_t>(sizeof(in_place_))) heap_.reset(new double[static_cast<size_t>(bytes / 8 + 1)]);
+    data_ = own_ = heap_ ? heap_.get() : in_place_;
+  }
+
+  const Dtype dtype_;
+  const void* data_ = nullptr;
+  void* own_ = nullptr;
   std::unique_ptr<double[]> heap_;
   double in_place_[kInPlaceValues];
 };
@@ -78,6 +81,7 @@ struct TrainForward {
   const ForwardTrainArgs& args;
   const Layout& layout;
   AffineVectors affine;
+  PerChannel scale;
   double factor;
   double floor;
   double n;
@@ -90,8 +94,10 @@ struct TrainForward {
   }
   void finish(int64_t c, const Partial& total) const {
     const double mean = total.first;
+    const double invstd = 1 / std::sqrt(total.second / n + args.eps);
     write(args.mean, c, mean);
-    write(args.invstd, c, 1 / std::sqrt(total.second / n + args.eps));
+    write(args.invstd, c, invstd);
+    write(scale, c, invstd * read_or(args.weight, c, 1));
     if (args.running_mean.data != nullptr) {
       const double old = read(args.running_mean, c);
       write(args.running_mean, c, old + factor * (mean - old));
@@ -121,7 +127,7 @@ struct Backward {
   const BackwardArgs& args;
   const Layout& layout;
   GradientVectors vectors;
-  PerChannel scale, mean_g, mean_gx;
+  PerChannel mean_g, slope;
   double n;
   bool has_partials;
   bool has_apply;
@@ -138,7 +144,7 @@ struct Backward {
     write(args.grad_weight, c, total.second);
     if (!args.training || !has_apply) return;
     write(mean_g, c, total.first / n);
-    write(mean_gx, c, total.second / n);
+    write(slope, c, read(args.invstd, c) * (total.second / n));
   }
   void apply(int64_t block, int64_t chunk) const {
     layout.gradient(args.grad_y, args.training ? args.x : nullptr, args.grad_x, vectors, block, chunk);
@@ -155,26 +161,33 @@ void forward_train(const ForwardTrainArgs& args) {
   }
   const Problem problem = normal_form(args.problem);
   prefer_huge_pages(args.y, bytes_of(problem));
-  const Coefficients weight(args.weight, 1, problem);
+  Coefficients scale(problem);
   const Coefficients bias(args.bias, 0, problem);
-  const AffineVectors affine{args.mean.data, args.invstd.data, weight.data(), bias.data()};
+  const AffineVectors affine{args.mean.data, scale.data(), bias.data()};
   with_layout(problem, 2, true, [&](const Layout& layout, int64_t block_bytes) {
-    const TrainForward work{
-        args, layout, affine, factor, underflow_floor(args.eps), static_cast<double>(problem.elements_per_channel())};
+    const TrainForward work{args,
+                            layout,
+                            affine,
+                            scale.space(),
+                            factor,
+                            underflow_floor(args.eps),
+                            static_cast<double>(problem.elements_per_channel())};
     run(layout, work, problem.elements(), block_bytes);
   });
 }
 
 void forward_eval(const ForwardEvalArgs& args) {
   const Problem problem = normal_form(args.problem);
+  Coefficients scale(problem);
   for (int64_t c = 0; c < problem.channels; ++c) {
+    const double invstd = 1 / std::sqrt(read(args.running_var, c) + args.eps);
     write(args.mean, c, read(args.running_mean, c));
-    write(args.invstd, c, 1 / std::sqrt(read(args.running_var, c) + args.eps));
+    write(args.invstd, c, invstd);
+    write(scale.space(), c, invstd * read_or(args.weight, c, 1));
   }
   prefer_huge_pages(args.y, bytes_of(problem));
-  const Coefficients weight(args.weight, 1, problem);
   const Coefficients bias(args.bias, 0, problem);
-  const AffineVectors affine{args.mean.data, args.invstd.data, weight.data(), bias.data()};
+  const AffineVectors affine{args.mean.data, scale.data(), bias.data()};
   with_layout(problem, 2, false, [&](const Layout& layout, int64_t block_bytes) {
     run(layout, EvalForward{args, layout, affine}, problem.elements(), block_bytes);
   });
@@ -187,23 +200,17 @@ void backward(const BackwardArgs& args) {
       args.grad_weight.data != nullptr || args.grad_bias.data != nullptr || (args.training && has_apply);
   if (!has_apply && !has_partials) return;
   if (has_apply) prefer_huge_pages(args.grad_x, bytes_of(problem));
-  Coefficients scale(problem), mean_g(problem), mean_gx(problem);
+  Coefficients scale(problem), mean_g(problem), slope(problem);
   if (has_apply) {
     for (int64_t c = 0; c < problem.channels; ++c) {
-      write(scale.space(problem), c, read_or(args.weight, c, 1) * read(args.invstd, c));
+      write(scale.space(), c, read(args.invstd, c) * read_or(args.weight, c, 1));
     }
   }
-  const GradientVectors vectors{args.mean.data, args.invstd.data, scale.data(), mean_g.data(), mean_gx.data()};
+  const GradientVectors vectors{args.mean.data, scale.data(), mean_g.data(), slope.data()};
   with_layout(problem, 3, has_partials, [&](const Layout& layout, int64_t block_bytes) {
-    const Backward work{args,
-                        layout,
-                        vectors,
-                        scale.space(problem),
-                        mean_g.space(problem),
-                        mean_gx.space(problem),
-                        static_cast<double>(problem.elements_per_channel()),
-                        has_partials,
-                        has_apply};
+    const Backward work{args,           layout,        vectors,
+                        mean_g.space(), slope.space(), static_cast<double>(problem.elements_per_channel()),
+                        has_partials,   has_apply};
     run(layout, work, problem.elements(), block_bytes);
   });
 }

@@ -159,9 +159,9 @@ void Columns::sums(const void* g, const void* x, const void* mean, const void* i
 }
 
 void Columns::normalize(const void* x, void* y, const AffineVectors& affine, int64_t block, int64_t chunk) const {
-  alignas(64) double space[4][kMaxColumns];
-  const AffineVectors columns{by_column(affine.mean, block, space[0]), by_column(affine.invstd, block, space[1]),
-                              by_column(affine.weight, block, space[2]), by_column(affine.bias, block, space[3])};
+  alignas(64) double space[3][kMaxColumns];
+  const AffineVectors columns{by_column(affine.mean, block, space[0]), by_column(affine.scale, block, space[1]),
+                              by_column(affine.bias, block, space[2])};
   for (const Piece& part : {rest(block, chunk), body(block, chunk)}) {
     if (part.tile.length == 0) continue;
     kernels_.column_normalize(at(x, part.offset), at(y, part.offset), part.tile, columns, streamed_);
@@ -171,11 +171,12 @@ void Columns::normalize(const void* x, void* y, const AffineVectors& affine, int
 
 void Columns::gradient(const void* g, const void* x, void* grad_x, const GradientVectors& vectors, int64_t block,
                        int64_t chunk) const {
-  alignas(64) double space[5][kMaxColumns];
-  GradientVectors columns{nullptr, nullptr, by_column(vectors.scale, block, space[0]), nullptr, nullptr};
+  alignas(64) double space[4][kMaxColumns];
+  GradientVectors columns{nullptr, by_column(vectors.scale, block, space[0]), nullptr, nullptr};
   if (x != nullptr) {
-    columns = {by_column(vectors.mean, block, space[1]), by_column(vectors.invstd, block, space[2]), columns.scale,
-               by_column(vectors.mean_g, block, space[3]), by_column(vectors.mean_gx, block, space[4])};
+    columns.mean = by_column(vectors.mean, block, space[1]);
+    columns.mean_g = by_column(vectors.mean_g, block, space[2]);
+    columns.slope = by_column(vectors.slope, block, space[3]);
   }
   for (const Piece& part : {rest(block, chunk), body(block, chunk)}) {
     if (part.tile.length == 0) continue;

@@ -34,14 +34,18 @@ struct Partial {
   double second;
 };
 
-// Coefficients by channel, in the arithmetic type. y = (x - mean)*invstd*weight + bias.
+// Coefficients by channel, in the arithmetic type. What depends on the channel alone is multiplied in double and rounded
+// once (scale, slope); the mean stays on its own, as mean*scale folded into a bias would cancel where the mean is large.
+//
+// y = (x - mean)*scale + bias, with scale = invstd*weight.
 struct AffineVectors {
-  const void *mean, *invstd, *weight, *bias;
+  const void *mean, *scale, *bias;
 };
 
-// grad_x = scale*(g - mean_g - (x - mean)*invstd*mean_gx); for inference, x == nullptr: scale*g, and only scale is there.
+// grad_x = scale*(g - mean_g - (x - mean)*slope), with scale = invstd*weight and slope = invstd*mean(g*xhat);
+// for inference, x == nullptr: scale*g, and only scale is there.
 struct GradientVectors {
-  const void *mean, *invstd, *scale, *mean_g, *mean_gx;
+  const void *mean, *scale, *mean_g, *slope;
 };
 
 struct Kernels {
@@ -75,6 +79,9 @@ namespace avx2 {
 const Kernels& kernels(Dtype dtype);
 }
 namespace avx512 {
+const Kernels& kernels(Dtype dtype);
+}
+namespace avx512_bf16 {
 const Kernels& kernels(Dtype dtype);
 }
 

@@ -20,9 +20,9 @@ constexpr int64_t kReadAhead = 2048;   // bytes
 constexpr int64_t kWriteAhead = 1024;  // bytes
 
 template <typename T>
-BNK_INLINE void read_ahead(const T* here) {
+BNK_INLINE void read_ahead(const T* here, int64_t bytes = kReadAhead) {
   for (int64_t line = 0; line < static_cast<int64_t>(Lanes<Accumulate<T>>::kCount * sizeof(T)); line += 64) {
-    __builtin_prefetch(reinterpret_cast<const char*>(here) + kReadAhead + line);
+    __builtin_prefetch(reinterpret_cast<const char*>(here) + bytes + line);
   }
 }
 
@@ -211,9 +211,9 @@ struct Normalize {
   using A = Accumulate<T>;
   const T* x;
   T* y;
-  Lanes<A> mean, invstd, weight, bias;
+  Lanes<A> mean, scale, bias;
 
-  BNK_INLINE Lanes<A> of(const Lanes<A>& value) const { return (value - mean) * invstd * weight + bias; }
+  BNK_INLINE Lanes<A> of(const Lanes<A>& value) const { return (value - mean) * scale + bias; }
   template <Write kWrite>
   BNK_INLINE void whole(int64_t i) const {
     read_ahead(x + i);
@@ -227,14 +227,12 @@ template <Write kWrite, typename T>
 BNK_INLINE void normalize_rows(const T* x, T* y, const Tile& tile, int channels, const AffineVectors& affine) {
   using A = Accumulate<T>;
   const A* mean = static_cast<const A*>(affine.mean);
-  const A* invstd = static_cast<const A*>(affine.invstd);
-  const A* weight = static_cast<const A*>(affine.weight);
+  const A* scale = static_cast<const A*>(affine.scale);
   const A* bias = static_cast<const A*>(affine.bias);
   for (int64_t row = 0; row < tile.rows; ++row) {
     for (int c = 0; c < channels; ++c) {
       const int64_t at = row * tile.stride + c * tile.length;
-      const Normalize<T> run{
-          x + at, y + at, broadcast(mean[c]), broadcast(invstd[c]), broadcast(weight[c]), broadcast(bias[c])};
+      const Normalize<T> run{x + at, y + at, broadcast(mean[c]), broadcast(scale[c]), broadcast(bias[c])};
       write_run<kWrite>(tile.length, y + at, run);
     }
   }
@@ -255,10 +253,10 @@ struct InputGradient {
   const T* g;
   const T* x;
   T* grad_x;
-  Lanes<A> mean, invstd, scale, mean_g, mean_gx;
+  Lanes<A> mean, scale, mean_g, slope;
 
   BNK_INLINE Lanes<A> of(const Lanes<A>& gradient, const Lanes<A>& value) const {
-    return scale * (gradient - mean_g - (value - mean) * invstd * mean_gx);
+    return scale * (gradient - mean_g - (value - mean) * slope);
   }
   template <Write kWrite>
   BNK_INLINE void whole(int64_t i) const {
@@ -291,10 +289,9 @@ BNK_INLINE void gradient_rows(const T* g, const T* x, T* grad_x, const Tile& til
                               const GradientVectors& gradient) {
   using A = Accumulate<T>;
   const A* mean = static_cast<const A*>(gradient.mean);
-  const A* invstd = static_cast<const A*>(gradient.invstd);
   const A* scale = static_cast<const A*>(gradient.scale);
   const A* mean_g = static_cast<const A*>(gradient.mean_g);
-  const A* mean_gx = static_cast<const A*>(gradient.mean_gx);
+  const A* slope = static_cast<const A*>(gradient.slope);
   for (int64_t row = 0; row < tile.rows; ++row) {
     for (int c = 0; c < channels; ++c) {
       const int64_t at = row * tile.stride + c * tile.length;
@@ -306,10 +303,9 @@ BNK_INLINE void gradient_rows(const T* g, const T* x, T* grad_x, const Tile& til
                                  x + at,
                                  grad_x + at,
                                  broadcast(mean[c]),
-                                 broadcast(invstd[c]),
                                  broadcast(scale[c]),
                                  broadcast(mean_g[c]),
-                                 broadcast(mean_gx[c])};
+                                 broadcast(slope[c])};
       write_run<kWrite>(tile.length, grad_x + at, run);
     }
   }

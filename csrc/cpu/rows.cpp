@@ -111,8 +111,8 @@ void Rows::sums(const void* g, const void* x, const void* mean, const void* invs
 void Rows::normalize(const void* x, void* y, const AffineVectors& affine, int64_t block, int64_t chunk) const {
   const int64_t first = first_channel(block);
   const int channels = static_cast<int>(last_channel(block) - first);
-  const AffineVectors of_block{of_channel(affine.mean, first), of_channel(affine.invstd, first),
-                               of_channel(affine.weight, first), of_channel(affine.bias, first)};
+  const AffineVectors of_block{of_channel(affine.mean, first), of_channel(affine.scale, first),
+                               of_channel(affine.bias, first)};
   for (int64_t tile = last_tile(chunk) - 1; tile >= first_tile(chunk); --tile) {
     const Piece part = piece(block, tile);
     kernels_.row_normalize(at(x, part.offset), at(y, part.offset), part.tile, channels, of_block, streamed_);
@@ -124,9 +124,8 @@ void Rows::gradient(const void* g, const void* x, void* grad_x, const GradientVe
                     int64_t chunk) const {
   const int64_t first = first_channel(block);
   const int channels = static_cast<int>(last_channel(block) - first);
-  const GradientVectors of_block{of_channel(vectors.mean, first), of_channel(vectors.invstd, first),
-                                 of_channel(vectors.scale, first), of_channel(vectors.mean_g, first),
-                                 of_channel(vectors.mean_gx, first)};
+  const GradientVectors of_block{of_channel(vectors.mean, first), of_channel(vectors.scale, first),
+                                 of_channel(vectors.mean_g, first), of_channel(vectors.slope, first)};
   for (int64_t tile = last_tile(chunk) - 1; tile >= first_tile(chunk); --tile) {
     const Piece part = piece(block, tile);
     kernels_.row_gradient(at(g, part.offset), x == nullptr ? nullptr : at(x, part.offset), at(grad_x, part.offset),
