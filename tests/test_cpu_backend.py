@@ -143,8 +143,11 @@ def test_huge_pages_change_nothing_and_are_validated() -> None:
 # ---- threads ----
 
 # A shape for each way of the schedule: blocks of a thread's own, shared chunks, one channel, few channels, folded rows,
-# several blocks of columns, short runs as columns, chunks of unequal size.
+# several blocks of columns, short runs as columns, chunks of unequal size, blocks of several channels of several tiles.
 SCHEDULES = [
+    ((3, 70, 56, 57), "contiguous"),
+    ((20, 6, 46, 47), "contiguous"),
+    ((1, 6, 70_001), "contiguous"),
     ((4, 64, 28, 28), "contiguous"),
     ((8, 130, 7, 7), "contiguous"),
     ((3, 3, 301, 303), "contiguous"),

@@ -18,7 +18,7 @@
 
 namespace bnk::cpu {
 
-constexpr int kMaxRowChannels = 32;
+constexpr int kMaxRowChannels = 8;
 constexpr int kMaxColumns = 1024;
 
 struct Tile {
@@ -50,10 +50,11 @@ struct GradientVectors {
 
 struct Kernels {
   // Vectors start with the first of the channels; where there are sums, there are at most kMaxRowChannels of them.
-  void (*row_moments)(const void* x, Tile tile, int channels, double floor, Partial* of_tile);
+  // `ahead`: elements from this tile to the one that will be read after it, which is asked for while this one is read.
+  void (*row_moments)(const void* x, Tile tile, int64_t ahead, int channels, double floor, Partial* of_tile);
   void (*row_normalize)(const void* x, void* y, Tile tile, int channels, const AffineVectors& affine, bool streamed);
-  void (*row_sums)(const void* g, const void* x, Tile tile, int channels, const void* mean, const void* invstd,
-                   Partial* of_tile);
+  void (*row_sums)(const void* g, const void* x, Tile tile, int64_t ahead, int channels, const void* mean,
+                   const void* invstd, Partial* of_tile);
   void (*row_gradient)(const void* g, const void* x, void* grad_x, Tile tile, int channels,
                        const GradientVectors& gradient, bool streamed);
 

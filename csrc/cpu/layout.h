@@ -90,11 +90,25 @@ class Rows final : public Layout {
                 int64_t chunk) const override;
 
  private:
+  // What a statistics kernel takes of a chunk in one call: a tile, of all channels of the block or of one.
   struct Piece {
     int64_t offset;  // of its first element
     Tile tile;
+    int64_t before;  // elements of a channel before the tile
+    int channel;     // of the block, the first
+    int channels;
   };
-  Piece piece(int64_t block, int64_t tile) const;
+  Piece piece(int64_t block, int64_t chunk, int64_t index) const;
+  int64_t pieces(int64_t block, int64_t chunk) const;
+  int64_t to_next(int64_t block, int64_t chunk, int64_t index) const;
+  // Calls write(offset, tile) over a chunk, all channels of the block at once, from its end.
+  template <typename F>
+  void over_rows_reversed(int64_t block, int64_t chunk, const F& write) const;
+  int64_t offset(int64_t block, int64_t tile) const;
+  Tile tile_at(int64_t tile) const;
+  // Whether a row of the block is several channels of several tiles each.
+  bool crossed(int64_t block) const { return segments_ > 1 && channels(block) > 1; }
+  int channels(int64_t block) const { return static_cast<int>(last_channel(block) - first_channel(block)); }
   int64_t elements_before(int64_t tile) const;
   int64_t first_tile(int64_t chunk) const { return chunk * chunk_tiles_; }
   int64_t last_tile(int64_t chunk) const {
