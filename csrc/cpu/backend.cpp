@@ -70,7 +70,7 @@ void with_layout(const Problem& problem, int tensors, bool has_partials, const F
     const Rows rows(problem, tensors, has_partials);
     return f(static_cast<const Layout&>(rows), channel_bytes * rows.block_channels());
   }
-  const Columns columns(problem, tensors, threads_for(problem.elements()));
+  const Columns columns(problem, tensors, has_partials, threads_for(problem.elements()));
   f(static_cast<const Layout&>(columns), channel_bytes * columns.block_channels());
 }
 

@@ -7,8 +7,9 @@
 // read and written through a padded copy.
 
 constexpr int64_t kSumRows = 8;
-constexpr int64_t kNormalizeRows = 1;  // the tensor may come from memory: it is read and written from end to end
-constexpr int64_t kGradientRows = 4;   // where two tensors are read and a third is written: fewer lines in flight
+constexpr int64_t kMapRows = 4;       // where one tensor is read and another written
+constexpr int64_t kGradientRows = 2;  // two tensors are read and a third is written: fewer lines in flight
+constexpr int64_t kSumsAhead = 8192;  // bytes; a gradient comes from memory
 
 struct Span {
   int64_t begin;  // column
@@ -32,10 +33,11 @@ BNK_INLINE Span span_of(int64_t columns, int s) {
   return {begin, static_cast<int>(s * kCount - begin), static_cast<int>(kCount)};
 }
 
-template <typename T>
-BNK_INLINE void read_strip_ahead(const T* here, int64_t stride) {
-  const int64_t strip = kSumRows * stride * static_cast<int64_t>(sizeof(T));
-  read_ahead(here, strip > kReadAhead ? strip : kReadAhead);
+// What a strip further on reads: the next one, or as many as make `least` bytes.
+template <int64_t kRows, typename T>
+BNK_INLINE void read_strip_ahead(const T* here, int64_t stride, int64_t least = kReadAhead) {
+  const int64_t strip = kRows * stride * static_cast<int64_t>(sizeof(T));
+  read_ahead(here, strip > least ? strip : least);
 }
 
 template <bool kWhole, typename T>
@@ -94,7 +96,7 @@ struct ColumnSum {
   BNK_INLINE void run(int s, const Span& span, int64_t row, int64_t rows) const {
     Lanes<A> total = sum[s];
     for (const T* from = x + row * stride + span.begin; rows > 0; --rows, from += stride) {
-      read_strip_ahead(from, stride);
+      read_strip_ahead<kSumRows>(from, stride, kSumsAhead);
       total = total + load_span<kWhole>(from, span);
     }
     sum[s] = total;
@@ -199,8 +201,8 @@ struct ColumnGradientSums {
     const Lanes<A> m = mean[s], scale = invstd[s];
     Lanes<A> s1 = sum_g[s], s2 = sum_gx[s];
     for (int64_t at = row * stride + span.begin; rows > 0; --rows, at += stride) {
-      read_strip_ahead(g + at, stride);
-      read_strip_ahead(x + at, stride);
+      read_strip_ahead<kSumRows>(g + at, stride, kSumsAhead);
+      read_strip_ahead<kSumRows>(x + at, stride, kSumsAhead);
       const Lanes<A> gradient = load_span<kWhole>(g + at, span);
       s1 = s1 + gradient;
       s2 = s2 + gradient * ((load_span<kWhole>(x + at, span) - m) * scale);
@@ -251,6 +253,14 @@ void column_sums(const void* g_data, const void* x_data, Tile tile, const void* 
 
 // ---- elementwise ----
 
+// Where rows follow each other, memory is read and written from end to end: it may come from beyond the caches.
+template <typename Strip>
+BNK_INLINE void visit_map(const Tile& tile, const Strip& strip) {
+  using A = typename Strip::A;
+  if (tile.stride == tile.length) return visit_strips<A, 1>(tile, strip);
+  visit_strips<A, kMapRows>(tile, strip);
+}
+
 // Writes an operation's rows of a span, past the cache if that is asked for and every row's span is aligned.
 template <bool kWhole, typename T, typename Operation>
 BNK_INLINE void write_span(bool streamed, T* to, int64_t at, int64_t rows, int64_t stride, const Span& span,
@@ -271,17 +281,19 @@ template <typename T>
 struct NormalizeSpan {
   using A = Accumulate<T>;
   const T* x;
+  int64_t stride;
   const Lanes<A> mean, scale, bias;
 
   template <bool kWhole>
   BNK_INLINE Lanes<A> at(int64_t at, const Span& span) const {
-    read_ahead(x + at);
+    read_strip_ahead<kMapRows>(x + at, stride);
     return (load_span<kWhole>(x + at, span) - mean) * scale + bias;
   }
 };
 
 template <typename T>
 struct NormalizeColumns {
+  using A = Accumulate<T>;
   const T* x;
   T* y;
   int64_t stride;
@@ -290,7 +302,7 @@ struct NormalizeColumns {
 
   template <bool kWhole>
   BNK_INLINE void run(int s, const Span& span, int64_t row, int64_t rows) const {
-    const NormalizeSpan<T> normalize{x, mean.of_span[s], scale.of_span[s], bias.of_span[s]};
+    const NormalizeSpan<T> normalize{x, stride, mean.of_span[s], scale.of_span[s], bias.of_span[s]};
     write_span<kWhole>(streamed, y, row * stride + span.begin, rows, stride, span, normalize);
   }
 };
@@ -300,7 +312,7 @@ void column_normalize(const void* x, void* y, Tile tile, const AffineVectors& af
   const NormalizeColumns<T> normalize{
       static_cast<const T*>(x),    static_cast<T*>(y),        tile.stride, streamed, {affine.mean, tile.length},
       {affine.scale, tile.length}, {affine.bias, tile.length}};
-  visit_strips<Accumulate<T>, kNormalizeRows>(tile, normalize);
+  visit_map(tile, normalize);
 }
 
 template <typename T>
@@ -308,10 +320,13 @@ struct GradientSpan {
   using A = Accumulate<T>;
   const T* g;
   const T* x;
+  int64_t stride;
   const Lanes<A> mean, scale, mean_g, slope;
 
   template <bool kWhole>
   BNK_INLINE Lanes<A> at(int64_t at, const Span& span) const {
+    read_strip_ahead<kGradientRows>(g + at, stride);
+    read_strip_ahead<kGradientRows>(x + at, stride);
     const Lanes<A> projection = (load_span<kWhole>(x + at, span) - mean) * slope;
     return scale * (load_span<kWhole>(g + at, span) - mean_g - projection);
   }
@@ -328,7 +343,8 @@ struct GradientColumns {
 
   template <bool kWhole>
   BNK_INLINE void run(int s, const Span& span, int64_t row, int64_t rows) const {
-    const GradientSpan<T> gradient{g, x, mean.of_span[s], scale.of_span[s], mean_g.of_span[s], slope.of_span[s]};
+    const GradientSpan<T> gradient{
+        g, x, stride, mean.of_span[s], scale.of_span[s], mean_g.of_span[s], slope.of_span[s]};
     write_span<kWhole>(streamed, grad_x, row * stride + span.begin, rows, stride, span, gradient);
   }
 };
@@ -337,17 +353,19 @@ template <typename T>
 struct ScaledSpan {
   using A = Accumulate<T>;
   const T* g;
+  int64_t stride;
   const Lanes<A> scale;
 
   template <bool kWhole>
   BNK_INLINE Lanes<A> at(int64_t at, const Span& span) const {
-    read_ahead(g + at);
+    read_strip_ahead<kMapRows>(g + at, stride);
     return scale * load_span<kWhole>(g + at, span);
   }
 };
 
 template <typename T>
 struct ScaledColumns {
+  using A = Accumulate<T>;
   const T* g;
   T* grad_x;
   int64_t stride;
@@ -357,7 +375,7 @@ struct ScaledColumns {
   template <bool kWhole>
   BNK_INLINE void run(int s, const Span& span, int64_t row, int64_t rows) const {
     write_span<kWhole>(streamed, grad_x, row * stride + span.begin, rows, stride, span,
-                       ScaledSpan<T>{g, scale.of_span[s]});
+                       ScaledSpan<T>{g, stride, scale.of_span[s]});
   }
 };
 
@@ -369,7 +387,7 @@ void column_gradient(const void* g_data, const void* x, void* grad_x_data, Tile 
   T* grad_x = static_cast<T*>(grad_x_data);
   if (x == nullptr) {
     const ScaledColumns<T> scaled{g, grad_x, tile.stride, streamed, {gradient.scale, tile.length}};
-    return visit_strips<A, kGradientRows>(tile, scaled);
+    return visit_map(tile, scaled);
   }
   const GradientColumns<T> result{g,
                                   static_cast<const T*>(x),

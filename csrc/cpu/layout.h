@@ -28,6 +28,9 @@ inline void merge_moments(Partial* into, double before, const Partial& from, dou
 // next. A cache of 32 MB is usual, and others use it too.
 constexpr int64_t kCacheBytes = int64_t{16} << 20;
 
+// Without statistics a piece is this much memory, in a row if it can be.
+constexpr int64_t kMapBytes = 65536;
+
 class Layout {
  public:
   static constexpr int kMaxBlockChannels = kMaxColumns;
@@ -126,7 +129,7 @@ class Rows final : public Layout {
 // Channels-last, and channels-first with tiny runs: columns (columns.cpp).
 class Columns final : public Layout {
  public:
-  Columns(const Problem& problem, int tensors, int threads);
+  Columns(const Problem& problem, int tensors, bool has_partials, int threads);
   double count(int64_t chunk) const override;
   void moments(const void* x, double floor, int64_t block, int64_t chunk, Partial* partials) const override;
   void normalize(const void* x, void* y, const AffineVectors& affine, int64_t block, int64_t chunk) const override;

@@ -19,7 +19,6 @@ constexpr int64_t kStreamedRunBytes = 4096;
 constexpr int64_t kBlockChannels = 4;  // their runs make a stretch of memory, their tiles fit the first-level cache,
 constexpr int64_t kMinStretchBytes = 1024;  // unless they are shorter than this together
 constexpr int64_t kBlockBytes = 524288;     // of a block, to be found in the second-level cache again
-constexpr int64_t kMapBytes = 65536;        // of memory in a row, where there are no statistics and so no tiles
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
