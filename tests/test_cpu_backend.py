@@ -288,6 +288,15 @@ def test_a_tiny_eps_is_not_drowned_by_underflow(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(outputs.invstd.double(), (var + 1e-44).rsqrt(), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("shape", [(4, 40, 33), (300, 70), (2, 3, 5000)], ids=str)
+def test_a_product_of_invstd_and_weight_beyond_float(shape: tuple[int, ...]) -> None:
+    # 1e-30 times 1e-20 is nothing in float32, but y is 1e-20.
+    inputs = Case("scale_1e30", shape, "float32").inputs()
+    assert inputs.weight is not None
+    inputs = replace(inputs, weight=inputs.weight * 1e-20, bias=None)
+    assert_within(judge_call(inputs, run(inputs)), str(shape))
+
+
 # ---- state ----
 
 

@@ -81,7 +81,6 @@ struct TrainForward {
   const ForwardTrainArgs& args;
   const Layout& layout;
   AffineVectors affine;
-  PerChannel scale;
   double factor;
   double floor;
   double n;
@@ -94,10 +93,8 @@ struct TrainForward {
   }
   void finish(int64_t c, const Partial& total) const {
     const double mean = total.first;
-    const double invstd = 1 / std::sqrt(total.second / n + args.eps);
     write(args.mean, c, mean);
-    write(args.invstd, c, invstd);
-    write(scale, c, invstd * read_or(args.weight, c, 1));
+    write(args.invstd, c, 1 / std::sqrt(total.second / n + args.eps));
     if (args.running_mean.data != nullptr) {
       const double old = read(args.running_mean, c);
       write(args.running_mean, c, old + factor * (mean - old));
@@ -161,33 +158,26 @@ void forward_train(const ForwardTrainArgs& args) {
   }
   const Problem problem = normal_form(args.problem);
   prefer_huge_pages(args.y, bytes_of(problem));
-  Coefficients scale(problem);
+  const Coefficients weight(args.weight, 1, problem);
   const Coefficients bias(args.bias, 0, problem);
-  const AffineVectors affine{args.mean.data, scale.data(), bias.data()};
+  const AffineVectors affine{args.mean.data, args.invstd.data, weight.data(), bias.data()};
   with_layout(problem, 2, true, [&](const Layout& layout, int64_t block_bytes) {
-    const TrainForward work{args,
-                            layout,
-                            affine,
-                            scale.space(),
-                            factor,
-                            underflow_floor(args.eps),
-                            static_cast<double>(problem.elements_per_channel())};
+    const TrainForward work{
+        args, layout, affine, factor, underflow_floor(args.eps), static_cast<double>(problem.elements_per_channel())};
     run(layout, work, problem.elements(), block_bytes);
   });
 }
 
 void forward_eval(const ForwardEvalArgs& args) {
   const Problem problem = normal_form(args.problem);
-  Coefficients scale(problem);
   for (int64_t c = 0; c < problem.channels; ++c) {
-    const double invstd = 1 / std::sqrt(read(args.running_var, c) + args.eps);
     write(args.mean, c, read(args.running_mean, c));
-    write(args.invstd, c, invstd);
-    write(scale.space(), c, invstd * read_or(args.weight, c, 1));
+    write(args.invstd, c, 1 / std::sqrt(read(args.running_var, c) + args.eps));
   }
   prefer_huge_pages(args.y, bytes_of(problem));
+  const Coefficients weight(args.weight, 1, problem);
   const Coefficients bias(args.bias, 0, problem);
-  const AffineVectors affine{args.mean.data, scale.data(), bias.data()};
+  const AffineVectors affine{args.mean.data, args.invstd.data, weight.data(), bias.data()};
   with_layout(problem, 2, false, [&](const Layout& layout, int64_t block_bytes) {
     run(layout, EvalForward{args, layout, affine}, problem.elements(), block_bytes);
   });

@@ -282,12 +282,12 @@ struct NormalizeSpan {
   using A = Accumulate<T>;
   const T* x;
   int64_t stride;
-  const Lanes<A> mean, scale, bias;
+  const Lanes<A> mean, invstd, weight, bias;
 
   template <bool kWhole>
   BNK_INLINE Lanes<A> at(int64_t at, const Span& span) const {
     read_strip_ahead<kMapRows>(x + at, stride);
-    return (load_span<kWhole>(x + at, span) - mean) * scale + bias;
+    return (load_span<kWhole>(x + at, span) - mean) * invstd * weight + bias;
   }
 };
 
@@ -298,20 +298,25 @@ struct NormalizeColumns {
   T* y;
   int64_t stride;
   bool streamed;
-  const Coefficients<T> mean, scale, bias;
+  const Coefficients<T> mean, invstd, weight, bias;
 
   template <bool kWhole>
   BNK_INLINE void run(int s, const Span& span, int64_t row, int64_t rows) const {
-    const NormalizeSpan<T> normalize{x, stride, mean.of_span[s], scale.of_span[s], bias.of_span[s]};
+    const NormalizeSpan<T> normalize{x, stride, mean.of_span[s], invstd.of_span[s], weight.of_span[s], bias.of_span[s]};
     write_span<kWhole>(streamed, y, row * stride + span.begin, rows, stride, span, normalize);
   }
 };
 
 template <typename T>
 void column_normalize(const void* x, void* y, Tile tile, const AffineVectors& affine, bool streamed) {
-  const NormalizeColumns<T> normalize{
-      static_cast<const T*>(x),    static_cast<T*>(y),        tile.stride, streamed, {affine.mean, tile.length},
-      {affine.scale, tile.length}, {affine.bias, tile.length}};
+  const NormalizeColumns<T> normalize{static_cast<const T*>(x),
+                                      static_cast<T*>(y),
+                                      tile.stride,
+                                      streamed,
+                                      {affine.mean, tile.length},
+                                      {affine.invstd, tile.length},
+                                      {affine.weight, tile.length},
+                                      {affine.bias, tile.length}};
   visit_map(tile, normalize);
 }
 

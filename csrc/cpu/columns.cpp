@@ -164,9 +164,9 @@ void Columns::sums(const void* g, const void* x, const void* mean, const void* i
 }
 
 void Columns::normalize(const void* x, void* y, const AffineVectors& affine, int64_t block, int64_t chunk) const {
-  alignas(64) double space[3][kMaxColumns];
-  const AffineVectors columns{by_column(affine.mean, block, space[0]), by_column(affine.scale, block, space[1]),
-                              by_column(affine.bias, block, space[2])};
+  alignas(64) double space[4][kMaxColumns];
+  const AffineVectors columns{by_column(affine.mean, block, space[0]), by_column(affine.invstd, block, space[1]),
+                              by_column(affine.weight, block, space[2]), by_column(affine.bias, block, space[3])};
   for (const Piece& part : {rest(block, chunk), body(block, chunk)}) {
     if (part.tile.length == 0) continue;
     kernels_.column_normalize(at(x, part.offset), at(y, part.offset), part.tile, columns, streamed_);

@@ -34,16 +34,14 @@ struct Partial {
   double second;
 };
 
-// Coefficients by channel, in the arithmetic type. What depends on the channel alone is multiplied in double and rounded
-// once (scale, slope); the mean stays on its own, as mean*scale folded into a bias would cancel where the mean is large.
-//
-// y = (x - mean)*scale + bias, with scale = invstd*weight.
+// Coefficients by channel, in the arithmetic type. y = (x - mean)*invstd*weight + bias. The product invstd*weight may be
+// beyond float where every y is not, and mean*invstd cancels where the mean is large: neither is folded.
 struct AffineVectors {
-  const void *mean, *scale, *bias;
+  const void *mean, *invstd, *weight, *bias;
 };
 
-// grad_x = scale*(g - mean_g - (x - mean)*slope), with scale = invstd*weight and slope = invstd*mean(g*xhat);
-// for inference, x == nullptr: scale*g, and only scale is there.
+// grad_x = scale*(g - mean_g - (x - mean)*slope), with scale = invstd*weight and slope = invstd*mean(g*xhat), both
+// multiplied in double and rounded once; for inference, x == nullptr: scale*g, and only scale is there.
 struct GradientVectors {
   const void *mean, *scale, *mean_g, *slope;
 };

@@ -223,9 +223,9 @@ struct Normalize {
   using A = Accumulate<T>;
   const T* x;
   T* y;
-  Lanes<A> mean, scale, bias;
+  Lanes<A> mean, invstd, weight, bias;
 
-  BNK_INLINE Lanes<A> of(const Lanes<A>& value) const { return (value - mean) * scale + bias; }
+  BNK_INLINE Lanes<A> of(const Lanes<A>& value) const { return (value - mean) * invstd * weight + bias; }
   template <Write kWrite>
   BNK_INLINE void whole(int64_t i) const {
     read_ahead(x + i);
@@ -239,12 +239,14 @@ template <Write kWrite, typename T>
 BNK_INLINE void normalize_rows(const T* x, T* y, const Tile& tile, int channels, const AffineVectors& affine) {
   using A = Accumulate<T>;
   const A* mean = static_cast<const A*>(affine.mean);
-  const A* scale = static_cast<const A*>(affine.scale);
+  const A* invstd = static_cast<const A*>(affine.invstd);
+  const A* weight = static_cast<const A*>(affine.weight);
   const A* bias = static_cast<const A*>(affine.bias);
   for (int64_t row = 0; row < tile.rows; ++row) {
     for (int c = 0; c < channels; ++c) {
       const int64_t at = row * tile.stride + c * tile.length;
-      const Normalize<T> run{x + at, y + at, broadcast(mean[c]), broadcast(scale[c]), broadcast(bias[c])};
+      const Normalize<T> run{
+          x + at, y + at, broadcast(mean[c]), broadcast(invstd[c]), broadcast(weight[c]), broadcast(bias[c])};
       write_run<kWrite>(tile.length, y + at, run);
     }
   }

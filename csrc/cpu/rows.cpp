@@ -155,8 +155,8 @@ void Rows::sums(const void* g, const void* x, const void* mean, const void* invs
 
 void Rows::normalize(const void* x, void* y, const AffineVectors& affine, int64_t block, int64_t chunk) const {
   const int64_t first = first_channel(block);
-  const AffineVectors of_block{of_channel(affine.mean, first), of_channel(affine.scale, first),
-                               of_channel(affine.bias, first)};
+  const AffineVectors of_block{of_channel(affine.mean, first), of_channel(affine.invstd, first),
+                               of_channel(affine.weight, first), of_channel(affine.bias, first)};
   over_rows_reversed(block, chunk, [&](int64_t offset, const Tile& tile) {
     kernels_.row_normalize(at(x, offset), at(y, offset), tile, channels(block), of_block, streamed_);
   });
