@@ -8,8 +8,8 @@
 // shift and a mask are all that it takes to widen them, no shuffle. Whatever meets such lanes element by element (a
 // coefficient of its own for each column) is brought into the same order by load_like and store_like.
 //
-// Memory may be aligned to its element only. Level: BNK_NATIVE_BYTES (16, 32 or 64); BNK_X86, BNK_AVX2, BNK_AVX512, BNK_AVX512_BF16
-// (0 or 1).
+// Memory may be aligned to its element only. Level: BNK_NATIVE_BYTES (16, 32 or 64); BNK_X86, BNK_AVX2, BNK_AVX512,
+// BNK_AVX512_BF16 (0 or 1).
 
 #define BNK_INLINE inline __attribute__((always_inline))
 

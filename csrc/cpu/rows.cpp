@@ -16,9 +16,9 @@ constexpr int64_t kTileBytes = 8192;  // in the arithmetic type: short chains, a
 constexpr int64_t kChunkTiles = 32;   // at least, in a chunk
 constexpr int64_t kMaxChunks = 256;
 constexpr int64_t kStreamedRunBytes = 4096;
-constexpr int64_t kBlockChannels = 4;  // their runs make a stretch of memory, their tiles fit the first-level cache,
-constexpr int64_t kMinStretchBytes = 1024;  // unless they are shorter than this together
-constexpr int64_t kBlockBytes = 524288;     // of a block, to be found in the second-level cache again
+constexpr int64_t kBlockChannels = 4;       // of a block, unless
+constexpr int64_t kMinStretchBytes = 1024;  // a row of it is shorter: then more, up to kMaxRowChannels
+constexpr int64_t kBlockBytes = 524288;     // it is larger, too much for a second-level cache: then fewer
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -1,6 +1,8 @@
 // Which SIMD level runs: the widest that this processor has, or what BNKERNELS_CPU_SIMD names.
 //
-//   BNKERNELS_CPU_SIMD=baseline|avx2|avx512|avx512_bf16    read once, at the first call; every level gives the same bits
+//   BNKERNELS_CPU_SIMD=baseline|avx2|avx512|avx512_bf16    read once, at the first call
+//
+// Every level gives the same bits.
 //
 // A name that is none of these, or a level that this processor or build has not, is an error: a test that asks for a
 // level must not silently run another.
