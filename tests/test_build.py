@@ -216,7 +216,7 @@ def test_build_info_tells_this_build() -> None:
         assert torch.version.cuda is not None
         assert info["cuda"].split(".")[0] == torch.version.cuda.split(".")[0]
     assert info["compiler"]
-    assert info["simd"] in {"avx512", "avx2", "baseline"}
+    assert info["simd"] in {"avx512_bf16", "avx512", "avx2", "baseline"}
 
 
 def extension_file() -> Path:

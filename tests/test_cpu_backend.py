@@ -143,8 +143,11 @@ def test_huge_pages_change_nothing_and_are_validated() -> None:
 # ---- threads ----
 
 # A shape for each way of the schedule: blocks of a thread's own, shared chunks, one channel, few channels, folded rows,
-# several blocks of columns, short runs as columns, chunks of unequal size.
+# several blocks of columns, short runs as columns, chunks of unequal size, blocks of several channels of several tiles.
 SCHEDULES = [
+    ((3, 70, 56, 57), "contiguous"),
+    ((20, 6, 46, 47), "contiguous"),
+    ((1, 6, 70_001), "contiguous"),
     ((4, 64, 28, 28), "contiguous"),
     ((8, 130, 7, 7), "contiguous"),
     ((3, 3, 301, 303), "contiguous"),
@@ -283,6 +286,15 @@ def test_a_tiny_eps_is_not_drowned_by_underflow(shape: tuple[int, ...]) -> None:
     var = rows.var(dim=dims, correction=0)
     assert outputs.invstd is not None
     torch.testing.assert_close(outputs.invstd.double(), (var + 1e-44).rsqrt(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(4, 40, 33), (300, 70), (2, 3, 5000)], ids=str)
+def test_a_product_of_invstd_and_weight_beyond_float(shape: tuple[int, ...]) -> None:
+    # 1e-30 times 1e-20 is nothing in float32, but y is 1e-20.
+    inputs = Case("scale_1e30", shape, "float32").inputs()
+    assert inputs.weight is not None
+    inputs = replace(inputs, weight=inputs.weight * 1e-20, bias=None)
+    assert_within(judge_call(inputs, run(inputs)), str(shape))
 
 
 # ---- state ----

@@ -20,30 +20,33 @@ constexpr int64_t kInPlaceValues = 256;  // by-channel vectors up to this length
 // A vector by channel in the arithmetic type: the caller's own where it is that already, else a converted copy.
 class Coefficients {
  public:
-  Coefficients(ConstPerChannel vector, double otherwise, const Problem& problem) {
-    const Dtype dtype = accumulate_dtype(problem.dtype);
-    if (vector.data != nullptr && vector.dtype == dtype) {
+  Coefficients(ConstPerChannel vector, double otherwise, const Problem& problem)
+      : dtype_(accumulate_dtype(problem.dtype)) {
+    if (vector.data != nullptr && vector.dtype == dtype_) {
       data_ = vector.data;
       return;
     }
-    const PerChannel copy = space(problem);
-    for (int64_t c = 0; c < problem.channels; ++c) write(copy, c, read_or(vector, c, otherwise));
-    data_ = copy.data;
+    make_space(problem);
+    for (int64_t c = 0; c < problem.channels; ++c) write(space(), c, read_or(vector, c, otherwise));
   }
   // Uninitialised, to be written through space().
-  explicit Coefficients(const Problem& problem) { data_ = space(problem).data; }
+  explicit Coefficients(const Problem& problem) : dtype_(accumulate_dtype(problem.dtype)) { make_space(problem); }
+  Coefficients(const Coefficients&) = delete;
+  Coefficients& operator=(const Coefficients&) = delete;
 
-  PerChannel space(const Problem& problem) {
-    const int64_t bytes = problem.channels * size_of(accumulate_dtype(problem.dtype));
-    if (bytes > static_cast<int64_t>(sizeof(in_place_)) && heap_ == nullptr) {
-      heap_.reset(new double[static_cast<size_t>(bytes / 8 + 1)]);
-    }
-    return {heap_ ? heap_.get() : in_place_, accumulate_dtype(problem.dtype)};
-  }
   const void* data() const { return data_; }
+  PerChannel space() { return {own_, dtype_}; }
 
  private:
-  const void* data_;
+  void make_space(const Problem& problem) {
+    const int64_t bytes = problem.channels * size_of(dtype_);
+    if (bytes > static_cast<int64_t>(sizeof(in_place_))) heap_.reset(new double[static_cast<size_t>(bytes / 8 + 1)]);
+    data_ = own_ = heap_ ? heap_.get() : in_place_;
+  }
+
+  const Dtype dtype_;
+  const void* data_ = nullptr;
+  void* own_ = nullptr;
   std::unique_ptr<double[]> heap_;
   double in_place_[kInPlaceValues];
 };
@@ -61,13 +64,13 @@ Problem normal_form(Problem problem) {
 
 // Calls f(layout) with the layout of the problem. `tensors`: how many of its size are read and written.
 template <typename F>
-void with_layout(const Problem& problem, int tensors, const F& f) {
+void with_layout(const Problem& problem, int tensors, bool has_partials, const F& f) {
   const int64_t channel_bytes = problem.elements_per_channel() * size_of(problem.dtype) * tensors;
   if (problem.inner >= kMinRun || problem.channels == 1) {
-    const Rows rows(problem, tensors);
+    const Rows rows(problem, tensors, has_partials);
     return f(static_cast<const Layout&>(rows), channel_bytes * rows.block_channels());
   }
-  const Columns columns(problem, tensors, threads_for(problem.elements()));
+  const Columns columns(problem, tensors, has_partials, threads_for(problem.elements()));
   f(static_cast<const Layout&>(columns), channel_bytes * columns.block_channels());
 }
 
@@ -121,7 +124,7 @@ struct Backward {
   const BackwardArgs& args;
   const Layout& layout;
   GradientVectors vectors;
-  PerChannel scale, mean_g, mean_gx;
+  PerChannel mean_g, slope;
   double n;
   bool has_partials;
   bool has_apply;
@@ -138,7 +141,7 @@ struct Backward {
     write(args.grad_weight, c, total.second);
     if (!args.training || !has_apply) return;
     write(mean_g, c, total.first / n);
-    write(mean_gx, c, total.second / n);
+    write(slope, c, read(args.invstd, c) * (total.second / n));
   }
   void apply(int64_t block, int64_t chunk) const {
     layout.gradient(args.grad_y, args.training ? args.x : nullptr, args.grad_x, vectors, block, chunk);
@@ -158,7 +161,7 @@ void forward_train(const ForwardTrainArgs& args) {
   const Coefficients weight(args.weight, 1, problem);
   const Coefficients bias(args.bias, 0, problem);
   const AffineVectors affine{args.mean.data, args.invstd.data, weight.data(), bias.data()};
-  with_layout(problem, 2, [&](const Layout& layout, int64_t block_bytes) {
+  with_layout(problem, 2, true, [&](const Layout& layout, int64_t block_bytes) {
     const TrainForward work{
         args, layout, affine, factor, underflow_floor(args.eps), static_cast<double>(problem.elements_per_channel())};
     run(layout, work, problem.elements(), block_bytes);
@@ -175,7 +178,7 @@ void forward_eval(const ForwardEvalArgs& args) {
   const Coefficients weight(args.weight, 1, problem);
   const Coefficients bias(args.bias, 0, problem);
   const AffineVectors affine{args.mean.data, args.invstd.data, weight.data(), bias.data()};
-  with_layout(problem, 2, [&](const Layout& layout, int64_t block_bytes) {
+  with_layout(problem, 2, false, [&](const Layout& layout, int64_t block_bytes) {
     run(layout, EvalForward{args, layout, affine}, problem.elements(), block_bytes);
   });
 }
@@ -187,23 +190,17 @@ void backward(const BackwardArgs& args) {
       args.grad_weight.data != nullptr || args.grad_bias.data != nullptr || (args.training && has_apply);
   if (!has_apply && !has_partials) return;
   if (has_apply) prefer_huge_pages(args.grad_x, bytes_of(problem));
-  Coefficients scale(problem), mean_g(problem), mean_gx(problem);
+  Coefficients scale(problem), mean_g(problem), slope(problem);
   if (has_apply) {
     for (int64_t c = 0; c < problem.channels; ++c) {
-      write(scale.space(problem), c, read_or(args.weight, c, 1) * read(args.invstd, c));
+      write(scale.space(), c, read(args.invstd, c) * read_or(args.weight, c, 1));
     }
   }
-  const GradientVectors vectors{args.mean.data, args.invstd.data, scale.data(), mean_g.data(), mean_gx.data()};
-  with_layout(problem, 3, [&](const Layout& layout, int64_t block_bytes) {
-    const Backward work{args,
-                        layout,
-                        vectors,
-                        scale.space(problem),
-                        mean_g.space(problem),
-                        mean_gx.space(problem),
-                        static_cast<double>(problem.elements_per_channel()),
-                        has_partials,
-                        has_apply};
+  const GradientVectors vectors{args.mean.data, scale.data(), mean_g.data(), slope.data()};
+  with_layout(problem, 3, has_partials, [&](const Layout& layout, int64_t block_bytes) {
+    const Backward work{args,           layout,        vectors,
+                        mean_g.space(), slope.space(), static_cast<double>(problem.elements_per_channel()),
+                        has_partials,   has_apply};
     run(layout, work, problem.elements(), block_bytes);
   });
 }

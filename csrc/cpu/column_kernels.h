@@ -1,13 +1,15 @@
 // Column kernels: channels-last (kernels.h says what each computes). Part of level.h.
 //
 // Vectors run along the columns, so a lane is a channel and no lane is ever summed with another. Memory is walked a
-// strip of kStripRows rows at a time, in order; accumulators and coefficients wait in the first-level cache and serve
-// a whole strip whenever they are loaded. A row is cut into spans of one vector. The last span ends with the row and may
+// strip of a few rows at a time, in order; accumulators and coefficients wait in the first-level cache and serve a whole
+// strip whenever they are loaded. A row is cut into spans of one vector. The last span ends with the row and may
 // overlap the one before: its first lanes are then not new and not counted. A row shorter than a vector is a single span,
 // read and written through a padded copy.
 
-constexpr int64_t kStripRows = 8;
-constexpr int64_t kGradientRows = 4;  // where two tensors are read and a third is written: fewer lines in flight
+constexpr int64_t kSumRows = 8;
+constexpr int64_t kMapRows = 4;       // where one tensor is read and another written
+constexpr int64_t kGradientRows = 2;  // two tensors are read and a third is written: fewer lines in flight
+constexpr int64_t kSumsAhead = 8192;  // bytes; a gradient comes from memory
 
 struct Span {
   int64_t begin;  // column
@@ -31,13 +33,11 @@ BNK_INLINE Span span_of(int64_t columns, int s) {
   return {begin, static_cast<int>(s * kCount - begin), static_cast<int>(kCount)};
 }
 
-template <typename T>
-BNK_INLINE void read_strip_ahead(const T* here, int64_t stride) {
-  const int64_t strip = kStripRows * stride * static_cast<int64_t>(sizeof(T));
-  const int64_t ahead = strip > kReadAhead ? strip : kReadAhead;
-  for (int64_t line = 0; line < static_cast<int64_t>(Lanes<Accumulate<T>>::kCount * sizeof(T)); line += 64) {
-    __builtin_prefetch(reinterpret_cast<const char*>(here) + ahead + line);
-  }
+// What a strip further on reads: the next one, or as many as make `least` bytes.
+template <int64_t kRows, typename T>
+BNK_INLINE void read_strip_ahead(const T* here, int64_t stride, int64_t least = kReadAhead) {
+  const int64_t strip = kRows * stride * static_cast<int64_t>(sizeof(T));
+  read_ahead(here, strip > least ? strip : least);
 }
 
 template <bool kWhole, typename T>
@@ -70,7 +70,7 @@ struct Coefficients {
 };
 
 // Calls strip(span number, span, first row, rows) over the tile, strip by strip.
-template <typename A, int64_t kRows = kStripRows, typename Strip>
+template <typename A, int64_t kRows, typename Strip>
 BNK_INLINE void visit_strips(const Tile& tile, Strip& strip) {
   const int spans = spans_of<A>(tile.length);
   for (int64_t row = 0; row < tile.rows; row += kRows) {
@@ -96,7 +96,7 @@ struct ColumnSum {
   BNK_INLINE void run(int s, const Span& span, int64_t row, int64_t rows) const {
     Lanes<A> total = sum[s];
     for (const T* from = x + row * stride + span.begin; rows > 0; --rows, from += stride) {
-      read_strip_ahead(from, stride);
+      read_strip_ahead<kSumRows>(from, stride, kSumsAhead);
       total = total + load_span<kWhole>(from, span);
     }
     sum[s] = total;
@@ -108,6 +108,7 @@ struct ColumnCenteredSums {
   using A = Accumulate<T>;
   const T* x;
   int64_t stride;
+  int64_t tile_bytes;
   const Lanes<A>* center;
   Lanes<A>* sum;
   Lanes<A>* squares;
@@ -117,6 +118,7 @@ struct ColumnCenteredSums {
     const Lanes<A> c = center[s];
     Lanes<A> s1 = sum[s], s2 = squares[s];
     for (const T* from = x + row * stride + span.begin; rows > 0; --rows, from += stride) {
+      read_ahead(from, tile_bytes);  // the next tile, as this one is in the cache already and memory would idle
       const Lanes<A> d = load_span<kWhole>(from, span) - c;
       s1 = s1 + d;
       s2 = s2 + d * d;
@@ -141,14 +143,15 @@ void column_moments(const void* data, Tile tile, double floor, int64_t before, d
   Lanes<A> center[kMaxSpans<A>], sum[kMaxSpans<A>], square[kMaxSpans<A>];
   for (int s = 0; s < spans; ++s) center[s] = {};
   const ColumnSum<T> first{x, tile.stride, center};
-  visit_strips<A>(tile, first);
+  visit_strips<A, kSumRows>(tile, first);
   const Lanes<A> scale = broadcast(static_cast<A>(inverse));
   for (int s = 0; s < spans; ++s) {
     center[s] = center[s] * scale;
     sum[s] = square[s] = {};
   }
-  const ColumnCenteredSums<T> second{x, tile.stride, center, sum, square};
-  visit_strips<A>(tile, second);
+  const int64_t tile_bytes = tile.rows * tile.stride * static_cast<int64_t>(sizeof(T));
+  const ColumnCenteredSums<T> second{x, tile.stride, tile_bytes, center, sum, square};
+  visit_strips<A, kSumRows>(tile, second);
 
   for (int s = 0; s < spans; ++s) {
     const Span span = span_of<A>(tile.length, s);
@@ -198,8 +201,8 @@ struct ColumnGradientSums {
     const Lanes<A> m = mean[s], scale = invstd[s];
     Lanes<A> s1 = sum_g[s], s2 = sum_gx[s];
     for (int64_t at = row * stride + span.begin; rows > 0; --rows, at += stride) {
-      read_strip_ahead(g + at, stride);
-      read_strip_ahead(x + at, stride);
+      read_strip_ahead<kSumRows>(g + at, stride, kSumsAhead);
+      read_strip_ahead<kSumRows>(x + at, stride, kSumsAhead);
       const Lanes<A> gradient = load_span<kWhole>(g + at, span);
       s1 = s1 + gradient;
       s2 = s2 + gradient * ((load_span<kWhole>(x + at, span) - m) * scale);
@@ -222,7 +225,7 @@ void column_sums(const void* g_data, const void* x_data, Tile tile, const void* 
   Lanes<A> of_g[kMaxSpans<A>], of_gx[kMaxSpans<A>];
   for (int s = 0; s < spans; ++s) of_g[s] = of_gx[s] = {};
   const ColumnGradientSums<T> sums{g, x, tile.stride, means.of_span, invstds.of_span, of_g, of_gx};
-  visit_strips<A>(tile, sums);
+  visit_strips<A, kSumRows>(tile, sums);
 
   for (int s = 0; s < spans; ++s) {
     const Span span = span_of<A>(tile.length, s);
@@ -250,6 +253,14 @@ void column_sums(const void* g_data, const void* x_data, Tile tile, const void* 
 
 // ---- elementwise ----
 
+// Where rows follow each other, memory is read and written from end to end: it may come from beyond the caches.
+template <typename Strip>
+BNK_INLINE void visit_map(const Tile& tile, const Strip& strip) {
+  using A = typename Strip::A;
+  if (tile.stride == tile.length) return visit_strips<A, 1>(tile, strip);
+  visit_strips<A, kMapRows>(tile, strip);
+}
+
 // Writes an operation's rows of a span, past the cache if that is asked for and every row's span is aligned.
 template <bool kWhole, typename T, typename Operation>
 BNK_INLINE void write_span(bool streamed, T* to, int64_t at, int64_t rows, int64_t stride, const Span& span,
@@ -270,17 +281,19 @@ template <typename T>
 struct NormalizeSpan {
   using A = Accumulate<T>;
   const T* x;
+  int64_t stride;
   const Lanes<A> mean, invstd, weight, bias;
 
   template <bool kWhole>
   BNK_INLINE Lanes<A> at(int64_t at, const Span& span) const {
-    read_ahead(x + at);
+    read_strip_ahead<kMapRows>(x + at, stride);
     return (load_span<kWhole>(x + at, span) - mean) * invstd * weight + bias;
   }
 };
 
 template <typename T>
 struct NormalizeColumns {
+  using A = Accumulate<T>;
   const T* x;
   T* y;
   int64_t stride;
@@ -289,7 +302,7 @@ struct NormalizeColumns {
 
   template <bool kWhole>
   BNK_INLINE void run(int s, const Span& span, int64_t row, int64_t rows) const {
-    const NormalizeSpan<T> normalize{x, mean.of_span[s], invstd.of_span[s], weight.of_span[s], bias.of_span[s]};
+    const NormalizeSpan<T> normalize{x, stride, mean.of_span[s], invstd.of_span[s], weight.of_span[s], bias.of_span[s]};
     write_span<kWhole>(streamed, y, row * stride + span.begin, rows, stride, span, normalize);
   }
 };
@@ -304,7 +317,7 @@ void column_normalize(const void* x, void* y, Tile tile, const AffineVectors& af
                                       {affine.invstd, tile.length},
                                       {affine.weight, tile.length},
                                       {affine.bias, tile.length}};
-  visit_strips<Accumulate<T>>(tile, normalize);
+  visit_map(tile, normalize);
 }
 
 template <typename T>
@@ -312,12 +325,15 @@ struct GradientSpan {
   using A = Accumulate<T>;
   const T* g;
   const T* x;
-  const Lanes<A> mean, invstd, scale, mean_g, mean_gx;
+  int64_t stride;
+  const Lanes<A> mean, scale, mean_g, slope;
 
   template <bool kWhole>
   BNK_INLINE Lanes<A> at(int64_t at, const Span& span) const {
-    const Lanes<A> xhat = (load_span<kWhole>(x + at, span) - mean) * invstd;
-    return scale * (load_span<kWhole>(g + at, span) - mean_g - xhat * mean_gx);
+    read_strip_ahead<kGradientRows>(g + at, stride);
+    read_strip_ahead<kGradientRows>(x + at, stride);
+    const Lanes<A> projection = (load_span<kWhole>(x + at, span) - mean) * slope;
+    return scale * (load_span<kWhole>(g + at, span) - mean_g - projection);
   }
 };
 
@@ -328,12 +344,12 @@ struct GradientColumns {
   T* grad_x;
   int64_t stride;
   bool streamed;
-  const Coefficients<T> mean, invstd, scale, mean_g, mean_gx;
+  const Coefficients<T> mean, scale, mean_g, slope;
 
   template <bool kWhole>
   BNK_INLINE void run(int s, const Span& span, int64_t row, int64_t rows) const {
     const GradientSpan<T> gradient{
-        g, x, mean.of_span[s], invstd.of_span[s], scale.of_span[s], mean_g.of_span[s], mean_gx.of_span[s]};
+        g, x, stride, mean.of_span[s], scale.of_span[s], mean_g.of_span[s], slope.of_span[s]};
     write_span<kWhole>(streamed, grad_x, row * stride + span.begin, rows, stride, span, gradient);
   }
 };
@@ -342,17 +358,19 @@ template <typename T>
 struct ScaledSpan {
   using A = Accumulate<T>;
   const T* g;
+  int64_t stride;
   const Lanes<A> scale;
 
   template <bool kWhole>
   BNK_INLINE Lanes<A> at(int64_t at, const Span& span) const {
-    read_ahead(g + at);
+    read_strip_ahead<kMapRows>(g + at, stride);
     return scale * load_span<kWhole>(g + at, span);
   }
 };
 
 template <typename T>
 struct ScaledColumns {
+  using A = Accumulate<T>;
   const T* g;
   T* grad_x;
   int64_t stride;
@@ -362,7 +380,7 @@ struct ScaledColumns {
   template <bool kWhole>
   BNK_INLINE void run(int s, const Span& span, int64_t row, int64_t rows) const {
     write_span<kWhole>(streamed, grad_x, row * stride + span.begin, rows, stride, span,
-                       ScaledSpan<T>{g, scale.of_span[s]});
+                       ScaledSpan<T>{g, stride, scale.of_span[s]});
   }
 };
 
@@ -374,7 +392,7 @@ void column_gradient(const void* g_data, const void* x, void* grad_x_data, Tile 
   T* grad_x = static_cast<T*>(grad_x_data);
   if (x == nullptr) {
     const ScaledColumns<T> scaled{g, grad_x, tile.stride, streamed, {gradient.scale, tile.length}};
-    return visit_strips<A, kGradientRows>(tile, scaled);
+    return visit_map(tile, scaled);
   }
   const GradientColumns<T> result{g,
                                   static_cast<const T*>(x),
@@ -382,9 +400,8 @@ void column_gradient(const void* g_data, const void* x, void* grad_x_data, Tile 
                                   tile.stride,
                                   streamed,
                                   {gradient.mean, tile.length},
-                                  {gradient.invstd, tile.length},
                                   {gradient.scale, tile.length},
                                   {gradient.mean_g, tile.length},
-                                  {gradient.mean_gx, tile.length}};
+                                  {gradient.slope, tile.length}};
   visit_strips<A, kGradientRows>(tile, result);
 }

@@ -15,6 +15,7 @@ namespace {
 constexpr int64_t kTileRows = 64;    // a tile's float chain
 constexpr int64_t kChunkRows = 128;  // at least, in a chunk
 constexpr int64_t kMaxChunks = 256;
+constexpr int64_t kMinMapRows = 16;   // at least, in a chunk without statistics
 constexpr int64_t kMinColumns = 128;  // of a block: rows of it are still runs of several cache lines
 constexpr int64_t kPiecesPerThread = 4;
 constexpr int64_t kFold = 32;       // makes any number of columns whole vectors
@@ -24,19 +25,23 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 
-Columns::Columns(const Problem& problem, int tensors, int threads) : Layout(problem, tensors) {
+Columns::Columns(const Problem& problem, int tensors, bool has_partials, int threads) : Layout(problem, tensors) {
   const int64_t columns = problem.channels * problem.inner;
   fold_ = columns < kFoldBelow && problem.outer >= kFold ? kFold : 1;
   rows_ = problem.outer / fold_;
   rest_columns_ = problem.outer % fold_ * columns;
   row_columns_ = columns * fold_;
-  const int64_t chunks = std::clamp<int64_t>(rows_ / kChunkRows, 1, kMaxChunks);
-  chunk_rows_ = ceil_div(rows_, chunks);
+  if (has_partials) {
+    chunk_rows_ = ceil_div(rows_, std::clamp<int64_t>(rows_ / kChunkRows, 1, kMaxChunks));
+  } else {  // as few rows as pay for the vectors by column
+    chunk_rows_ = std::max(kMapBytes / (row_columns_ * size_of(problem.dtype)), plain() ? kMinMapRows : kChunkRows);
+  }
   chunks_ = ceil_div(rows_, chunk_rows_);
   tile_rows_ = ceil_div(chunk_rows_, ceil_div(chunk_rows_, kTileRows));
   // Whole rows are walked best. Narrower blocks only where there are not pieces enough to occupy the threads.
   int64_t width = kMaxColumns;
-  while (width > kMinColumns && ceil_div(row_columns_, width) * chunks_ < kPiecesPerThread * threads) width /= 2;
+  while (has_partials && width > kMinColumns && ceil_div(row_columns_, width) * chunks_ < kPiecesPerThread * threads)
+    width /= 2;
   block_channels_ = fold_ > 1 ? problem.channels : std::clamp<int64_t>(width / problem.inner, 1, problem.channels);
   block_columns_ = fold_ > 1 ? row_columns_ : block_channels_ * problem.inner;
   blocks_ = ceil_div(problem.channels, block_channels_);
@@ -171,11 +176,12 @@ void Columns::normalize(const void* x, void* y, const AffineVectors& affine, int
 
 void Columns::gradient(const void* g, const void* x, void* grad_x, const GradientVectors& vectors, int64_t block,
                        int64_t chunk) const {
-  alignas(64) double space[5][kMaxColumns];
-  GradientVectors columns{nullptr, nullptr, by_column(vectors.scale, block, space[0]), nullptr, nullptr};
+  alignas(64) double space[4][kMaxColumns];
+  GradientVectors columns{nullptr, by_column(vectors.scale, block, space[0]), nullptr, nullptr};
   if (x != nullptr) {
-    columns = {by_column(vectors.mean, block, space[1]), by_column(vectors.invstd, block, space[2]), columns.scale,
-               by_column(vectors.mean_g, block, space[3]), by_column(vectors.mean_gx, block, space[4])};
+    columns.mean = by_column(vectors.mean, block, space[1]);
+    columns.mean_g = by_column(vectors.mean_g, block, space[2]);
+    columns.slope = by_column(vectors.slope, block, space[3]);
   }
   for (const Piece& part : {rest(block, chunk), body(block, chunk)}) {
     if (part.tile.length == 0) continue;

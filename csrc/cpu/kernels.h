@@ -18,7 +18,7 @@
 
 namespace bnk::cpu {
 
-constexpr int kMaxRowChannels = 32;
+constexpr int kMaxRowChannels = 8;
 constexpr int kMaxColumns = 1024;
 
 struct Tile {
@@ -34,22 +34,25 @@ struct Partial {
   double second;
 };
 
-// Coefficients by channel, in the arithmetic type. y = (x - mean)*invstd*weight + bias.
+// Coefficients by channel, in the arithmetic type. y = (x - mean)*invstd*weight + bias. The product invstd*weight may be
+// beyond float where every y is not, and mean*invstd cancels where the mean is large: neither is folded.
 struct AffineVectors {
   const void *mean, *invstd, *weight, *bias;
 };
 
-// grad_x = scale*(g - mean_g - (x - mean)*invstd*mean_gx); for inference, x == nullptr: scale*g, and only scale is there.
+// grad_x = scale*(g - mean_g - (x - mean)*slope), with scale = invstd*weight and slope = invstd*mean(g*xhat), both
+// multiplied in double and rounded once; for inference, x == nullptr: scale*g, and only scale is there.
 struct GradientVectors {
-  const void *mean, *invstd, *scale, *mean_g, *mean_gx;
+  const void *mean, *scale, *mean_g, *slope;
 };
 
 struct Kernels {
-  // At most kMaxRowChannels channels. Vectors start with the first of them.
-  void (*row_moments)(const void* x, Tile tile, int channels, double floor, Partial* of_tile);
+  // Vectors start with the first of the channels; where there are sums, there are at most kMaxRowChannels of them.
+  // `ahead`: elements from this tile to the one that will be read after it, which is asked for while this one is read.
+  void (*row_moments)(const void* x, Tile tile, int64_t ahead, int channels, double floor, Partial* of_tile);
   void (*row_normalize)(const void* x, void* y, Tile tile, int channels, const AffineVectors& affine, bool streamed);
-  void (*row_sums)(const void* g, const void* x, Tile tile, int channels, const void* mean, const void* invstd,
-                   Partial* of_tile);
+  void (*row_sums)(const void* g, const void* x, Tile tile, int64_t ahead, int channels, const void* mean,
+                   const void* invstd, Partial* of_tile);
   void (*row_gradient)(const void* g, const void* x, void* grad_x, Tile tile, int channels,
                        const GradientVectors& gradient, bool streamed);
 
@@ -75,6 +78,9 @@ namespace avx2 {
 const Kernels& kernels(Dtype dtype);
 }
 namespace avx512 {
+const Kernels& kernels(Dtype dtype);
+}
+namespace avx512_bf16 {
 const Kernels& kernels(Dtype dtype);
 }
 

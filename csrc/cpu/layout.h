@@ -24,8 +24,12 @@ inline void merge_moments(Partial* into, double before, const Partial& from, dou
   into->second += from.second + delta * delta * before * share;
 }
 
-// A usual last-level cache. A problem that touches more does not find its result there afterwards.
-constexpr int64_t kLastLevelBytes = int64_t{32} << 20;
+// What a call may hope to keep in the last-level cache: data between its two visits, and results for whoever reads them
+// next. A cache of 32 MB is usual, and others use it too.
+constexpr int64_t kCacheBytes = int64_t{16} << 20;
+
+// Without statistics a piece is this much memory, in a row if it can be.
+constexpr int64_t kMapBytes = 65536;
 
 class Layout {
  public:
@@ -56,7 +60,7 @@ class Layout {
   Layout(const Problem& problem, int tensors)
       : problem_(problem),
         kernels_(kernels(problem.dtype)),
-        streamed_(problem.elements() * size_of(problem.dtype) * tensors > kLastLevelBytes) {}
+        streamed_(problem.elements() * size_of(problem.dtype) * tensors > kCacheBytes) {}
   ~Layout() = default;
 
   const void* at(const void* data, int64_t element) const {
@@ -79,7 +83,7 @@ class Layout {
 // Channels-first: runs of `inner` elements (rows.cpp). Any problem, best where inner is not tiny.
 class Rows final : public Layout {
  public:
-  Rows(const Problem& problem, int tensors);
+  Rows(const Problem& problem, int tensors, bool has_partials);
   double count(int64_t chunk) const override;
   void moments(const void* x, double floor, int64_t block, int64_t chunk, Partial* partials) const override;
   void normalize(const void* x, void* y, const AffineVectors& affine, int64_t block, int64_t chunk) const override;
@@ -89,11 +93,25 @@ class Rows final : public Layout {
                 int64_t chunk) const override;
 
  private:
+  // What a statistics kernel takes of a chunk in one call: a tile, of all channels of the block or of one.
   struct Piece {
     int64_t offset;  // of its first element
     Tile tile;
+    int64_t before;  // elements of a channel before the tile
+    int channel;     // of the block, the first
+    int channels;
   };
-  Piece piece(int64_t block, int64_t tile) const;
+  Piece piece(int64_t block, int64_t chunk, int64_t index) const;
+  int64_t pieces(int64_t block, int64_t chunk) const;
+  int64_t to_next(int64_t block, int64_t chunk, int64_t index) const;
+  // Calls write(offset, tile) over a chunk, all channels of the block at once, from its end.
+  template <typename F>
+  void over_rows_reversed(int64_t block, int64_t chunk, const F& write) const;
+  int64_t offset(int64_t block, int64_t tile) const;
+  Tile tile_at(int64_t tile) const;
+  // Whether a row of the block is several channels of several tiles each.
+  bool crossed(int64_t block) const { return segments_ > 1 && channels(block) > 1; }
+  int channels(int64_t block) const { return static_cast<int>(last_channel(block) - first_channel(block)); }
   int64_t elements_before(int64_t tile) const;
   int64_t first_tile(int64_t chunk) const { return chunk * chunk_tiles_; }
   int64_t last_tile(int64_t chunk) const {
@@ -111,7 +129,7 @@ class Rows final : public Layout {
 // Channels-last, and channels-first with tiny runs: columns (columns.cpp).
 class Columns final : public Layout {
  public:
-  Columns(const Problem& problem, int tensors, int threads);
+  Columns(const Problem& problem, int tensors, bool has_partials, int threads);
   double count(int64_t chunk) const override;
   void moments(const void* x, double floor, int64_t block, int64_t chunk, Partial* partials) const override;
   void normalize(const void* x, void* y, const AffineVectors& affine, int64_t block, int64_t chunk) const override;

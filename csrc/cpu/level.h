@@ -58,6 +58,11 @@ constexpr Kernels table() {
 }
 
 const Kernels& kernels(Dtype dtype) {
+#if BNK_AVX512_BF16
+  static constexpr Kernels kTable = table<BFloat16>();
+  return dtype == Dtype::kBFloat16 ? kTable : avx512::kernels(dtype);
+#else
   static constexpr Kernels kTables[] = {table<double>(), table<float>(), table<Float16>(), table<BFloat16>()};
   return kTables[static_cast<int>(dtype)];
+#endif
 }

@@ -21,6 +21,7 @@
 #define BNK_X86 1
 #define BNK_AVX2 1
 #define BNK_AVX512 0
+#define BNK_AVX512_BF16 0
 
 namespace bnk::cpu::avx2 {
 #include "level.h"

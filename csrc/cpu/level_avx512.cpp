@@ -25,6 +25,7 @@
 #define BNK_X86 1
 #define BNK_AVX2 1
 #define BNK_AVX512 1
+#define BNK_AVX512_BF16 0
 
 namespace bnk::cpu::avx512 {
 #include "level.h"

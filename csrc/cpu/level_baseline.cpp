@@ -18,6 +18,7 @@
 #endif
 #define BNK_AVX2 0
 #define BNK_AVX512 0
+#define BNK_AVX512_BF16 0
 
 namespace bnk::cpu::baseline {
 #include "level.h"

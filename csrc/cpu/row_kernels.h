@@ -14,15 +14,15 @@ BNK_INLINE void visit_run(int64_t length, const Mask<A>& mask, Visitor& visitor)
   if (i < length) visitor.tail(length - kCount, mask);
 }
 
-// The first read of a tile asks for what lies this far ahead: further on in the row or, at the end of what this thread
-// walks of it, the channels that the thread walks next.
+// Reads ask for what is read next. For statistics that is the tile after this one, which their caller knows; results, and
+// what is walked from end to end, ask for what lies this far ahead.
 constexpr int64_t kReadAhead = 2048;   // bytes
 constexpr int64_t kWriteAhead = 1024;  // bytes
 
 template <typename T>
-BNK_INLINE void read_ahead(const T* here) {
+BNK_INLINE void read_ahead(const T* here, int64_t bytes = kReadAhead) {
   for (int64_t line = 0; line < static_cast<int64_t>(Lanes<Accumulate<T>>::kCount * sizeof(T)); line += 64) {
-    __builtin_prefetch(reinterpret_cast<const char*>(here) + kReadAhead + line);
+    __builtin_prefetch(reinterpret_cast<const char*>(here) + bytes + line);
   }
 }
 
@@ -60,10 +60,7 @@ struct Sum {
   const T* x;
   Lanes<A> sum;
 
-  BNK_INLINE void whole(int64_t i) {
-    read_ahead(x + i);
-    sum = sum + load(x + i);
-  }
+  BNK_INLINE void whole(int64_t i) { sum = sum + load(x + i); }
   BNK_INLINE void tail(int64_t i, const Mask<A>& mask) { sum = sum + keep(load(x + i), mask); }
 };
 
@@ -71,20 +68,27 @@ template <typename T>
 struct CenteredSums {
   using A = Accumulate<T>;
   const T* x;
+  int64_t ahead;  // bytes
   Lanes<A> center, sum, squares;
 
   BNK_INLINE void add(const Lanes<A>& d) {
     sum = sum + d;
     squares = squares + d * d;
   }
-  BNK_INLINE void whole(int64_t i) { add(load(x + i) - center); }
-  BNK_INLINE void tail(int64_t i, const Mask<A>& mask) { add(keep(load(x + i) - center, mask)); }
+  BNK_INLINE void whole(int64_t i) {
+    read_ahead(x + i, ahead);  // in the second pass, as memory would idle while it is fed from the cache
+    add(load(x + i) - center);
+  }
+  BNK_INLINE void tail(int64_t i, const Mask<A>& mask) {
+    read_ahead(x + i, ahead);
+    add(keep(load(x + i) - center, mask));
+  }
 };
 
 // Any center c gives the mean c + S1/n and the squares S2 - S1*S1/n; with c the rounded mean the subtracted part is
 // within rounding of nothing, so nothing cancels.
 template <typename T>
-void row_moments(const void* data, Tile tile, int channels, double floor, Partial* of_tile) {
+void row_moments(const void* data, Tile tile, int64_t ahead, int channels, double floor, Partial* of_tile) {
   using A = Accumulate<T>;
   const T* x = static_cast<const T*>(data);
   if (tile.length < Lanes<A>::kCount) {
@@ -109,7 +113,8 @@ void row_moments(const void* data, Tile tile, int channels, double floor, Partia
   for (int c = 0; c < channels; ++c) sum[c] = squares[c] = {};
   for (int64_t row = 0; row < tile.rows; ++row) {
     for (int c = 0; c < channels; ++c) {
-      CenteredSums<T> run{x + row * tile.stride + c * tile.length, broadcast(center[c]), sum[c], squares[c]};
+      CenteredSums<T> run{x + row * tile.stride + c * tile.length, ahead * static_cast<int64_t>(sizeof(T)),
+                          broadcast(center[c]), sum[c], squares[c]};
       visit_run<A>(tile.length, mask, run);
       sum[c] = run.sum;
       squares[c] = run.squares;
@@ -144,6 +149,7 @@ struct GradientSums {
   using A = Accumulate<T>;
   const T* g;
   const T* x;
+  int64_t ahead;  // bytes
   Lanes<A> mean, invstd, sum_g, sum_gx;
 
   BNK_INLINE void add(const Lanes<A>& gradient, const Lanes<A>& value) {
@@ -151,15 +157,19 @@ struct GradientSums {
     sum_gx = sum_gx + gradient * ((value - mean) * invstd);
   }
   BNK_INLINE void whole(int64_t i) {
-    read_ahead(g + i);
-    read_ahead(x + i);
+    read_ahead(g + i, ahead);
+    read_ahead(x + i, ahead);
     add(load(g + i), load(x + i));
   }
-  BNK_INLINE void tail(int64_t i, const Mask<A>& mask) { add(keep(load(g + i), mask), load(x + i)); }
+  BNK_INLINE void tail(int64_t i, const Mask<A>& mask) {
+    read_ahead(g + i, ahead);
+    read_ahead(x + i, ahead);
+    add(keep(load(g + i), mask), load(x + i));
+  }
 };
 
 template <typename T>
-void row_sums(const void* g_data, const void* x_data, Tile tile, int channels, const void* mean_data,
+void row_sums(const void* g_data, const void* x_data, Tile tile, int64_t ahead, int channels, const void* mean_data,
               const void* invstd_data, Partial* of_tile) {
   using A = Accumulate<T>;
   const T* g = static_cast<const T*>(g_data);
@@ -173,7 +183,9 @@ void row_sums(const void* g_data, const void* x_data, Tile tile, int channels, c
   for (int64_t row = 0; row < tile.rows && runs_are_vectors; ++row) {
     for (int c = 0; c < channels; ++c) {
       const int64_t offset = row * tile.stride + c * tile.length;
-      GradientSums<T> run{g + offset, x + offset, broadcast(mean[c]), broadcast(invstd[c]), sum_g[c], sum_gx[c]};
+      GradientSums<T> run{g + offset,         x + offset,           ahead * static_cast<int64_t>(sizeof(T)),
+                          broadcast(mean[c]), broadcast(invstd[c]), sum_g[c],
+                          sum_gx[c]};
       visit_run<A>(tile.length, mask, run);
       sum_g[c] = run.sum_g;
       sum_gx[c] = run.sum_gx;
@@ -255,10 +267,10 @@ struct InputGradient {
   const T* g;
   const T* x;
   T* grad_x;
-  Lanes<A> mean, invstd, scale, mean_g, mean_gx;
+  Lanes<A> mean, scale, mean_g, slope;
 
   BNK_INLINE Lanes<A> of(const Lanes<A>& gradient, const Lanes<A>& value) const {
-    return scale * (gradient - mean_g - (value - mean) * invstd * mean_gx);
+    return scale * (gradient - mean_g - (value - mean) * slope);
   }
   template <Write kWrite>
   BNK_INLINE void whole(int64_t i) const {
@@ -291,10 +303,9 @@ BNK_INLINE void gradient_rows(const T* g, const T* x, T* grad_x, const Tile& til
                               const GradientVectors& gradient) {
   using A = Accumulate<T>;
   const A* mean = static_cast<const A*>(gradient.mean);
-  const A* invstd = static_cast<const A*>(gradient.invstd);
   const A* scale = static_cast<const A*>(gradient.scale);
   const A* mean_g = static_cast<const A*>(gradient.mean_g);
-  const A* mean_gx = static_cast<const A*>(gradient.mean_gx);
+  const A* slope = static_cast<const A*>(gradient.slope);
   for (int64_t row = 0; row < tile.rows; ++row) {
     for (int c = 0; c < channels; ++c) {
       const int64_t at = row * tile.stride + c * tile.length;
@@ -306,10 +317,9 @@ BNK_INLINE void gradient_rows(const T* g, const T* x, T* grad_x, const Tile& til
                                  x + at,
                                  grad_x + at,
                                  broadcast(mean[c]),
-                                 broadcast(invstd[c]),
                                  broadcast(scale[c]),
                                  broadcast(mean_g[c]),
-                                 broadcast(mean_gx[c])};
+                                 broadcast(slope[c])};
       write_run<kWrite>(tile.length, grad_x + at, run);
     }
   }

@@ -1,7 +1,10 @@
 // Rows: channels-first. A channel is `outer` runs of `inner` contiguous elements.
 //
-// Tiles of about kTileBytes: a piece of a long run, or several short runs. A block holds several channels where runs
-// are short, so that a thread walks neighbouring runs together and every cache line that it fetches is used.
+// Tiles of about kTileBytes: a piece of a long run, or several short runs. A block holds a few channels, so that a thread
+// walks neighbouring runs together: longer stretches of memory, and every cache line that is fetched is used.
+//
+// Where there are no statistics nothing is visited twice, and memory is best walked from end to end: a block then holds
+// as many channels as make a long stretch, a chunk is one row of them, and a tile is a chunk.
 #include <algorithm>
 
 #include "layout.h"
@@ -13,14 +16,28 @@ constexpr int64_t kTileBytes = 8192;  // in the arithmetic type: short chains, a
 constexpr int64_t kChunkTiles = 32;   // at least, in a chunk
 constexpr int64_t kMaxChunks = 256;
 constexpr int64_t kStreamedRunBytes = 4096;
-constexpr int64_t kBlockRunBytes = 2048;  // neighbouring runs that a block walks together
+constexpr int64_t kBlockChannels = 4;       // of a block, unless
+constexpr int64_t kMinStretchBytes = 1024;  // a row of it is shorter: then more, up to kMaxRowChannels
+constexpr int64_t kBlockBytes = 524288;     // it is larger, too much for a second-level cache: then fewer
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 
-Rows::Rows(const Problem& problem, int tensors) : Layout(problem, tensors) {
+Rows::Rows(const Problem& problem, int tensors, bool has_partials) : Layout(problem, tensors) {
   const int64_t inner = problem.inner;
+  const int64_t run_bytes = inner * size_of(problem.dtype);
+  // Past the cache only whole lines: the ends of short runs would be written to the same lines both ways.
+  streamed_ = streamed_ && run_bytes >= kStreamedRunBytes;
+  if (!has_partials) {
+    length_ = std::min(inner, kMapBytes / size_of(problem.dtype));
+    segments_ = ceil_div(inner, length_);
+    tile_rows_ = chunk_tiles_ = 1;
+    tiles_ = chunks_ = problem.outer * segments_;
+    block_channels_ = std::clamp<int64_t>(kMapBytes / run_bytes, 1, problem.channels);
+    blocks_ = ceil_div(problem.channels, block_channels_);
+    return;
+  }
   const int64_t tile_elements = kTileBytes / size_of(accumulate_dtype(problem.dtype));
   if (inner >= tile_elements) {
     length_ = ceil_div(ceil_div(inner, ceil_div(inner, tile_elements)), 64) * 64;
@@ -30,28 +47,70 @@ Rows::Rows(const Problem& problem, int tensors) : Layout(problem, tensors) {
   } else {
     length_ = inner;
     segments_ = 1;
-    tile_rows_ = tile_elements / inner;
+    tiles_ = ceil_div(problem.outer, tile_elements / inner);
+    tile_rows_ = ceil_div(problem.outer, tiles_);  // alike, as each asks for the next in its own shape
     tiles_ = ceil_div(problem.outer, tile_rows_);
   }
-  // Past the cache only whole lines: the ends of short runs would be written to the same lines both ways.
-  streamed_ = streamed_ && inner * size_of(problem.dtype) >= kStreamedRunBytes;
   chunk_tiles_ = std::max(kChunkTiles, ceil_div(tiles_, kMaxChunks));
+  const bool whole_runs = segments_ <= chunk_tiles_;  // in a chunk; a longer run is a block of its own
+  if (whole_runs) chunk_tiles_ = ceil_div(chunk_tiles_, segments_) * segments_;
   chunks_ = ceil_div(tiles_, chunk_tiles_);
-  block_channels_ = std::clamp<int64_t>(ceil_div(kBlockRunBytes, inner * size_of(problem.dtype)), 1, kMaxRowChannels);
+  // Powers of two, so that a block begins with a cache line more often.
+  block_channels_ = whole_runs ? kBlockChannels : 1;
+  while (block_channels_ < kMaxRowChannels && block_channels_ * run_bytes < kMinStretchBytes) block_channels_ *= 2;
+  while (block_channels_ > 1 && block_channels_ * run_bytes * problem.outer > kBlockBytes) block_channels_ /= 2;
   block_channels_ = std::min(block_channels_, problem.channels);
   blocks_ = ceil_div(problem.channels, block_channels_);
 }
 
-Rows::Piece Rows::piece(int64_t block, int64_t tile) const {
-  const int64_t column = first_channel(block) * problem_.inner;
-  const int64_t row_elements = problem_.channels * problem_.inner;
-  if (segments_ > 1) {
-    const int64_t row = tile / segments_;
-    const int64_t begin = tile % segments_ * length_;
-    return {row * row_elements + column + begin, {1, std::min(length_, problem_.inner - begin), row_elements}};
+int64_t Rows::offset(int64_t block, int64_t tile) const {
+  const int64_t row = segments_ > 1 ? tile / segments_ : tile * tile_rows_;
+  return (row * problem_.channels + first_channel(block)) * problem_.inner + tile % segments_ * length_;
+}
+
+Tile Rows::tile_at(int64_t tile) const {
+  const int64_t stride = problem_.channels * problem_.inner;
+  if (segments_ > 1) return {1, std::min(length_, problem_.inner - tile % segments_ * length_), stride};
+  return {std::min(tile_rows_, problem_.outer - tile * tile_rows_), problem_.inner, stride};
+}
+
+int64_t Rows::pieces(int64_t block, int64_t chunk) const {
+  return (last_tile(chunk) - first_tile(chunk)) * (crossed(block) ? channels(block) : 1);
+}
+
+Rows::Piece Rows::piece(int64_t block, int64_t chunk, int64_t index) const {
+  const int64_t before = elements_before(first_tile(chunk));
+  if (!crossed(block)) {
+    const int64_t tile = first_tile(chunk) + index;
+    return {offset(block, tile), tile_at(tile), elements_before(tile) - before, 0, channels(block)};
   }
-  const int64_t row = tile * tile_rows_;
-  return {row * row_elements + column, {std::min(tile_rows_, problem_.outer - row), problem_.inner, row_elements}};
+  // Row by row, channel by channel, tile by tile: a chunk is whole runs here.
+  const int64_t row = index / (channels(block) * segments_);
+  const int64_t channel = index / segments_ % channels(block);
+  const int64_t tile = first_tile(chunk) + row * segments_ + index % segments_;
+  return {offset(block, tile) + channel * problem_.inner, tile_at(tile), elements_before(tile) - before,
+          static_cast<int>(channel), 1};
+}
+
+// Elements from a piece to the one that the same thread most likely reads after it.
+int64_t Rows::to_next(int64_t block, int64_t chunk, int64_t index) const {
+  const int64_t here = piece(block, chunk, index).offset;
+  if (index + 1 < pieces(block, chunk)) return piece(block, chunk, index + 1).offset - here;
+  return (chunk + 1 < chunks_ ? offset(block, first_tile(chunk + 1)) : offset(block + 1, 0)) - here;
+}
+
+template <typename F>
+void Rows::over_rows_reversed(int64_t block, int64_t chunk, const F& write) const {
+  if (!crossed(block)) {
+    for (int64_t tile = last_tile(chunk) - 1; tile >= first_tile(chunk); --tile) {
+      write(offset(block, tile), tile_at(tile));
+    }
+    return;
+  }
+  const Tile row{1, problem_.inner, problem_.channels * problem_.inner};
+  for (int64_t tile = last_tile(chunk) - segments_; tile >= first_tile(chunk); tile -= segments_) {
+    write(offset(block, tile), row);
+  }
 }
 
 int64_t Rows::elements_before(int64_t tile) const {
@@ -64,60 +123,55 @@ double Rows::count(int64_t chunk) const {
 }
 
 void Rows::moments(const void* x, double floor, int64_t block, int64_t chunk, Partial* partials) const {
-  const int64_t first = first_channel(block);
-  const int channels = static_cast<int>(last_channel(block) - first);
-  double before = 0;
-  for (int64_t tile = first_tile(chunk); tile < last_tile(chunk); ++tile) {
-    const Piece part = piece(block, tile);
+  const int64_t last = pieces(block, chunk);
+  for (int64_t index = 0; index < last; ++index) {
+    const Piece part = piece(block, chunk, index);
     const double count = static_cast<double>(part.tile.rows * part.tile.length);
     Partial of_tile[kMaxRowChannels];
-    kernels_.row_moments(at(x, part.offset), part.tile, channels, floor * count, of_tile);
-    for (int c = 0; c < channels; ++c) merge_moments(&partials[c], before, of_tile[c], count);
-    before += count;
+    kernels_.row_moments(at(x, part.offset), part.tile, to_next(block, chunk, index), part.channels, floor * count,
+                         of_tile);
+    for (int c = 0; c < part.channels; ++c) {
+      merge_moments(&partials[part.channel + c], static_cast<double>(part.before), of_tile[c], count);
+    }
   }
 }
 
 void Rows::sums(const void* g, const void* x, const void* mean, const void* invstd, int64_t block, int64_t chunk,
                 Partial* partials) const {
-  const int64_t first = first_channel(block);
-  const int channels = static_cast<int>(last_channel(block) - first);
-  std::fill_n(partials, channels, Partial{});
-  for (int64_t tile = first_tile(chunk); tile < last_tile(chunk); ++tile) {
-    const Piece part = piece(block, tile);
+  std::fill_n(partials, channels(block), Partial{});
+  const int64_t last = pieces(block, chunk);
+  for (int64_t index = 0; index < last; ++index) {
+    const Piece part = piece(block, chunk, index);
+    const int64_t first = first_channel(block) + part.channel;
     Partial of_tile[kMaxRowChannels];
-    kernels_.row_sums(at(g, part.offset), at(x, part.offset), part.tile, channels, of_channel(mean, first),
-                      of_channel(invstd, first), of_tile);
-    for (int c = 0; c < channels; ++c) {
-      partials[c].first += of_tile[c].first;
-      partials[c].second += of_tile[c].second;
+    kernels_.row_sums(at(g, part.offset), at(x, part.offset), part.tile, to_next(block, chunk, index), part.channels,
+                      of_channel(mean, first), of_channel(invstd, first), of_tile);
+    for (int c = 0; c < part.channels; ++c) {
+      partials[part.channel + c].first += of_tile[c].first;
+      partials[part.channel + c].second += of_tile[c].second;
     }
   }
 }
 
 void Rows::normalize(const void* x, void* y, const AffineVectors& affine, int64_t block, int64_t chunk) const {
   const int64_t first = first_channel(block);
-  const int channels = static_cast<int>(last_channel(block) - first);
   const AffineVectors of_block{of_channel(affine.mean, first), of_channel(affine.invstd, first),
                                of_channel(affine.weight, first), of_channel(affine.bias, first)};
-  for (int64_t tile = last_tile(chunk) - 1; tile >= first_tile(chunk); --tile) {
-    const Piece part = piece(block, tile);
-    kernels_.row_normalize(at(x, part.offset), at(y, part.offset), part.tile, channels, of_block, streamed_);
-  }
+  over_rows_reversed(block, chunk, [&](int64_t offset, const Tile& tile) {
+    kernels_.row_normalize(at(x, offset), at(y, offset), tile, channels(block), of_block, streamed_);
+  });
   if (streamed_) kernels_.end_of_stream();
 }
 
 void Rows::gradient(const void* g, const void* x, void* grad_x, const GradientVectors& vectors, int64_t block,
                     int64_t chunk) const {
   const int64_t first = first_channel(block);
-  const int channels = static_cast<int>(last_channel(block) - first);
-  const GradientVectors of_block{of_channel(vectors.mean, first), of_channel(vectors.invstd, first),
-                                 of_channel(vectors.scale, first), of_channel(vectors.mean_g, first),
-                                 of_channel(vectors.mean_gx, first)};
-  for (int64_t tile = last_tile(chunk) - 1; tile >= first_tile(chunk); --tile) {
-    const Piece part = piece(block, tile);
-    kernels_.row_gradient(at(g, part.offset), x == nullptr ? nullptr : at(x, part.offset), at(grad_x, part.offset),
-                          part.tile, channels, of_block, streamed_);
-  }
+  const GradientVectors of_block{of_channel(vectors.mean, first), of_channel(vectors.scale, first),
+                                 of_channel(vectors.mean_g, first), of_channel(vectors.slope, first)};
+  over_rows_reversed(block, chunk, [&](int64_t offset, const Tile& tile) {
+    kernels_.row_gradient(at(g, offset), x == nullptr ? nullptr : at(x, offset), at(grad_x, offset), tile,
+                          channels(block), of_block, streamed_);
+  });
   if (streamed_) kernels_.end_of_stream();
 }
 

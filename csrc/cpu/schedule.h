@@ -5,6 +5,8 @@
 //
 //   owned   a thread takes whole blocks of channels through all three steps: nothing is shared, no thread waits
 //   shared  all threads work on the chunks of a group of blocks, as many as the cache holds: few channels, or large ones
+//
+// Without statistics there is only the last step, and its pieces are walked as they follow each other in memory.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -16,8 +18,7 @@
 
 namespace bnk::cpu {
 
-constexpr int64_t kSerialElements = 32768;          // below, starting threads costs more than it saves
-constexpr int64_t kCacheBytes = int64_t{16} << 20;  // of the last-level cache, for the data between two visits
+constexpr int64_t kSerialElements = 32768;  // below, starting threads costs more than it saves
 
 inline int threads_for(int64_t elements) {
   return elements <= kSerialElements || at::in_parallel_region() ? 1 : at::get_num_threads();
@@ -56,7 +57,7 @@ void run(const Layout& layout, const Work& work, int64_t elements, int64_t block
   const int64_t chunks = layout.chunks();
 
   if (!work.has_partials) {
-    over_pieces(threads, blocks * chunks, [&](int64_t piece) { work.apply(piece / chunks, piece % chunks); });
+    over_pieces(threads, blocks * chunks, [&](int64_t piece) { work.apply(piece % blocks, piece / blocks); });
     return;
   }
 

@@ -1,6 +1,8 @@
 // Which SIMD level runs: the widest that this processor has, or what BNKERNELS_CPU_SIMD names.
 //
-//   BNKERNELS_CPU_SIMD=baseline|avx2|avx512    read once, at the first call; every level gives the same bits
+//   BNKERNELS_CPU_SIMD=baseline|avx2|avx512|avx512_bf16    read once, at the first call
+//
+// Every level gives the same bits.
 //
 // A name that is none of these, or a level that this processor or build has not, is an error: a test that asks for a
 // level must not silently run another.
@@ -23,11 +25,11 @@ struct Level {
 Level choose() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
+  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   const Level levels[] = {
-      {"avx512",
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512dq"),
-       avx512::kernels},
+      {"avx512_bf16", has_avx512 && __builtin_cpu_supports("avx512bf16"), avx512_bf16::kernels},
+      {"avx512", has_avx512, avx512::kernels},
       {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"),
        avx2::kernels},
       {"baseline", true, baseline::kernels},
