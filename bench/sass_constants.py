@@ -124,18 +124,22 @@ def step(instruction: Instruction, state: State) -> None:
 def branch_states(block: Block, state: State) -> dict[int, State]:
     """The blocks that may follow, each with what is known there."""
     last = block.instructions[-1]
-    if len(block.successors) < 2 or last.base != "BRA" or not (last.guard or len(last.operands) == 2):
+    conditions = [*([last.guard[1:]] if last.guard else []), *last.operands[:-1]]
+    names = [condition.lstrip("!") for condition in conditions]
+    is_plain = last.base == "BRA" and "DIV" not in last.modifiers and all(map(_PREDICATE.fullmatch, names))
+    if len(block.successors) < 2 or not is_plain or not conditions:
         return dict.fromkeys(block.successors, state)
-    condition = last.guard[1:] if last.guard else last.operands[0]
-    name = condition.lstrip("!")
-    if not _PREDICATE.fullmatch(name) or "DIV" in last.modifiers or (last.guard and len(last.operands) == 2):
-        return dict.fromkeys(block.successors, state)
-    known = _value(condition, state)
+    # Taken where all of its predicates hold: "@P3 BRA P4, target" has two.
+    known = [_value(condition, state) for condition in conditions]
     following, target = block.successors
     found = {}
-    for after, taken in ((following, 0), (target, 1)):
-        if known in (None, taken):
-            found[after] = {**state, name: 1 - taken if condition.startswith("!") else taken}
+    if 0 not in known:
+        found[target] = {**state, **{n: int(not c.startswith("!")) for n, c in zip(names, conditions)}}
+    if open_ones := [at for at, value in enumerate(known) if value != 1]:
+        found[following] = state
+        if len(open_ones) == 1:
+            name, condition = names[open_ones[0]], conditions[open_ones[0]]
+            found[following] = {**state, name: int(condition.startswith("!"))}
     return found
 
 
@@ -158,7 +162,7 @@ class Ways:
         for block in self.order:
             last = self.blocks[block].instructions[-1]
             if len(self.blocks[block].successors) > 1:
-                wanted |= _mentioned([last.guard[1:], *last.operands])
+                wanted |= _mentioned([last.guard[1:], *last.operands[:-1]])
         modelled = {*_MOVES, "SEL", "USEL", "ISETP", "UISETP", "PLOP3", "UPLOP3", "IMAD"}
         size = -1
         while size != len(wanted):

@@ -9,6 +9,7 @@ one turn of it). Of all turns, the fast path
      fewest narrower accesses of global memory, then the fewest calls;
   2. does not contradict itself (sass_constants.py): a window that the turn found not to exist is not loaded;
   3. brings the most loaded words to an addition or multiplication: a turn that loads and then computes nothing is none;
+     What was chosen so is held fixed, and 2 applies again: what is computed in full was also found to exist;
   4. has the fewest blocks, then the fewest instructions: what tells cut windows apart costs branches or instructions.
 
 Its instructions are a lower bound where step 4 leaves out a block that a thread also passes. A predicated instruction
@@ -75,10 +76,33 @@ def fast_path(flow: Flow, loop: Loop, kind: Kind, is_window: Callable[[Instructi
     def along(kept: frozenset[Edge]) -> list[int]:
         return [block for block in order if block == loop.header or any(block in edge for edge in kept)]
 
-    feasible = Ways(flow.blocks, along(best), best, ends).feasible()
-    if not feasible and loop.header not in ends:
-        return None
-    return _shortest(flow, along(feasible), feasible, ends, _words_used(flow, loop, order))
+    used = _words_used(flow, loop, order)
+    edges, fixed = best, frozenset[int]()
+    while True:
+        edges = Ways(flow.blocks, along(edges), edges, ends).feasible()
+        if not edges and loop.header not in ends:
+            return None
+        path = _shortest(flow, along(edges), edges, ends, used)
+        computing = frozenset(block for block in path.blocks if used[block])
+        if computing <= fixed:
+            break
+        fixed |= computing
+        for block in computing:
+            edges = _through(along(edges), edges, block)
+    way = frozenset(zip(path.blocks, path.blocks[1:]))
+    return path if not way or Ways(flow.blocks, path.blocks, way, path.blocks[-1:]).feasible() == way else None
+
+
+def _through(order: Sequence[int], edges: frozenset[Edge], block: int) -> frozenset[Edge]:
+    """The edges of all ways through a block."""
+    ahead, behind = {block}, {block}
+    for other in order:
+        if other in ahead:
+            ahead |= {after for before, after in edges if before == other}
+    for other in reversed(order):
+        if other in behind:
+            behind |= {before for before, after in edges if after == other}
+    return frozenset((before, after) for before, after in edges if before in ahead or after in behind)
 
 
 def _acyclic(flow: Flow, loop: Loop) -> frozenset[Edge]:
