@@ -6,6 +6,7 @@
 #   make bench    the benchmark harness (CPU, and the GPU where there is one)
 #   make gpu      on a machine with a GPU: build, tests marked cuda, compute-sanitizer, bench, in one go, without network
 #   make ptxas    registers and spills of every kernel for every supported architecture (needs nvcc, no GPU)
+#   make sass     what each kernel's main loops are made of, as machine code for sm_90 (needs nvcc and nvdisasm, no GPU)
 #   make build    the extension alone, in place
 #   make clean    removes what was built (distclean: the environments too)
 #
@@ -60,7 +61,7 @@ CPP_FILES = $(shell git ls-files -co --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 
 # The one installed beside the interpreter.
 CLANG_FORMAT = "$$(dirname "$$($(PY) -c 'import sys; print(sys.executable)')")/clang-format"
 
-.PHONY: help demo test lint format bench gpu ptxas build clean distclean
+.PHONY: help demo test lint format bench gpu ptxas sass build clean distclean
 
 help:
 	@sed -n '1,/^$$/{/^#/!d;s/^# \{0,1\}//;p}' Makefile
@@ -91,6 +92,9 @@ gpu: $(call environment,dev)
 
 ptxas: $(call environment,bench)
 	$(PY) bench/registers.py
+
+sass: $(call environment,bench)
+	$(PY) bench/sass.py
 
 # ninja knows what is up to date; this costs a few seconds when everything is.
 build: $(TORCH_STAMP)

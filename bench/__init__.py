@@ -12,7 +12,10 @@ results.py      the samples, as JSON, and what is derived from them;  report.py 
 harness.py      one case after another;  cli.py the command line
 markdown.py     tables
 
-registers.py    registers, spills and shared memory of each kernel by architecture (needs nvcc, no GPU)
+device_code.py  the device code, compiled as setup.py does (needs nvcc, no GPU), for the two that look at it:
+registers.py    registers, spills and shared memory of each kernel by architecture
+sass.py         machine code of the main loops: widths, loads in flight, instructions an element (needs nvdisasm)
+  sass_listing.py, sass_flow.py, sass_constants.py, sass_paths.py    from the listing to a loop's fast path
 sanitize.py     every kernel variant at small sizes, to be run under compute-sanitizer
 planted.*       faults that compute-sanitizer must find, or its silence on ours would say nothing
 ncu.py          DRAM bytes as the hardware counts them, against the floor

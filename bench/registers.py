@@ -13,34 +13,17 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import shutil
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # build_support and bench, where this file is run as a script
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench, where this file is run as a script
 
-import build_support  # noqa: E402
-from bench.markdown import table  # noqa: E402
-
-ARCHS = tuple("sm_" + arch.replace(".", "") for arch in build_support.SUPPORTED_ARCHS)
-
-# What setup.py gives nvcc that changes the machine code (tests/test_bench.py holds the two together), then what torch's
-# build adds to every .cu of an extension.
-CODE_FLAGS = ("-O3", "--fmad=false")
-TORCH_FLAGS = (
-    "-std=c++20",
-    "-D__CUDA_NO_HALF_OPERATORS__",
-    "-D__CUDA_NO_HALF_CONVERSIONS__",
-    "-D__CUDA_NO_BFLOAT16_CONVERSIONS__",
-    "-D__CUDA_NO_HALF2_OPERATORS__",
-    "--expt-relaxed-constexpr",
-)
+from bench import device_code
+from bench.device_code import ARCHS, demangle
+from bench.markdown import table
 
 # Kernel (a substring of the demangled name) -> why its spills or stack frame do no harm. Empty, and best left so.
 ALLOWED: dict[str, str] = {}
@@ -103,48 +86,14 @@ def parse_ptxas(log: str) -> list[Usage]:
     return usages
 
 
-def demangle(names: Sequence[str]) -> dict[str, str]:
-    """Readable names, shortened to kernel and template arguments; as they are where there is no c++filt."""
-    tool = shutil.which("cu++filt") or shutil.which("c++filt")
-    if not tool:
-        return {name: name for name in names}
-    done = subprocess.run([tool], input="\n".join(names), capture_output=True, text=True, check=True)
-    return {name: shorten(full) for name, full in zip(names, done.stdout.splitlines())}
-
-
-def shorten(name: str) -> str:
-    """ "void bnk::sum<float, (bnk::Layout)0>(bnk::Params)" -> "sum<float, (Layout)0>"."""
-    name = re.sub(r"^void ", "", name)
-    depth = 0
-    for position, letter in enumerate(name):
-        depth += {"<": 1, ">": -1}.get(letter, 0)
-        if letter == "(" and depth == 0:
-            name = name[:position]
-            break
-    return re.sub(r"\b\w+::", "", name)
-
-
-def compile_cubin(nvcc: Path, source: Path, arch: str) -> str:
-    """ptxas's report on one source for one architecture. RuntimeError with nvcc's output where it does not compile."""
-    target = f"arch=compute_{arch.removeprefix('sm_')},code={arch}"
-    with tempfile.TemporaryDirectory() as folder:
-        command = [str(nvcc), "-cubin", *CODE_FLAGS, *TORCH_FLAGS, f"-gencode={target}", "-Xptxas", "-v"]
-        command += [str(source), "-o", str(Path(folder) / "device.cubin")]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(f"{source.name} does not compile for {arch}:\n{done.stdout}")
-    return done.stdout
-
-
 def measure(sources: Iterable[Path], archs: Iterable[str], jobs: int) -> list[Usage]:
     """All kernels of the sources on all architectures, `jobs` compilers at a time."""
-    root = build_support.find_cuda_root(os.environ)
-    if root is None:
-        raise RuntimeError("no nvcc: put it on PATH or set CUDA_HOME")
-    nvcc = root / "bin" / "nvcc"
+    nvcc = device_code.find_nvcc()
     with ThreadPoolExecutor(jobs) as pool:
-        work = [pool.submit(compile_cubin, nvcc, source, arch) for arch in archs for source in sources]
-        return [usage for done in work for usage in parse_ptxas(done.result())]
+        work = [
+            pool.submit(device_code.compile_device_code, nvcc, source, arch) for arch in archs for source in sources
+        ]
+        return [usage for done in work for usage in parse_ptxas(done.result().ptxas_log)]
 
 
 def cell(usage: Usage | None) -> str:
@@ -186,11 +135,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parse.add_argument("-j", "--jobs", type=int, default=int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1))
     options = parse.parse_args(arguments)
     archs = options.arch.split(",")
-    if not all(re.fullmatch(r"sm_\d{2,3}[af]?", arch) for arch in archs):
+    if not all(device_code.is_arch(arch) for arch in archs):
         parse.error(f"architectures are written sm_90, not {options.arch}")
-    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     try:
-        usages = measure(sources, archs, max(1, options.jobs))
+        usages = measure(device_code.sources(), archs, max(1, options.jobs))
     except (RuntimeError, ValueError) as error:  # BuildError is a RuntimeError
         print(error, file=sys.stderr)
         return 2

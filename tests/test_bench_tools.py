@@ -9,7 +9,7 @@ import pytest
 
 import bnkernels
 import build_support
-from bench import ncu, registers, sanitize
+from bench import device_code, ncu, registers, sanitize
 from bench.cases import Case
 from bench.contestants import OURS
 from bench.shapes import LayerShape
@@ -69,21 +69,21 @@ def test_spills_are_found_unless_allowed(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_kernel_names_are_shortened():
-    assert registers.shorten("void bnk::scale<float, 4, (bnk::Layout)0>(float const*, float*)") == (
+    assert device_code.shorten("void bnk::scale<float, 4, (bnk::Layout)0>(float const*, float*)") == (
         "scale<float, 4, (Layout)0>"
     )
-    assert registers.shorten("bnk::finish(bnk::Params)") == "finish"
-    assert registers.shorten("plain") == "plain"
+    assert device_code.shorten("bnk::finish(bnk::Params)") == "finish"
+    assert device_code.shorten("plain") == "plain"
 
 
-def test_registers_compiles_as_setup_does():
-    """The flags of setup.py that change machine code are the ones that the report is made with."""
+def test_device_code_is_compiled_as_setup_does():
+    """The flags of setup.py that change machine code are the ones that the reports are made with."""
     given = re.search(r'flags\["nvcc"\] = \[(.*)\]', (ROOT / "setup.py").read_text())
     assert given is not None
     flags = re.findall(r'"([^"]+)"', given[1].split('"-Xcompiler"')[0])
-    assert set(flags) - {"-lineinfo"} == set(registers.CODE_FLAGS)
-    assert registers.ARCHS == ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
-    assert len(registers.ARCHS) == len(build_support.SUPPORTED_ARCHS)
+    assert set(flags) - {"-lineinfo"} == set(device_code.CODE_FLAGS)
+    assert device_code.ARCHS == ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+    assert len(device_code.ARCHS) == len(build_support.SUPPORTED_ARCHS)
 
 
 # ---- ncu

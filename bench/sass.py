@@ -1,0 +1,344 @@
+"""What the main loops of each kernel are made of, as machine code: widths, loads in flight, instructions an element.
+
+    python -m bench.sass [--arch sm_90] [-j N]
+
+Compiles the device code of csrc/cuda/*.cu with the flags of setup.py and reads nvdisasm's listing. Needs nvcc and
+nvdisasm (the toolkit's, or the one that comes with triton), no GPU.
+
+A *main loop* is an innermost loop with a 16-byte access of a tensor in global memory, or of the copy of it that a block
+keeps in shared memory. Loops of functions called *_in_double do not count: they run where sums overflowed. Each kernel
+must have the main loops that LOOPS names; one that lost its 16-byte accesses is missed there. Of each, the *fast path*
+is looked at: the turn that a thread makes when all its windows are whole and aligned (bench/sass_paths.py defines it).
+A loop whose turn either loads from memory or takes the kept copy has one fast path for each.
+
+  16-byte        16-byte global accesses on the fast path, of all global accesses on it
+  in flight      16-byte loads under way when the first is waited for, of those that a turn has: what hides latency
+  double         instructions on it for the double-precision units, an element
+  instructions   on it, an element: 8 elements to a window of 16-bit ones, 4 of float, 2 of double
+  of budget      that, over the issue slots that a multiprocessor's 128 lanes have while memory moves the loop's bytes:
+                 SLOTS_PER_BYTE for each byte that the fast path reads and writes. At 1, issuing takes all the time that
+                 moving takes, and one does not hide behind the other any more
+
+An element that is kept goes through the loops that touch the kept copy, one that is not through the others: their sums
+stand below a kernel's loops. What is counted is what is issued, once; units that take longer for an instruction (double
+precision, conversions to it) may be busy before all slots are used.
+Exit code 0: as it must be; 1: a kernel is not (each is named); 2: it could not be looked at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench, where this file is run as a script
+
+from bench import device_code
+from bench.markdown import table
+from bench.registers import Usage, parse_ptxas
+from bench.sass_flow import Flow, Loop, analyse
+from bench.sass_listing import Function, Instruction, Place, disassemble, find_disassembler, function_at
+from bench.sass_paths import FastPath, Kind, fast_path, in_flight, is_narrow, is_wide
+
+# An H200: 132 multiprocessors of 128 lanes at 1.98 GHz, against the 4.3 TB/s of a device copy. For 16-bit elements that
+# makes 31 slots an element forward (4 bytes) and 46 backward (6).
+SLOTS_PER_BYTE = 132 * 128 * 1.98e9 / 4.3e12
+
+# 16-byte loads that a thread must have in flight, and where fewer are all that it has registers for.
+IN_FLIGHT = 4
+FEWER_IN_FLIGHT = {("resident_forward_kernel", "load"): 2}  # kSpilledTile in csrc/kernels/resident.cuh tells why
+
+# The main loops of each kernel, by what their fast paths do.
+LOOPS = {
+    "statistics_kernel": {"load"},
+    "normalize_kernel": {"load, write"},
+    "grad_sums_kernel": {"load"},
+    "grad_input_kernel": {"load, write"},
+    "resident_forward_kernel": {"load, keep", "kept", "load", "kept, write", "load, write"},
+    "resident_backward_kernel": {"load, keep", "load", "kept, write", "load, write"},
+}
+# Tensors that a window is loaded of, where it is not one.
+LOADED = {"grad_sums_kernel": 2, "grad_input_kernel": 2, "resident_backward_kernel": 2}
+
+# The functions through which the copy on chip is reached, wherever they are inlined.
+KEPT_ACCESS = {"operator[]", "fetch_tile", "keep_tile"}
+FALLBACK = re.compile(r"\w+_in_double")
+
+_ELEMENT = re.compile(r"_kernelI(NS_8BFloat16E|NS_4HalfE|f|d)")
+_BYTES = {"NS_8BFloat16E": 2, "NS_4HalfE": 2, "f": 4, "d": 8}
+
+
+@dataclass(frozen=True)
+class MainLoop:
+    kernel: str  # without template arguments
+    place: Place  # in the kernel, of its first 16-byte access
+    path: FastPath
+    element_bytes: int
+
+    def _wide(self, base: str) -> int:
+        return self.path.count(lambda each: each.base == base and is_wide(each))
+
+    @property
+    def loads(self) -> int:
+        return self._wide("LDG")
+
+    @property
+    def stores(self) -> int:
+        return self._wide("STG")
+
+    @property
+    def kept_loads(self) -> int:
+        return self._wide("LDS")
+
+    @property
+    def kept_stores(self) -> int:
+        return self._wide("STS")
+
+    @property
+    def narrow(self) -> int:
+        return self.path.count(is_narrow)
+
+    @property
+    def role(self) -> str:
+        parts = ["load"] * bool(self.loads) + ["kept"] * bool(self.kept_loads)
+        return ", ".join([*parts, *["keep"] * bool(self.kept_stores), *["write"] * bool(self.stores)])
+
+    @property
+    def elements(self) -> int:
+        windows = self.stores or (self.loads + self.kept_loads) / LOADED.get(self.kernel, 1)
+        return round(windows * 16 / self.element_bytes)
+
+    @property
+    def in_flight(self) -> int:
+        return in_flight(self.path)
+
+    @property
+    def doubles(self) -> float:
+        return self.path.count(lambda each: each.is_double) / self.elements
+
+    @property
+    def instructions(self) -> float:
+        return len(self.path.instructions) / self.elements
+
+    @property
+    def slots(self) -> float:
+        return SLOTS_PER_BYTE * 16 * (self.loads + self.stores) / self.elements
+
+
+@dataclass(frozen=True)
+class Kernel:
+    name: str  # as the linker knows it
+    usage: Usage
+    function: Function
+    loops: tuple[MainLoop, ...]
+    unknown: tuple[str, ...]  # what could not be told
+
+    @property
+    def plain_name(self) -> str:
+        named = re.search(r"\d((?:[a-z]+_)+kernel)(?=I)", self.name)
+        return named[1] if named else self.name
+
+    def count(self, chosen: Callable[[Instruction], bool]) -> int:
+        return sum(map(chosen, self.function.instructions))
+
+    def totals(self) -> dict[str, list[MainLoop]]:
+        """The loops that an element goes through, where it is kept and where it is not."""
+        kept = [loop for loop in self.loops if loop.kept_loads or loop.kept_stores]
+        others = [loop for loop in self.loops if loop not in kept]
+        return {"kept": kept, "not kept": others} if kept else {"": others} if others else {}
+
+
+@cache
+def _lines(file: str) -> tuple[str, ...]:
+    path = Path(file)
+    return tuple(path.read_text().splitlines()) if path.is_file() else ()
+
+
+@cache
+def _functions(places: tuple[Place, ...]) -> frozenset[str]:
+    return frozenset(function_at(_lines(file), line) for file, line in places)
+
+
+def is_window(instruction: Instruction) -> bool:
+    """Of a 16-byte access: whether it is of a tensor's window or of the kept copy of one."""
+    if instruction.is_global:
+        return True
+    return instruction.is_shared and bool(KEPT_ACCESS & _functions(instruction.places))
+
+
+def find_main_loops(kernel: str, element_bytes: int, flow: Flow) -> tuple[list[MainLoop], list[str]]:
+    """A kernel's, and what could not be told."""
+    found: list[MainLoop] = []
+    unknown = [f"a cycle with two entries: blocks {before} and {after}" for before, after in flow.irreducible]
+    own: dict[Loop, list[Instruction]] = {}
+    for number, block in enumerate(flow.blocks):
+        if (loop := flow.innermost(number)) is not None:
+            own.setdefault(loop, []).extend(block.instructions)
+    for loop in flow.loops:
+        wide = [each for each in own[loop] if (each.is_global or each.is_shared) and is_wide(each) and is_window(each)]
+        if not wide or any(FALLBACK.fullmatch(name) for each in wide for name in _functions(each.places)):
+            continue
+        place = wide[0].places[-1] if wide[0].places else ("", 0)
+        paths: list[FastPath] = []
+        for kind in Kind:
+            path = fast_path(flow, loop, kind, is_window)
+            if path is None:
+                unknown.append(f"no turn of the loop at {place[0]}:{place[1]} is without contradiction")
+            elif path not in paths:
+                paths.append(path)
+        found += [MainLoop(kernel, place, path, element_bytes) for path in paths]
+    return found, unknown
+
+
+def look_at(compiled: device_code.Compiled, disassembler: Path) -> list[Kernel]:
+    """The kernels of one source. ValueError where the listing is not understood."""
+    usages = {usage.kernel: usage for usage in parse_ptxas(compiled.ptxas_log)}
+    kernels = []
+    for function in disassemble(disassembler, compiled.cubin):
+        element = _ELEMENT.search(function.name)
+        loops: list[MainLoop] = []
+        unknown: list[str] = []
+        if element:
+            kernel = Kernel(function.name, usages[function.name], function, (), ())
+            loops, unknown = find_main_loops(kernel.plain_name, _BYTES[element[1]], analyse(function))
+        kernels.append(Kernel(function.name, usages[function.name], function, tuple(loops), tuple(unknown)))
+    return kernels
+
+
+def measure(sources: Iterable[Path], arch: str, jobs: int) -> list[Kernel]:
+    nvcc = device_code.find_nvcc()
+    disassembler = find_disassembler(nvcc)
+    with ThreadPoolExecutor(jobs) as pool:  # -lineinfo as in setup.py: it changes no instruction
+        work = [pool.submit(device_code.compile_device_code, nvcc, source, arch, ["-lineinfo"]) for source in sources]
+        kernels = [kernel for done in work for kernel in look_at(done.result(), disassembler)]
+    return list({kernel.name: kernel for kernel in kernels}.values())  # the finishing kernels are in each source
+
+
+def offences(kernel: Kernel) -> list[str]:
+    """What is not as it must be."""
+    found = [*kernel.unknown]
+    if not kernel.usage.in_registers or kernel.count(lambda each: each.is_local):
+        found.append(f"local memory: a stack frame of {kernel.usage.stack_bytes} bytes")
+    roles = {loop.role for loop in kernel.loops}
+    found += [f"no main loop '{role}'" for role in sorted(LOOPS.get(kernel.plain_name, set()) - roles)]
+    for loop in kernel.loops:
+        where = f"loop '{loop.role}' at {Path(loop.place[0]).name}:{loop.place[1]}"
+        if loop.narrow:
+            found.append(f"{where}: {loop.narrow} narrow global accesses on the fast path")
+        if calls := loop.path.count(lambda each: each.base == "CALL"):
+            found.append(f"{where}: {calls} calls on the fast path")
+        if loop.loads and loop.in_flight < FEWER_IN_FLIGHT.get((kernel.plain_name, loop.role), IN_FLIGHT):
+            found.append(f"{where}: {loop.in_flight} loads in flight")
+        if loop.in_flight < loop.loads:
+            found.append(f"{where}: of {loop.loads} loads a turn, {loop.in_flight} are in flight together")
+    for name, loops in kernel.totals().items():
+        instructions, slots = sum(loop.instructions for loop in loops), sum(loop.slots for loop in loops)
+        if instructions > slots:
+            found.append(f"an element{name and ', ' + name}: {instructions:.1f} instructions, {slots:.1f} slots")
+    return found
+
+
+def _ratio(instructions: float, slots: float) -> str:
+    return f"{instructions / slots:.2f}" if slots else "-"
+
+
+def render_loops(kernels: Sequence[Kernel], names: dict[str, str]) -> str:
+    rows = []
+    for kernel in kernels:
+        for loop in kernel.loops:
+            wide = loop.loads + loop.stores
+            rows.append(
+                [
+                    f"`{names[kernel.name]}`",
+                    loop.role,
+                    f"{Path(loop.place[0]).name}:{loop.place[1]}",
+                    f"{wide}/{wide + loop.narrow}" if wide else "-",
+                    f"{loop.in_flight}/{loop.loads}" if loop.loads else "-",
+                    f"{loop.doubles:.2f}",
+                    f"{loop.instructions:.1f}",
+                    _ratio(loop.instructions, loop.slots),
+                ]
+            )
+        for name, loops in kernel.totals().items():
+            instructions, slots = sum(loop.instructions for loop in loops), sum(loop.slots for loop in loops)
+            doubles = sum(loop.doubles for loop in loops)
+            if len(loops) == 1:
+                continue
+            rows.append(
+                [
+                    f"`{names[kernel.name]}`",
+                    f"**sum, {name}**",
+                    "",
+                    "",
+                    "",
+                    f"{doubles:.2f}",
+                    f"**{instructions:.1f}**",
+                    f"**{_ratio(instructions, slots)}**",
+                ]
+            )
+    header = ["kernel", "main loop", "at", "16-byte", "in flight", "double", "instructions", "of budget"]
+    return table(header, rows, left=3)
+
+
+def render_kernels(kernels: Sequence[Kernel], names: dict[str, str]) -> str:
+    """Of whole kernels, slow paths and all."""
+
+    def widths(kernel: Kernel, load: bool) -> str:
+        counts = Counter(each.bits for each in kernel.function.instructions if each.is_global and each.is_load is load)
+        return " ".join(f"{count}x{bits}" for bits, count in sorted(counts.items(), reverse=True)) or "-"
+
+    rows = [
+        [
+            f"`{names[kernel.name]}`",
+            str(kernel.usage.registers),
+            str(kernel.usage.spill_store_bytes + kernel.usage.spill_load_bytes),
+            str(kernel.usage.shared_bytes),
+            widths(kernel, load=True),
+            widths(kernel, load=False),
+            str(kernel.count(lambda each: each.base == "BAR")),
+            str(kernel.count(lambda each: each.is_double)),
+            str(len(kernel.function.instructions)),
+        ]
+        for kernel in kernels
+    ]
+    header = ["kernel", "registers", "spills B", "shared B", "global loads, bits", "global stores, bits"]
+    return table([*header, "barriers", "double", "instructions"], rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parse = argparse.ArgumentParser(description="What the main loops of each kernel are made of, as machine code.")
+    parse.add_argument("--arch", default="sm_90", help="default: sm_90")
+    parse.add_argument("-j", "--jobs", type=int, default=int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1))
+    options = parse.parse_args(arguments)
+    if not device_code.is_arch(options.arch):
+        parse.error(f"an architecture is written sm_90, not {options.arch}")
+    try:
+        kernels = measure(device_code.sources(), options.arch, max(1, options.jobs))
+    except (RuntimeError, ValueError) as error:  # BuildError is a RuntimeError
+        print(error, file=sys.stderr)
+        return 2
+    if not kernels:
+        print("no kernel found in csrc/cuda", file=sys.stderr)
+        return 2
+    names = device_code.demangle([kernel.name for kernel in kernels])
+    kernels.sort(key=lambda kernel: names[kernel.name])
+    print(f"Whole kernels on {options.arch}\n\n{render_kernels(kernels, names)}\n")
+    print(f"Main loops on {options.arch}, fast path, an element\n\n{render_loops(kernels, names)}\n")
+    bad = [(kernel, found) for kernel in kernels if (found := offences(kernel))]
+    loops = sum(len(kernel.loops) for kernel in kernels)
+    print(f"{len(kernels)} kernels, {loops} fast paths; {len(bad)} kernels are not as they must be")
+    for kernel, found in bad:
+        for line in found:
+            print(f"  {names[kernel.name]}: {line}")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
