@@ -134,6 +134,9 @@ Candidate cheapest(const Problem& problem, Pass pass, bool aligned, const Device
       if (one.cost >= 0 && (best.cost < 0 || one.cost < best.cost)) best = one;
     };
     consider(least);
+    // As many groups as these are, of all the blocks that there are.
+    const int64_t groups = std::min(room.blocks / least, slabs);
+    if (groups > 0) consider(std::min(room.blocks / groups, most));
     for (int64_t rounds = 1; rounds <= std::min(slabs, kMostRounds); ++rounds) {
       const int64_t members = std::min(room.blocks / std::min(room.blocks, ceil_div(slabs, rounds)), most);
       if (members > least) consider(members);

@@ -277,3 +277,20 @@ def test_resnet50_channels_first_is_at_the_floor(layer: shapes.LayerShape, pass_
     plan = problem.plan(pass_, DEVICES["h200"])
     assert plan["path"] == "resident"
     assert plan["predicted"] == plan["floor"]
+
+
+@pytest.mark.parametrize("layer", shapes.resnet50(), ids=lambda layer: layer.name)
+def test_no_blocks_are_idle_round_after_round(layer: shapes.LayerShape) -> None:
+    """Where groups take several slabs one after the other, more members to each would shorten no thread's share."""
+    limits, pixels = DEVICES["h200"], layer.height * layer.width
+    for batch in (32, 256):
+        for outer, inner in ((batch, pixels), (batch * pixels, 1)):
+            for pass_ in TRAINING:
+                problem = Problem(outer, layer.channels, inner, "bfloat16")
+                resident = problem.plan(pass_, limits)["resident"]
+                if resident is None or resident["groups"] == resident["walk"]["slabs"]:
+                    continue
+                blocks = blocks_beside(resident, limits) * (limits.multiprocessors - limits.multiprocessors // 16)
+                walk, rows = resident["walk"], step(resident["walk"], resident["block"])
+                shorter = ceil_div(problem.units(walk["layout"]), blocks // resident["groups"])
+                assert ceil_div(shorter, rows) == ceil_div(walk["chunk_size"], rows)
