@@ -1,1 +1,6 @@
-"""python -m bnkernels.explain, and bnkernels.explain(): how a BatchNorm would run on a CUDA device, in words and figures."""
+"""How a BatchNorm would run on a GPU, in words and figures: bnkernels.explain(), python -m bnkernels.explain."""
+
+from .explanation import Explanation, explain
+from .model import LayerExplanation, ModelExplanation, explain_model
+
+__all__ = ["Explanation", "LayerExplanation", "ModelExplanation", "explain", "explain_model"]

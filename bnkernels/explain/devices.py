@@ -14,6 +14,7 @@ named devices are of these kinds:
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -38,7 +39,7 @@ class Limits:
     shared_reserved: int
     cooperative_launch: bool
 
-    def arguments(self) -> dict[str, int]:
+    def arguments(self) -> dict[str, Any]:
         """As ops.plan takes them."""
         return asdict(self)
 
