@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -98,6 +99,8 @@ def test_words() -> None:
         "no less than 171.3 us at 4.8 TB/s: bandwidth alone, not a measurement",
     ):
         assert part in text
+    partly = str(bnk.explain((256, 256, 56, 56), dtype="bf16", layout="nhwc", device="h200"))
+    assert "resident path, 1 launch" in partly and "the rest is read again, last first" in partly
     streaming = str(bnk.explain(SHAPE, dtype="bf16", layout="nhwc", device="t4"))
     assert "streaming path, 3 launches" in streaming and "too little of a slab would stay on chip" in streaming
 
@@ -246,6 +249,15 @@ def test_command_line_misspelt(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
     assert stop.value.code == 2
+
+
+def test_the_readme_shows_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = re.search(
+        r"^\$ python -m bnkernels\.explain (.+)\n((?:.+\n)+)```", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
+    assert shown is not None
+    assert cli.main(shown[1].split()) == 0
+    assert capsys.readouterr().out == shown[2]
 
 
 def test_as_a_program() -> None:

@@ -39,7 +39,7 @@ def device_line(device: Device) -> str:
     limits = device.limits
     speed = "memory bandwidth unknown"
     if device.bandwidth is not None:
-        speed = f"{device.bandwidth / 1e12:.3g} TB/s of memory bandwidth ({device.bandwidth_source})"
+        speed = f"{device.bandwidth / 1e12:.3g} TB/s ({device.bandwidth_source})"
     return (
         f"{device.name} ({device.title}): {count(limits.multiprocessors, 'multiprocessor')}, "
         f"{memory(limits.shared_per_block)} of shared memory for a block, {speed}"
@@ -55,8 +55,10 @@ def _walk(walk: Walk) -> str:
 
 
 def _why(plan: PassPlan) -> str:
-    if plan.resident is not None:
+    if plan.resident is not None and plan.predicted == plan.floor:
         return "each slab is read once, kept on chip, and its result is written from there"
+    if plan.resident is not None:
+        return "what fits of each slab is kept on chip, for its result; the rest is read again, last first"
     if plan.name == "forward_eval":
         return "nothing is summed: reading once is the floor already"
     if plan.name == "backward_eval":
@@ -87,9 +89,9 @@ def _figures(plan: PassPlan) -> list[tuple[str, str]]:
             )
         )
     dram = f"floor {amount(plan.floor.total)}, predicted {amount(plan.predicted.total)}: {plan.ratio:.2f} x the floor"
-    if plan.exchanged.total:
-        dram += f"; beside it {amount(plan.exchanged.total)} of partial sums between blocks, mostly within L2"
     lines.append(("DRAM", dram))
+    if plan.exchanged.total:
+        lines.append(("exchange", f"{amount(plan.exchanged.total)} of partial sums between blocks, beside that"))
     if plan.bandwidth is None:
         lines.append(("time", "unknown, as the memory's bandwidth is"))
     else:
