@@ -1,3 +1,5 @@
+from typing import Any
+
 from torch import Tensor
 
 def forward_train(
@@ -33,12 +35,20 @@ def backward(
     /,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]: ...
 def build_info() -> dict[str, object]: ...
-def streaming_plan(
+def plan(
     outer: int,
     channels: int,
     inner: int,
     dtype: str,
+    pass_: str,
     aligned: bool,
     multiprocessors: int,
     max_threads_per_multiprocessor: int,
-) -> dict[str, int]: ...
+    max_blocks_per_multiprocessor: int,
+    shared_per_multiprocessor: int,
+    shared_per_block: int,
+    shared_reserved: int,
+    cooperative_launch: bool,
+    force_streaming: bool = False,
+) -> dict[str, Any]: ...
+def device_limits(device: int) -> dict[str, Any]: ...

@@ -5,9 +5,11 @@ import bnkernels as bnk
 model = bnk.convert(model)                                  # every nn.BatchNorm* of a model, in place
 layer = bnk.BatchNorm2d(64)                                 # nn.BatchNorm2d's signature
 y = bnk.batch_norm(x, running_mean, running_var, weight, bias, training=True)
+print(bnk.explain(x))                                       # how a GPU runs it; explain_model: every layer of a model
 """
 
 from .convert import ConversionReport, convert, revert
+from .explain import explain, explain_model
 from .functional import batch_norm
 from .modules import (
     BatchNorm1d,
@@ -33,5 +35,7 @@ __all__ = [
     "batch_norm",
     "build_info",
     "convert",
+    "explain",
+    "explain_model",
     "revert",
 ]

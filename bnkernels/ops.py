@@ -86,7 +86,11 @@ if _release(str(_C.build_info()["torch"])) != _release(torch.__version__):
 forward_train = _C.forward_train
 forward_eval = _C.forward_eval
 backward = _C.backward
-streaming_plan = _C.streaming_plan
+
+# How the CUDA kernels would run a pass, by arithmetic alone, and the limits of a CUDA device that this depends on
+# (csrc/plan.h).
+plan = _C.plan
+device_limits = _C.device_limits
 
 train_op = torch.ops.bnkernels.batch_norm_train.default
 train_functional = torch.ops.bnkernels.batch_norm_train_functional.default

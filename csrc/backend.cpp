@@ -7,6 +7,7 @@
 #ifdef BNK_WITH_CUDA
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
@@ -57,12 +58,13 @@ unsigned* counters_of(const Plan& plan, cudaStream_t stream) {
 #else
 namespace {
 
-[[noreturn]] void no_cuda() {
-  TORCH_CHECK(
-      false,
-      "bnkernels was built for the CPU only, but the input is on a CUDA device. Build it again where "
-      "torch.version.cuda is set and nvcc is on PATH (FORCE_CUDA=1 makes a build fail that would leave CUDA out)");
+[[noreturn]] void no_cuda(const char* wanted) {
+  TORCH_CHECK(false, "bnkernels was built for the CPU only, but ", wanted,
+              ". Build it again where torch.version.cuda is set and nvcc is on PATH (FORCE_CUDA=1 makes a build fail "
+              "that would leave CUDA out)");
 }
+
+constexpr const char* kInputOnCuda = "the input is on a CUDA device";
 
 }  // namespace
 #endif
@@ -76,7 +78,7 @@ void run_forward_train(const ForwardTrainArgs& args, const at::Tensor& x) {
   const at::Tensor scratch = scratch_like(x, cuda::scratch_bytes(plan, Pass::kForwardTrain));
   C10_CUDA_CHECK(cuda::forward_train(args, plan, scratch.data_ptr(), counters_of(plan, stream), stream));
 #else
-  no_cuda();
+  no_cuda(kInputOnCuda);
 #endif
 }
 
@@ -87,7 +89,7 @@ void run_forward_eval(const ForwardEvalArgs& args, const at::Tensor& x) {
   const Plan plan = plan_for(args.problem, Pass::kForwardEval, args.x);
   C10_CUDA_CHECK(cuda::forward_eval(args, plan, c10::cuda::getCurrentCUDAStream()));
 #else
-  no_cuda();
+  no_cuda(kInputOnCuda);
 #endif
 }
 
@@ -100,7 +102,22 @@ void run_backward(const BackwardArgs& args, const at::Tensor& x) {
   const at::Tensor scratch = scratch_like(x, cuda::scratch_bytes(plan, pass_of(args)));
   C10_CUDA_CHECK(cuda::backward(args, plan, scratch.data_ptr(), counters_of(plan, stream), stream));
 #else
-  no_cuda();
+  no_cuda(kInputOnCuda);
+#endif
+}
+
+DeviceLimits device_limits(int device) {
+#ifdef BNK_WITH_CUDA
+  const int count = c10::cuda::device_count();
+  TORCH_CHECK(device >= 0 && device < count, "expected a CUDA device below ", count, ", but got ", device,
+              count == 0 ? ": this machine has none that torch can use" : "");
+  const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
+  DeviceLimits limits;
+  C10_CUDA_CHECK(cuda::current_device_limits(&limits));
+  return limits;
+#else
+  (void)device;
+  no_cuda("the limits of a CUDA device were asked for");
 #endif
 }
 

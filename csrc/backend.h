@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "plan.h"
 #include "problem.h"
 
 namespace bnk {
@@ -11,5 +12,8 @@ namespace bnk {
 void run_forward_train(const ForwardTrainArgs& args, const at::Tensor& x);
 void run_forward_eval(const ForwardEvalArgs& args, const at::Tensor& x);
 void run_backward(const BackwardArgs& args, const at::Tensor& x);
+
+// What plans are made from for a CUDA device. Raises where CUDA is not built, or has no such device.
+DeviceLimits device_limits(int device);
 
 }  // namespace bnk

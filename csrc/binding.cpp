@@ -6,9 +6,9 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
+#include "binding_plan.h"
 #include "cpu/backend.h"
 #include "ops.h"
-#include "plan.h"
 
 #ifndef BNK_WITH_CUDA
 #define BNK_BUILD_CUDA "none"
@@ -56,40 +56,6 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> backward(const at::Te
           if_needed(need_bias, grad_bias)};
 }
 
-Dtype dtype_of(const std::string& name) {
-  if (name == "float64") return Dtype::kFloat64;
-  if (name == "float32") return Dtype::kFloat32;
-  if (name == "float16") return Dtype::kFloat16;
-  if (name == "bfloat16") return Dtype::kBFloat16;
-  throw py::value_error("expected dtype to be float64, float32, float16 or bfloat16, but got " + name);
-}
-
-// The launches of the CUDA streaming path, by arithmetic alone: no GPU is asked, and none needs to be there.
-py::dict streaming_plan(int64_t outer, int64_t channels, int64_t inner, const std::string& dtype, bool aligned,
-                        int multiprocessors, int max_threads_per_multiprocessor) {
-  if (outer < 1 || channels < 1 || inner < 1 || multiprocessors < 1 || max_threads_per_multiprocessor < 1) {
-    throw py::value_error("expected sizes and limits of at least 1");
-  }
-  const Problem problem{outer, channels, inner, dtype_of(dtype)};
-  const DeviceLimits limits{.multiprocessors = multiprocessors,
-                            .max_threads_per_multiprocessor = max_threads_per_multiprocessor};
-  const StreamingPlan plan = plan_streaming(problem, aligned, limits);
-  py::dict result;
-  result["slabs"] = plan.walk.slabs.value;
-  result["chunks"] = plan.walk.chunks;
-  result["chunk_size"] = plan.walk.chunk_size;
-  result["windows"] = plan.walk.windows.value;
-  result["step_rows"] = plan.walk.step_rows;
-  result["step_windows"] = plan.walk.step_windows;
-  result["lanes"] = plan.walk.lanes;
-  result["finish_lanes"] = plan.finish.lanes;
-  result["grid"] = plan.walk_launch.grid;
-  result["block"] = plan.walk_launch.block;
-  result["finish_grid"] = plan.finish_launch.grid;
-  result["finish_block"] = plan.finish_launch.block;
-  return result;
-}
-
 py::dict build_info() {
   py::dict info;
   info["tag"] = kBuildTag;
@@ -127,6 +93,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("backward", &bnk::backward, arg("grad"), arg("x"), arg("weight"), arg("mean"), arg("invstd"),
              arg("training"), arg("need_input"), arg("need_weight"), arg("need_bias"));
   module.def("build_info", &bnk::build_info);
-  module.def("streaming_plan", &bnk::streaming_plan, arg("outer"), arg("channels"), arg("inner"), arg("dtype"),
-             arg("aligned"), arg("multiprocessors"), arg("max_threads_per_multiprocessor"));
+  bnk::bind_plan(module);
 }

@@ -135,7 +135,9 @@ Candidate cheapest(const Problem& problem, Pass pass, bool aligned, const Device
       if (one.cost >= 0 && (best.cost < 0 || one.cost < best.cost)) best = one;
     };
     consider(least);
-    consider(std::min(room.blocks / (room.blocks / least), most));  // the same number of groups, no block left over
+    // As many groups as these are, of all the blocks that there are.
+    const int64_t groups = std::min(room.blocks / least, slabs);
+    if (groups > 0) consider(std::min(room.blocks / groups, most));
     for (int64_t rounds = 1; rounds <= std::min(slabs, kMostRounds); ++rounds) {
       const int64_t members = std::min(room.blocks / std::min(room.blocks, ceil_div(slabs, rounds)), most);
       if (members > least) consider(members);
@@ -144,12 +146,17 @@ Candidate cheapest(const Problem& problem, Pass pass, bool aligned, const Device
   return best;
 }
 
-// Units of a slab that no member keeps.
-int64_t units_read_again(const ResidentPlan& plan, int64_t units) {
+// Of a channel of each tensor, in bytes: what no member keeps.
+int64_t read_again(const Problem& problem, const ResidentPlan& plan, int64_t units) {
   const Shape shape{plan.walk.layout, plan.walk.lanes, plan.launch.block};
   const int64_t kept = plan.kept * step_of(shape);
   const int64_t last = units - (plan.walk.chunks - 1) * plan.walk.chunk_size;
-  return (plan.walk.chunks - 1) * std::max<int64_t>(0, plan.walk.chunk_size - kept) + std::max<int64_t>(0, last - kept);
+  const int64_t again =
+      (plan.walk.chunks - 1) * std::max<int64_t>(0, plan.walk.chunk_size - kept) + std::max<int64_t>(0, last - kept);
+  // A unit is a row, or a window, which has its part of a row. Neighbouring windows of rows that begin and end within a
+  // vector share that vector: counted whole, short rows would be read many times over.
+  const int64_t row_bytes = problem.inner * size_of(problem.dtype);
+  return shape.layout == Layout::kChannelsFirst ? again * row_bytes / plan.walk.windows.value : again * row_bytes;
 }
 
 Traffic exchanged_by(const ResidentPlan& plan, Pass pass) {
@@ -198,11 +205,8 @@ Plan plan_pass(const Problem& problem, Pass pass, bool aligned, const DeviceLimi
   if (plan.reason != Reason::kNone) return plan;
   plan.path = Path::kResident;
   plan.resident = make_resident(problem, aligned, pass, best.choice);
-  const int64_t again = units_read_again(plan.resident, slab_units(problem, best.choice.layout, aligned));
-  const bool by_rows = best.choice.layout != Layout::kChannelsFirst;
-  const int64_t unit_bytes =
-      problem.channels * (by_rows ? problem.inner * size_of(problem.dtype) : int64_t{kVectorBytes});
-  plan.predicted = {read + tensors_read(pass) * again * unit_bytes, tensor};
+  const int64_t again = read_again(problem, plan.resident, slab_units(problem, best.choice.layout, aligned));
+  plan.predicted = {read + tensors_read(pass) * again * problem.channels, tensor};
   plan.exchanged = exchanged_by(plan.resident, pass);
   return plan;
 }

@@ -1,0 +1,52 @@
+"""python -m bnkernels.explain: how a BatchNorm over an input of a shape would run.
+
+Exit code: 0 explained, 2 an argument is none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from .devices import DEFAULT, NAMED
+from .explanation import explain
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(size) for size in text.replace("x", ",").split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected sizes like 256,64,112,112, but got {text!r}") from None
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bnkernels.explain",
+        description="How a BatchNorm over an input would run on a GPU: which path, which grid, how many bytes.",
+        epilog=f"Devices by name: {', '.join(NAMED)}.",
+    )
+    parser.add_argument("--shape", type=_shape, required=True, metavar="N,C,...", help="of the input")
+    parser.add_argument("--dtype", default="float32", help="float64, float32, float16 or bfloat16 (default: float32)")
+    parser.add_argument("--layout", default="contiguous", help="nchw or nhwc (default: nchw, contiguous)")
+    parser.add_argument(
+        "--device", help=f"cuda, cuda:N, cpu or a name (default: the GPU of this machine, or {DEFAULT})"
+    )
+    parser.add_argument("--inference", action="store_true", help="explain inference, not training")
+    parser.add_argument("--json", action="store_true", help="print all figures as JSON")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Explain for these arguments (default: the command line's) and return the exit code."""
+    given = _arguments(argv)
+    try:
+        explanation = explain(
+            given.shape, dtype=given.dtype, layout=given.layout, device=given.device, training=not given.inference
+        )
+    except (TypeError, ValueError) as error:
+        print(f"bnkernels.explain: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(explanation.as_json(), indent=1, allow_nan=False) if given.json else explanation)
+    return 0

@@ -1,0 +1,182 @@
+"""explain_model(): how every BatchNorm of a model would run, and the sum."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import index
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
+
+from . import words
+from .devices import Device
+from .explanation import Explanation, device_of, device_text, explain_subject
+from .passes import PassPlan
+from .subject import subject_of
+
+
+@dataclass(frozen=True)
+class LayerExplanation:
+    """One call of one layer. name: its path in the model, "" for the model itself."""
+
+    name: str
+    explanation: Explanation
+
+
+@dataclass(frozen=True)
+class ModelExplanation:
+    """How the BatchNorms of a model run in training, in the order of their calls; str() gives a table."""
+
+    layers: tuple[LayerExplanation, ...]
+    device: Device | None
+    assumed: bool
+
+    def _plans(self, direction: str | None = None) -> list[PassPlan]:
+        explanations = [layer.explanation for layer in self.layers]
+        return [plan for e in explanations for plan in e.passes if direction is None or plan.name.startswith(direction)]
+
+    def ratio(self, direction: str | None = None) -> float:
+        """Predicted bytes over the floor, of all layers: "forward", "backward", or both."""
+        plans = self._plans(direction)
+        return sum(p.predicted.total for p in plans) / sum(p.floor.total for p in plans)
+
+    @property
+    def seconds(self) -> float | None:
+        """Of all layers, forward and backward: a lower estimate by bandwidth alone."""
+        times = [plan.seconds for plan in self._plans()]
+        known = [time for time in times if time is not None]
+        return sum(known) if known and len(known) == len(times) else None
+
+    def as_json(self) -> dict[str, Any]:
+        plans = self._plans()
+        return {
+            "layers": [{"name": layer.name, **layer.explanation.as_json()} for layer in self.layers],
+            "floor_bytes": sum(plan.floor.total for plan in plans),
+            "predicted_bytes": sum(plan.predicted.total for plan in plans),
+            "launches": sum(plan.launches for plan in plans),
+            "lower_estimate_seconds": self.seconds,
+        }
+
+    def __str__(self) -> str:
+        head = f"{words.count(len(self.layers), 'call')} of BatchNorm layers in training"
+        rows: list[tuple[str, ...]] = [("layer", "shape", "dtype", "layout", "forward", "backward", "no less than")]
+        rows += [_row(layer) for layer in self.layers]
+        plans = self._plans()
+        if plans:
+            sums = (f"x{self.ratio('forward'):.2f}", f"x{self.ratio('backward'):.2f}", words.duration(self.seconds))
+            rows.append(("all", "", "", "", *sums))
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+        lines = [head, device_text(self.device, self.assumed), *table]
+        if plans:
+            lines.append(
+                f"DRAM: floor {words.amount(sum(p.floor.total for p in plans))}, predicted "
+                f"{words.amount(sum(p.predicted.total for p in plans))} (x: predicted over floor). "
+                f"{sum(p.launches for p in plans)} launches. Times: bandwidth alone, not measurements."
+            )
+        return "\n".join(lines)
+
+
+def _row(layer: LayerExplanation) -> tuple[str, ...]:
+    explanation = layer.explanation
+    subject = explanation.subject
+    cells = [f"{plan.path} x{plan.ratio:.2f}" for plan in explanation.passes] or ["-", "-"]
+    times = [plan.seconds for plan in explanation.passes]
+    known = [time for time in times if time is not None]
+    time = words.duration(sum(known)) if known else "-"
+    return (layer.name or "(model)", "x".join(map(str, subject.shape)), subject.dtype, subject.layout, *cells, time)
+
+
+def _empty(tensor: Tensor) -> Tensor:
+    """Of a tensor's size, strides and dtype, without data where the mode is FakeTensorMode."""
+    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    """A copy whose parameters and buffers have no data. The model's are not copied."""
+    memo: dict[int, Any] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        empty = _empty(tensor)
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(model, memo)
+
+
+def _inputs(given: Tensor | Sequence[int] | Sequence[Tensor], model: nn.Module) -> list[Tensor]:
+    """Those that were given, or one of the shape that was given; without data, as _empty() is."""
+    tensors = [given] if isinstance(given, Tensor) else [one for one in given if isinstance(one, Tensor)]
+    if isinstance(given, Tensor) or (tensors and len(tensors) == len(given)):
+        return [_empty(tensor) for tensor in tensors]
+    try:
+        shape = [index(size) for size in given]  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"expected a tensor, a tuple of tensors or a shape, but got {given!r}") from None
+    floating = (p.dtype for p in model.parameters() if p.is_floating_point())
+    return [torch.empty(shape, dtype=next(floating, torch.float32))]
+
+
+def _batch_norm_inputs(model: nn.Module, given: Tensor | Sequence[int] | Sequence[Tensor]) -> list[tuple[str, Tensor]]:
+    """(layer's name, its input) of each call of a BatchNorm, in order; the inputs have no data."""
+    seen: list[tuple[str, Tensor]] = []
+    with FakeTensorMode(), torch.no_grad():
+        inputs = _inputs(given, model)
+        try:
+            twin = _twin(model)
+            for name, module in twin.named_modules():
+                if isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
+                    module.register_forward_pre_hook(lambda _, args, name=name: seen.append((name, args[0])))
+            twin(*inputs)
+        except Exception as error:
+            shapes = [tuple(x.shape) for x in inputs]
+            raise RuntimeError(
+                f"{type(model).__name__} cannot run without data on inputs of {shapes}: {error}\n"
+                "A forward pass that looks at values cannot be explained as a whole: explain() takes single shapes"
+            ) from error
+    return seen
+
+
+def explain_model(
+    model: nn.Module,
+    input_or_shape: Tensor | Sequence[int] | Sequence[Tensor],
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+) -> ModelExplanation:
+    """How every BatchNorm of a model runs in a step of training, and the sum: explain() for each of their inputs.
+
+    The inputs are found by running a copy of the model on fake tensors, which have no data, in the mode that the model
+    is in. Nothing is computed, no memory is taken, and the model does not change: statistics, counters, mode, hooks.
+    A forward pass that looks at values cannot be explained so. torch.nn's layers are explained as if they were
+    converted; SyncBatchNorm is left out, as convert() leaves it.
+
+    Args:
+        model: any module, with torch.nn's BatchNorm layers or this package's.
+        input_or_shape: its input, a tuple of inputs, or the shape of one, taken to be contiguous and of the parameters'
+            dtype. Memory formats are followed through the model: give a tensor in channels_last to see that layout
+            (a meta tensor will do), or a model in it.
+        dtype: of the layers' inputs, where that is not what the model's parameters make it: "bf16" under autocast.
+        device: as explain()'s.
+
+    Raises:
+        ValueError: the model called no BatchNorm layer, or has lazy ones that saw no input yet; else as explain().
+        RuntimeError: the model cannot run without data, or not on this input.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, but got {type(model).__name__}")
+    if any(is_lazy(tensor) for tensor in [*model.parameters(), *model.buffers()]):
+        raise ValueError("expected a model whose lazy layers know their sizes: run it once, then explain it")
+    first = input_or_shape if isinstance(input_or_shape, Tensor) else None
+    found, assumed = device_of(device, first)
+    seen = _batch_norm_inputs(model, input_or_shape)
+    if not seen:
+        raise ValueError(f"expected a model with BatchNorm layers, but {type(model).__name__} called none")
+    layers = tuple(
+        LayerExplanation(name, explain_subject(subject_of(x, dtype, None), found, assumed, training=True))
+        for name, x in seen
+    )
+    return ModelExplanation(layers, found, assumed)

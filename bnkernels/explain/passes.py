@@ -1,0 +1,167 @@
+"""The plan of one pass over a device: csrc/plan.h's Plan, and what follows from it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .. import ops
+from .devices import Device
+from .subject import Subject
+
+PASSES = {
+    "forward_train": "forward in training",
+    "backward_train": "backward of training",
+    "forward_eval": "forward in inference",
+    "backward_eval": "backward of inference",
+}
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of global memory."""
+
+    read: int
+    written: int
+
+    @property
+    def total(self) -> int:
+        return self.read + self.written
+
+
+@dataclass(frozen=True)
+class Walk:
+    """How an array is cut: slabs of channels, each into chunks."""
+
+    layout: str
+    slabs: int
+    slab_channels: int
+    chunks: int
+    chunk_size: int
+    lanes: int
+    windows: int
+    step_rows: int
+    step_windows: int
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """The path of several launches, which any device can run."""
+
+    walk: Walk
+    grid: int
+    block: int
+    finish_grid: int
+    finish_block: int
+    finish_lanes: int
+
+
+@dataclass(frozen=True)
+class Resident:
+    """The path of one launch: groups of `members` blocks keep a slab on chip, each in shared_bytes of its memory."""
+
+    walk: Walk
+    members: int
+    groups: int
+    kept: int
+    grid: int
+    block: int
+    shared_bytes: int
+    shared_overhead: int
+    divided: bool
+    join_lanes: int
+
+    @property
+    def rounds(self) -> int:
+        """Slabs that a group takes one after the other, at most."""
+        return -(-self.walk.slabs // self.groups)
+
+
+@dataclass(frozen=True)
+class PassPlan:
+    """How one pass runs. bandwidth: of the device's memory in bytes/s, None if unknown."""
+
+    name: str
+    path: str
+    reason: str | None
+    streaming: Streaming
+    resident: Resident | None
+    floor: Traffic
+    predicted: Traffic
+    exchanged: Traffic
+    bandwidth: float | None
+
+    @property
+    def walk(self) -> Walk:
+        """Of the path that is taken."""
+        return self.streaming.walk if self.resident is None else self.resident.walk
+
+    @property
+    def ratio(self) -> float:
+        """Predicted DRAM bytes over the floor."""
+        return self.predicted.total / self.floor.total
+
+    @property
+    def launches(self) -> int:
+        """Where all results are asked for."""
+        return 1 if self.resident is not None or self.name == "forward_eval" else 3
+
+    @property
+    def on_chip(self) -> int:
+        """Bytes of shared memory that hold data, of all blocks together."""
+        return 0 if self.resident is None else self.resident.grid * self.resident.shared_bytes
+
+    @property
+    def stays(self) -> float:
+        """The part of what is read that waits for its second use on chip."""
+        return 0.0 if self.resident is None else 2 - self.predicted.read / self.floor.read
+
+    @property
+    def seconds(self) -> float | None:
+        """What moving the predicted bytes takes at the memory's bandwidth: a lower estimate, nothing measured."""
+        return None if self.bandwidth is None else self.predicted.total / self.bandwidth
+
+    def as_json(self) -> dict[str, Any]:
+        derived = {
+            "launches": self.launches,
+            "ratio": self.ratio,
+            "on_chip_bytes": self.on_chip,
+            "rounds": None if self.resident is None else self.resident.rounds,
+            "lower_estimate_seconds": self.seconds,
+        }
+        return {**asdict(self), **derived}
+
+
+def _forces_streaming() -> bool:
+    """BNKERNELS_PLAN, as the backend reads it."""
+    value = os.environ.get("BNKERNELS_PLAN", "")
+    if value not in ("", "auto", "streaming"):
+        raise ValueError(f"BNKERNELS_PLAN={value}: expected auto or streaming")
+    return value == "streaming"
+
+
+def plan_of(subject: Subject, name: str, device: Device) -> PassPlan:
+    """How a device runs a pass over an input."""
+    raw = ops.plan(
+        subject.outer,
+        subject.channels,
+        subject.inner,
+        subject.dtype,
+        name,
+        subject.aligned,
+        **device.limits.arguments(),
+        force_streaming=_forces_streaming(),
+    )
+    streaming, resident = raw["streaming"], raw["resident"]
+    return PassPlan(
+        name=name,
+        path=raw["path"],
+        reason=raw["reason"],
+        streaming=Streaming(**{**streaming, "walk": Walk(**streaming["walk"])}),
+        resident=resident and Resident(**{**resident, "walk": Walk(**resident["walk"])}),
+        floor=Traffic(**raw["floor"]),
+        predicted=Traffic(**raw["predicted"]),
+        exchanged=Traffic(**raw["exchanged"]),
+        bandwidth=device.bandwidth,
+    )

@@ -1,0 +1,106 @@
+"""A plan in words and figures."""
+
+from __future__ import annotations
+
+from .devices import Device
+from .passes import PASSES, PassPlan, Walk
+
+_LAYOUTS = {"channels_first": "channels-first", "channels_last": "channels-last", "packed": "packed"}
+_REASONS = {
+    "forced": "BNKERNELS_PLAN=streaming asks for it",
+    "no_cooperation": "a slab needs several blocks, and the device cannot launch blocks that wait for each other",
+    "not_resident": "too little of a slab would stay on chip",
+}
+
+
+def amount(bytes_: float) -> str:
+    """Bytes in decimal units, as bandwidths are told: 822.1 MB."""
+    power = min(4, (len(f"{bytes_:.0f}") - 1) // 3)
+    return f"{bytes_ / 1000**power:.4g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+def memory(bytes_: int) -> str:
+    """Bytes of shared memory, as devices have them: 112 KiB."""
+    kib = bytes_ / 1024
+    return f"{kib:.4g} KiB" if kib < 1024 else f"{kib / 1024:.1f} MiB"
+
+
+def duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "unknown"
+    return f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
+
+
+def count(number: int, what: str) -> str:
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+
+
+def device_line(device: Device) -> str:
+    limits = device.limits
+    speed = "memory bandwidth unknown"
+    if device.bandwidth is not None:
+        speed = f"{device.bandwidth / 1e12:.3g} TB/s ({device.bandwidth_source})"
+    return (
+        f"{device.name} ({device.title}): {count(limits.multiprocessors, 'multiprocessor')}, "
+        f"{memory(limits.shared_per_block)} of shared memory for a block, {speed}"
+    )
+
+
+def _walk(walk: Walk) -> str:
+    units = "windows of 16 bytes" if walk.layout == "channels_first" else "rows"
+    return (
+        f"{_LAYOUTS[walk.layout]}: {count(walk.slabs, 'slab')} of {count(walk.slab_channels, 'channel')}, "
+        f"each in {count(walk.chunks, 'chunk')} of up to {walk.chunk_size:,} {units}"
+    )
+
+
+def _why(plan: PassPlan) -> str:
+    if plan.resident is not None and plan.predicted == plan.floor:
+        return "each slab is read once, kept on chip, and its result is written from there"
+    if plan.resident is not None:
+        return "what fits of each slab is kept on chip, for its result; the rest is read again, last first"
+    if plan.name == "forward_eval":
+        return "nothing is summed: reading once is the floor already"
+    if plan.name == "backward_eval":
+        return "grad_x waits for no sum; grad_y is read for the sums, and again for grad_x"
+    return _REASONS[str(plan.reason)]
+
+
+def _figures(plan: PassPlan) -> list[tuple[str, str]]:
+    lines = [("why", _why(plan)), ("walk", _walk(plan.walk))]
+    resident = plan.resident
+    if resident is None:
+        launch = plan.streaming
+        lines.append(("blocks", f"{launch.grid:,} of {launch.block} threads"))
+    else:
+        alone = resident.members == 1
+        groups = f"{resident.grid:,} of {resident.block} threads, each a slab of its own"
+        if not alone:
+            groups = (
+                f"{resident.grid:,} of {resident.block} threads: {count(resident.groups, 'group')} "
+                f"of {resident.members:,} members that share a slab"
+            )
+        lines.append(("blocks", f"{groups}; {count(resident.rounds, 'round')}"))
+        lines.append(
+            (
+                "on chip",
+                f"{memory(resident.shared_bytes)} a block, {memory(plan.on_chip)} in all; "
+                f"{plan.stays:.0%} of what is read stays there for its second use",
+            )
+        )
+    dram = f"floor {amount(plan.floor.total)}, predicted {amount(plan.predicted.total)}: {plan.ratio:.2f} x the floor"
+    lines.append(("DRAM", dram))
+    if plan.exchanged.total:
+        lines.append(("exchange", f"{amount(plan.exchanged.total)} of partial sums between blocks, beside that"))
+    if plan.bandwidth is None:
+        lines.append(("time", "unknown, as the memory's bandwidth is"))
+    else:
+        speed = f"{plan.bandwidth / 1e12:.3g} TB/s"
+        lines.append(("time", f"no less than {duration(plan.seconds)} at {speed}: bandwidth alone, not a measurement"))
+    return lines
+
+
+def pass_text(plan: PassPlan) -> str:
+    launches = "1 launch" if plan.launches == 1 else f"{plan.launches} launches"
+    title = f"{PASSES[plan.name]}: {plan.path} path, {launches}"
+    return "\n".join([title, *(f"  {name:<9}{text}" for name, text in _figures(plan))])
