@@ -55,9 +55,9 @@ BNK_DEVICE unsigned* counter_of(const Residence& residence, int group) {
   return residence.counters + group * kCounterStride;
 }
 
-// True in one thread of the launch, when no other will read what it read before: of the last block to come here.
+// True in one thread of the launch, of the last block to come here: when no other thread will read what it read before a
+// barrier of its block.
 BNK_DEVICE bool last_of_launch(const Residence& residence) {
-  block_barrier();  // every thread of the block has done its reading
   return thread_rank() == 0 && last_to_arrive(counter_of(residence, residence.groups), grid_blocks());
 }
 

@@ -277,7 +277,8 @@ resident_forward_kernel(ResidentForwardParams params) {
   }
 
   if (params.num_batches_tracked == nullptr) return;
-  // Every block has read a cumulative average's count before the last one here counts this batch.
+  // Every thread has read a cumulative average's count, before a reduction's barriers, when the last block here counts this
+  // batch.
   const bool counts = params.results.cumulative ? last_of_launch(residence) : block_rank() == 0 && thread_rank() == 0;
   if (counts) store(params.num_batches_tracked, load(params.num_batches_tracked) + 1);
 }
