@@ -84,6 +84,14 @@ BNK_DEVICE void keep_tile(const Kept<T>& kept, int window, const Vector<T> (&bit
   for (int i = 0; i < kTile; ++i) kept[window + i] = bits[i];
 }
 
+template <typename Real, int kCount>
+BNK_DEVICE bool all_finite(const Real (&values)[kCount]) {
+  bool finite = true;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) finite &= is_finite(values[i]);
+  return finite;
+}
+
 // Visits a thread's windows last tile first: what was read last, and is not kept, is then likeliest still in L2. Calls
 // visit(windows, first, kept): a tile's windows, the number of the first, and whether they are kept.
 template <int kTile, typename Walker, typename Visit>

@@ -6,7 +6,8 @@
 //   2. exchanges the sums (resident.cuh):  grad_bias = sum(g),  grad_weight = sum(g*(x - mean)) * invstd
 //   3. writes  grad_x = (g - mean(g) - xhat * mean(g*xhat)) * (weight * invstd)  from what it kept
 //
-// What a block could not keep is read in step 1 and, last first, in step 3.
+// What a block could not keep is read in step 1 and, last first, in step 3. Where a product or a sum overflows (finite floats
+// whose product does not fit), a thread sums again in double.
 #pragma once
 
 #include "per_channel.cuh"
@@ -64,13 +65,41 @@ struct Products {
     }
   }
 
-  BNK_DEVICE void add_to(Sums (&total)[kElements]) const {
+  // False if a sum is not finite.
+  BNK_DEVICE bool add_to(Sums (&total)[kElements]) const {
 #pragma unroll
     for (int i = 0; i < kElements; ++i) {
       join(total[i], {static_cast<double>(sum[i]), static_cast<double>(product[i])});
     }
+    return all_finite(sum) & all_finite(product);
   }
 };
+
+// Of all of a thread's windows in double, one at a time.
+template <typename T, Layout kLayout, int kColumns>
+BNK_DEVICE void sum_products_in_double(const View<const T>& x, const View<const T>& g, Walker<T, kLayout> walker,
+                                       const Kept<T>& kept_x, const Kept<T>& kept_g, int count,
+                                       const Compute<T> (&mean)[kColumns], Sums (&total)[kVectorElements<T>]) {
+  walker.seek(0);
+#pragma unroll
+  for (int i = 0; i < kVectorElements<T>; ++i) total[i] = {};
+  for (int number = 0; walker.more(); ++number) {
+    const Window window = walker.next();
+    const bool is_kept = number < count;
+    const Vector<T> x_bits = is_kept ? kept_x[number] : load_window<Reuse::kAgain>(x, window);
+    const Vector<T> g_bits = is_kept ? kept_g[number] : load_window<Reuse::kAgain>(g, window);
+    Compute<T> xs[kVectorElements<T>], gs[kVectorElements<T>];
+    widen_vector(x_bits, xs);
+    widen_vector(g_bits, gs);
+#pragma unroll
+    for (int i = 0; i < kVectorElements<T>; ++i) {
+      if (i < window.begin || i >= window.end) continue;
+      const double grad = static_cast<double>(gs[i]);
+      const double deviation = static_cast<double>(xs[i]) - static_cast<double>(mean[i % kColumns]);
+      join(total[i], {grad, grad * deviation});
+    }
+  }
+}
 
 template <typename T, Layout kLayout>
 BNK_KERNEL_BESIDE(kMaxBlockThreads, kResidentBlocks)
@@ -112,6 +141,7 @@ resident_backward_kernel(ResidentBackwardParams params) {
 
     // 1. The share, and its sums.
     Sums total[kElements];
+    bool finite;
     {
       Products<Real, kElements> of_kept;
       for (int window = 0; window < residence.kept && walker.more(); window += kTile) {
@@ -126,7 +156,7 @@ resident_backward_kernel(ResidentBackwardParams params) {
       }
 #pragma unroll
       for (int i = 0; i < kElements; ++i) total[i] = {};
-      of_kept.add_to(total);
+      finite = of_kept.add_to(total);
     }
     while (walker.more()) {
       Window windows[kSpilledTile];
@@ -136,8 +166,9 @@ resident_backward_kernel(ResidentBackwardParams params) {
       load_tile<Reuse::kAgain>(g, windows, g_bits);
       Products<Real, kElements> of_tile;
       of_tile.add(windows, x_bits, g_bits, mean);
-      of_tile.add_to(total);
+      finite &= of_tile.add_to(total);
     }
+    if (!finite) sum_products_in_double(x, g, walker, kept_x, kept_g, residence.kept, mean, total);
 
     // 2. Of the whole channel.
     const auto set = [&](int local, double mean_g, double mean_g_xhat) {

@@ -29,14 +29,6 @@ struct ResidentForwardParams {
   StatisticsResults results;
 };
 
-template <typename Real, int kCount>
-BNK_DEVICE bool all_finite(const Real (&values)[kCount]) {
-  bool finite = true;
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) finite &= is_finite(values[i]);
-  return finite;
-}
-
 // Sums what a thread has kept, by element of a window.
 template <typename T, Layout kLayout>
 BNK_DEVICE void sum_kept_in_double(Walker<T, kLayout> walker, const Kept<T>& kept, int count,
