@@ -80,8 +80,12 @@ Room room_for(const Shape& shape, Pass pass, const DeviceLimits& limits) {
   const int64_t threads = limits.max_threads_per_multiprocessor;
   // The kernels' registers are bounded so that kResidentBlocks of the largest blocks fit.
   const int64_t by_registers = kResidentBlocks * kMaxBlockThreads / shape.block;
-  const int64_t beside =
-      std::min<int64_t>({by_registers, threads / shape.block, int64_t{limits.max_blocks_per_multiprocessor}});
+  // So many that each keeps a tile.
+  const int64_t tile = int64_t{kVectorBytes} * kResidentTile * shape.block * tensors_read(pass);
+  const int64_t by_shared =
+      limits.shared_per_multiprocessor / (limits.shared_reserved + resident_overhead(shape.layout) + tile);
+  const int64_t beside = std::min<int64_t>(
+      {by_registers, by_shared, threads / shape.block, int64_t{limits.max_blocks_per_multiprocessor}});
   if (beside == 0) return {};
   const int64_t shared =
       std::min(limits.shared_per_multiprocessor / beside - limits.shared_reserved, limits.shared_per_block) -
