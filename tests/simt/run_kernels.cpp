@@ -18,7 +18,7 @@
 //   seeds first_seed schedule at_a_time   each seed is one run of the whole sequence, on memory poisoned anew
 //   last_blocks                          how many of each grid's blocks are run, from its end
 //   co_resident                          blocks of a resident launch that run at a time; without it all do
-//   without                              LAUNCH:FILE:LINE, a barrier that one launch of the sequence does not keep
+//   without                              LAUNCH:FILE:LINE, a barrier that one launch of the sequence does not keep; or `all`
 //   workspace                            a name for the counters of group barriers. They are 0 when the name is new, and
 //                                        when more are needed than there were; else as the last request left them
 //
@@ -65,7 +65,9 @@ class HostExecutor {
     const auto without = request.options.find("without");
     if (without == request.options.end()) return;
     const size_t colon = without->second.find(':');
-    without_launch_ = std::stoul(without->second.substr(0, colon));
+    const std::string launch = without->second.substr(0, colon);
+    without_everywhere_ = launch == "all";
+    if (!without_everywhere_) without_launch_ = std::stoul(launch);
     without_ = without->second.substr(colon + 1);
   }
 
@@ -86,16 +88,17 @@ class HostExecutor {
     const int64_t blocks = last_blocks_ == 0 ? launch.grid : std::min(last_blocks_, launch.grid);
     const auto grid = static_cast<unsigned>(blocks);
     const auto block = static_cast<unsigned>(launch.block);
-    const simt::Report report = simt::launch({.grid = grid,
-                                              .block = block,
-                                              .seed = 8 * seed_ + count,
-                                              .schedule = schedule_,
-                                              .dynamic_bytes = dynamic,
-                                              .resident_blocks = resident,
-                                              .first_block = static_cast<size_t>(launch.grid - blocks),
-                                              .of_blocks = static_cast<size_t>(launch.grid),
-                                              .without = count == without_launch_ ? without_ : ""},
-                                             [&] { kernel(params); });
+    const simt::Report report =
+        simt::launch({.grid = grid,
+                      .block = block,
+                      .seed = 8 * seed_ + count,
+                      .schedule = schedule_,
+                      .dynamic_bytes = dynamic,
+                      .resident_blocks = resident,
+                      .first_block = static_cast<size_t>(launch.grid - blocks),
+                      .of_blocks = static_cast<size_t>(launch.grid),
+                      .without = without_everywhere_ || count == without_launch_ ? without_ : ""},
+                     [&] { kernel(params); });
     std::ostringstream line;
     line << "launch " << grid << ' ' << block << ' ' << report.switches << ' ';
     for (const std::string& barrier : report.barriers) line << barrier << ',';
@@ -119,6 +122,7 @@ class HostExecutor {
   unsigned co_resident_;
   int64_t last_blocks_;
   size_t without_launch_ = 0;
+  bool without_everywhere_ = false;
   std::string without_;
 };
 

@@ -55,8 +55,8 @@ class How:
     """A name for the counters of group barriers, which the next call of that name finds as this one left them."""
     last_blocks: int | None = None
     """How many blocks of each grid run, from its end; all others do nothing."""
-    without: tuple[int, str] | None = None
-    """A launch of the sequence, and the barrier ("file:line") that it does not keep."""
+    without: tuple[int | None, str] | None = None
+    """A launch of the sequence, or None for all, and the barrier ("file:line") that it does not keep."""
     misaligned: Mapping[str, int] = field(default_factory=dict)
     """Elements that a tensor, by its name in problem.h, lies past a 16-byte boundary."""
 
@@ -253,7 +253,8 @@ class Server:
             if (value := getattr(how, key)) is not None:
                 settings[key] = value
         if how.without is not None:
-            settings["without"] = f"{how.without[0]}:{how.without[1]}"
+            launch, barrier = how.without
+            settings["without"] = f"{'all' if launch is None else launch}:{barrier}"
         words = [operation, *(f"{key}={value}" for key, value in settings.items())]
         for name, mode, tensor, size, tail in tensors:
             shift = how.misaligned.get(name, 0) * tensor.element_size()
