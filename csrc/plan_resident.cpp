@@ -95,6 +95,13 @@ Room room_for(const Shape& shape, Pass pass, const DeviceLimits& limits) {
   return {beside * multiprocessors, static_cast<int>(std::max<int64_t>(0, windows / kResidentTile * kResidentTile))};
 }
 
+// A row's first and last windows may be partly another's: half of each is the row's own, and is written element by element.
+int64_t written_in_parts(const Problem& problem, Layout layout, bool aligned, const Walk& walk, int64_t windows) {
+  const int vector = vector_elements(problem.dtype);
+  if (layout != Layout::kChannelsFirst || (aligned && problem.inner % vector == 0)) return 0;
+  return ceil_div(2 * windows, walk.windows.value) * (vector / 2);
+}
+
 struct Candidate {
   ResidentChoice choice;
   int64_t cost;  // bytes that a block could move in the time that the pass takes
@@ -113,7 +120,8 @@ Candidate candidate(const Problem& problem, Pass pass, bool aligned, const Shape
   const int64_t joined = walk.chunks * walk.slab_channels * kPartialBytes;
   const bool divided = walk.chunks > 1 && joined > kDivideAbove;
   const int64_t tensors = tensors_read(pass);
-  const int64_t moved = (tensors + 1) * windows + tensors * std::max<int64_t>(0, windows - kept);
+  const int64_t moved = (tensors + 1) * windows + tensors * std::max<int64_t>(0, windows - kept) +
+                        written_in_parts(problem, shape.layout, aligned, walk, windows);
   int64_t waited = kRoundCost;
   if (walk.chunks > 1) waited += kBarrierCost + (divided ? kBarrierCost : joined);
   const ResidentChoice choice{
