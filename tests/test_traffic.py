@@ -89,5 +89,10 @@ def test_channels_last_is_at_the_floor_where_a_slab_fits(cells: list[Cell]) -> N
     assert fit > 48
 
 
+def test_scratch_memory_is_small(cells: list[Cell]) -> None:
+    """As the page says."""
+    assert max(one.plan.exchanged[1] for one in cells) < 3.1e6
+
+
 def test_the_page_is_what_is_computed(cells: list[Cell]) -> None:
     assert DOCUMENT.read_text() == traffic.page(cells), "run: python tests/simt/traffic.py > docs/traffic.md"
