@@ -81,8 +81,12 @@ Room room_for(const Shape& shape, Dtype dtype, Pass pass, const DeviceLimits& li
   const int64_t threads = limits.max_threads_per_multiprocessor;
   // The kernels' registers are bounded so that kResidentBlocks of the largest blocks fit.
   const int64_t by_registers = kResidentBlocks * resident_threads(shape.layout, size_of(dtype)) / shape.block;
-  const int64_t beside =
-      std::min<int64_t>({by_registers, threads / shape.block, int64_t{limits.max_blocks_per_multiprocessor}});
+  // So many that each keeps a tile.
+  const int64_t tile = int64_t{kVectorBytes} * kResidentTile * shape.block * tensors_read(pass);
+  const int64_t by_shared =
+      limits.shared_per_multiprocessor / (limits.shared_reserved + resident_overhead(shape.layout) + tile);
+  const int64_t beside = std::min<int64_t>(
+      {by_registers, by_shared, threads / shape.block, int64_t{limits.max_blocks_per_multiprocessor}});
   if (beside == 0) return {};
   const int64_t shared =
       std::min(limits.shared_per_multiprocessor / beside - limits.shared_reserved, limits.shared_per_block) -
@@ -90,6 +94,13 @@ Room room_for(const Shape& shape, Dtype dtype, Pass pass, const DeviceLimits& li
   const int64_t windows = shared / (int64_t{kVectorBytes} * shape.block * tensors_read(pass));
   const int multiprocessors = limits.multiprocessors - limits.multiprocessors / kSparedOf;
   return {beside * multiprocessors, static_cast<int>(std::max<int64_t>(0, windows))};
+}
+
+// A row's first and last windows may be partly another's: half of each is the row's own, and is written element by element.
+int64_t written_in_parts(const Problem& problem, Layout layout, bool aligned, const Walk& walk, int64_t windows) {
+  const int vector = vector_elements(problem.dtype);
+  if (layout != Layout::kChannelsFirst || (aligned && problem.inner % vector == 0)) return 0;
+  return ceil_div(2 * windows, walk.windows.value) * (vector / 2);
 }
 
 struct Candidate {
@@ -110,7 +121,8 @@ Candidate candidate(const Problem& problem, Pass pass, bool aligned, const Shape
   const int64_t joined = walk.chunks * walk.slab_channels * kPartialBytes;
   const bool divided = walk.chunks > 1 && joined > kDivideAbove;
   const int64_t tensors = tensors_read(pass);
-  const int64_t moved = (tensors + 1) * windows + tensors * std::max<int64_t>(0, windows - kept);
+  const int64_t moved = (tensors + 1) * windows + tensors * std::max<int64_t>(0, windows - kept) +
+                        written_in_parts(problem, shape.layout, aligned, walk, windows);
   int64_t waited = kRoundCost;
   if (walk.chunks > 1) waited += kBarrierCost + (divided ? kBarrierCost : joined);
   const ResidentChoice choice{

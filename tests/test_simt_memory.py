@@ -6,36 +6,14 @@ import math
 
 import pytest
 import torch
-from simt.common import FIRST, LAST, LAYOUTS, PAIRS, make
+from simt.common import FIRST, LAST, LAYOUTS, PAIRS, make, requested
 from simt.server import How, Launch, Server
 
-from bnkernels.testing import DTYPES, Inputs
+from bnkernels.testing import DTYPES
 
 pytest_plugins = ["simt.fixtures"]
 
 # --- the bytes that move ---------------------------------------------------------------------------------------------
-
-
-def requested(inputs: Inputs, last: bool, lead: int, own: int) -> int:
-    """Bytes that one pass asks of a tensor like x that lies `own` elements past a boundary, x lying `lead` past one.
-
-    Channels-last, and rows of whole vectors: each byte once. A row that starts or ends inside a vector takes that
-    vector whole, where it lies inside the tensor, and so does its neighbour: the same memory sector, asked for twice.
-    """
-    size = inputs.x.element_size()
-    total = inputs.x.numel()
-    if last or own != lead:
-        return total * size
-    vector = 16 // size
-    inner = math.prod(inputs.x.shape[2:])
-    asked = 0
-    for start in range(0, total, inner):
-        window = start - (lead + start) % vector
-        while window < start + inner:
-            whole = window >= 0 and window + vector <= total
-            asked += vector if whole else min(window + vector, start + inner) - max(window, start)
-            window += vector
-    return asked * size
 
 
 def moved(launch: Launch, but: tuple[str, ...] = ()) -> dict[str, tuple[int, int]]:

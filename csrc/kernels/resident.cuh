@@ -55,10 +55,23 @@ BNK_DEVICE unsigned* counter_of(const Residence& residence, int group) {
   return residence.counters + group * kCounterStride;
 }
 
-// True in one thread of the launch, when no other will read what it read before: of the last block to come here.
+// True in one thread of the launch, of the last block to come here: when no other thread will read what it read before a
+// barrier of its block.
 BNK_DEVICE bool last_of_launch(const Residence& residence) {
-  block_barrier();  // every thread of the block has done its reading
   return thread_rank() == 0 && last_to_arrive(counter_of(residence, residence.groups), grid_blocks());
+}
+
+// Finite floats may have a sum, and squares have it soon, that is none. A thread to which that happens sums again, scaled so
+// that it cannot; in double, what it tells its block is scaled back.
+template <typename Real>
+inline constexpr Real kSafeScale = sizeof(Real) == 4 ? Real(0x1p-80) : Real(1);
+
+template <typename Real, int kCount>
+BNK_DEVICE bool all_finite(const Real (&values)[kCount]) {
+  bool finite = true;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) finite &= is_finite(values[i]);
+  return finite;
 }
 
 // The first windows of each thread, of one tensor, in shared memory. A thread reads back only what it wrote: no barrier.

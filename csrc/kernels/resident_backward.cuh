@@ -34,17 +34,19 @@ struct ResidentBackwardParams {
   PerChannel mean_g_xhat;  // double; where the exchange is divided
 };
 
-// Sums of g and of g*(x - mean), by element of a window.
+// Sums of g and of g*(x - mean), by element of a window, in units of `scale` and its square.
 template <typename T>
 struct Products {
   using Real = Compute<T>;
   static constexpr int kElements = kVectorElements<T>;
   Real sum[kElements];
   Real product[kElements];
+  Real scale;
 
-  BNK_DEVICE void clear() {
+  BNK_DEVICE void clear(Real unit) {
 #pragma unroll
     for (int i = 0; i < kElements; ++i) sum[i] = product[i] = 0;
+    scale = unit;
   }
 
   // kFull: all elements of all windows are there. One that is not there adds nothing, whatever the channel's statistics.
@@ -75,8 +77,28 @@ struct Products {
     }
   }
 
+  // The same, scaled, of one window.
+  template <int kColumns>
+  BNK_DEVICE void add_scaled(const Window& window, const Vector<T>& x_bits, const Vector<T>& g_bits,
+                             const Real (&mean)[kColumns]) {
+    Real xs[kElements], gs[kElements];
+    widen_vector(x_bits, xs);
+    widen_vector(g_bits, gs);
+#pragma unroll
+    for (int element = 0; element < kElements; ++element) {
+      if (element < window.begin || element >= window.end) continue;
+      const Real gradient = gs[element] * scale;
+      const Real deviation = xs[element] * scale - mean[element % kColumns] * scale;
+      sum[element] += gradient;
+      product[element] = fused_multiply_add(gradient, deviation, product[element]);
+    }
+  }
+
+  BNK_DEVICE bool is_sound() const { return all_finite(sum) && all_finite(product); }
+
   BNK_DEVICE Sums operator()(int element) const {
-    return {static_cast<double>(sum[element]), static_cast<double>(product[element])};
+    const double unit = 1 / static_cast<double>(scale);
+    return {static_cast<double>(sum[element]) * unit, static_cast<double>(product[element]) * unit * unit};
   }
 };
 
@@ -124,7 +146,7 @@ resident_backward_kernel(ResidentBackwardParams params) {
     // 1. The share, and its sums.
     Products<T> sums;
     const auto sum = [&](int first, int count) {
-      sums.clear();
+      sums.clear(1);
       walker.seek(first);
       for (int done = 0; done < count && walker.more(); done += kTile) {
         Window windows[kTile];
@@ -137,6 +159,13 @@ resident_backward_kernel(ResidentBackwardParams params) {
           keep_tile(kept_g, done, count - done, g_bits);
         }
         sums.add(windows, x_bits, g_bits, mean);
+      }
+      if (sums.is_sound()) return;
+      sums.clear(kSafeScale<Real>);
+      walker.seek(first);
+      for (int number = first; number < first + count && walker.more(); ++number) {
+        const Window window = walker.next();
+        sums.add_scaled(window, load_window<Reuse::kAgain>(x, window), load_window<Reuse::kAgain>(g, window), mean);
       }
     };
     sum_share(walk, walker, slab, residence.kept, slots_of<Sums>(slots), totals, sum, sums);

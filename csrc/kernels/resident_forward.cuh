@@ -29,19 +29,6 @@ struct ResidentForwardParams {
   StatisticsResults results;
 };
 
-template <typename Real, int kCount>
-BNK_DEVICE bool all_finite(const Real (&values)[kCount]) {
-  bool finite = true;
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) finite &= is_finite(values[i]);
-  return finite;
-}
-
-// Finite floats may have a sum, and squares have it soon, that is none. A thread to which that happens sums again, scaled so
-// that it cannot; in double, what it tells its block is scaled back.
-template <typename Real>
-inline constexpr Real kSafeScale = sizeof(Real) == 4 ? Real(0x1p-80) : Real(1);
-
 // Sums of d = x - pivot and of d^2, by element of a window, in units of `scale` and its square.
 template <typename T, int kColumns>
 struct Deviations {
@@ -274,7 +261,8 @@ resident_forward_kernel(ResidentForwardParams params) {
   }
 
   if (params.num_batches_tracked == nullptr) return;
-  // Every block has read a cumulative average's count before the last one here counts this batch.
+  // Every thread has read a cumulative average's count, before a barrier of its block, when the last block here counts this
+  // batch.
   const bool counts = params.results.cumulative ? last_of_launch(residence) : block_rank() == 0 && thread_rank() == 0;
   if (counts) store(params.num_batches_tracked, load(params.num_batches_tracked) + 1);
 }

@@ -11,9 +11,10 @@ A test instrument and no backend. What it consists of, lowest first:
     float16.h            the 16-bit formats
     primitives_host.h    the primitives of csrc/kernels/primitives.cuh over all this
     planted.h            small kernels with a fault each, and run_planted.cpp, which runs them
-    run_kernels.cpp      a server that runs the real launch sequences
+    request.h            what is asked of run_kernels.cpp, a server that runs the real launch sequences
     build.py             compiles these in three builds: plain, AddressSanitizer + UBSan, ThreadSanitizer
-    server.py            run_kernels from Python, on tensors
-    common.py            what the tests over it share, and fixtures.py
-    drop_barriers.py     removes each barrier of the kernels in turn and sees the tests fail
+    server.py            run_kernels from Python, on tensors; plans.py: the plans that it is asked for, or tells of
+    common.py            what the tests over it share, and fixtures.py; resident_cases.py: of the resident path
+    drop_barriers.py     leaves out each barrier of the kernels in turn and sees the tests fail
+    traffic.py           counts the bytes of ResNet-50's layers: docs/traffic.md
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 
 import pytest
@@ -51,6 +52,28 @@ def assert_same(run: Run, other: Run, context: object, but: tuple[str, ...] = ()
         if field.name not in but and not same_bits(getattr(run.outputs, field.name), getattr(other.outputs, field.name))
     ]
     assert not different, (different, context)
+
+
+def requested(inputs: Inputs, last: bool, lead: int, own: int) -> int:
+    """Bytes that one pass asks of a tensor like x that lies `own` elements past a boundary, x lying `lead` past one.
+
+    Channels-last, and rows of whole vectors: each byte once. A row that starts or ends inside a vector takes that
+    vector whole, where it lies inside the tensor, and so does its neighbour: the same memory sector, asked for twice.
+    """
+    size = inputs.x.element_size()
+    total = inputs.x.numel()
+    if last or own != lead:
+        return total * size
+    vector = 16 // size
+    inner = math.prod(inputs.x.shape[2:])
+    asked = 0
+    for start in range(0, total, inner):
+        window = start - (lead + start) % vector
+        while window < start + inner:
+            whole = window >= 0 and window + vector <= total
+            asked += vector if whole else min(window + vector, start + inner) - max(window, start)
+            window += vector
+    return asked * size
 
 
 # Rows that start anywhere, with heads and tails, in blocks that hold several of them; and rows of whole vectors.

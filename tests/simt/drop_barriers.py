@@ -1,17 +1,15 @@
-"""Removes each synchronisation of the kernels in turn, and sees the tests fail: `python tests/simt/drop_barriers.py`.
+"""Leaves out each synchronisation of the kernels, and sees the tests fail: `python tests/simt/drop_barriers.py`.
 
-A barrier that can go unseen is one that the tests do not test, or one that the kernels do not need. For each call of a
-primitive that synchronises, a copy of the kernels without that call is built plain and under ThreadSanitizer, and runs
-what tests/test_simt.py runs: seeds that must not change a bit, the gate (poisoned shared memory gives NaN), and the
-race detector. Prints a table; exits with 1 if a dropped call goes unseen.
+A barrier that can go unseen is one that the tests do not test, or one that the kernels do not need. Each call of a
+primitive that synchronises, as it is found in the source, is passed over by every launch, plain and under
+ThreadSanitizer, in runs like those of tests/test_simt.py and test_simt_resident.py: seeds that must not change a bit,
+the gate (poisoned memory gives NaN), and the race detector. Prints a table; exits with 1 if a dropped call goes unseen.
 """
 
 from __future__ import annotations
 
 import re
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,19 +20,27 @@ if __name__ == "__main__":
 
 from bnkernels.testing import Case, judge_call  # noqa: E402
 from simt import build  # noqa: E402
+from simt.plans import Resident  # noqa: E402
 from simt.server import Failure, How, Server  # noqa: E402
 
 # Any primitive named like one: block_barrier, and what later issues may add.
 SYNCHRONISATION = re.compile(r"\b\w*(barrier|wait)\w*(<[^;(]*>)?\([^;{]*\);")
 
-# Every block has several shares, or groups of channels, one after the other, and work for each of its warps.
+FIRST = "offset_1e2/2x69x301/float32/contiguous/normal/normal/train"
+LAST = "offset_1e2/2x69x301/bfloat16+float32/channels_last/normal/normal/train"
+PACKED = "offset_1e2/9x24x7x7/bfloat16+float32/contiguous/normal/normal/train"
+# Every block has several shares, slabs, or groups of channels, one after the other, and work for each of its warps.
 HOW = How(block=64, finish_block=64, grid=2)
-CASES = (
-    ("offset_1e2/2x69x301/float32/contiguous/normal/normal/train", replace(HOW, chunks=2), False),
-    ("offset_1e2/2x69x301/bfloat16+float32/channels_last/normal/normal/train", replace(HOW, chunks=5), True),
-)
+CASES = [(FIRST, replace(HOW, chunks=2), False), (LAST, replace(HOW, chunks=5), True)]
+for name, layout, lanes, last in (
+    (FIRST, "channels_first", 1, False),
+    (LAST, "channels_last", 4, True),
+    (PACKED, "packed", 49, False),
+):
+    for members, divided in ((1, False), (3, False), (3, True)):
+        CASES.append((name, How(resident=Resident(layout, 64, members, 1, 4, lanes, divided)), last))
 # Which bits a missing barrier changes is a matter of luck, so many seeds; the race detector needs none.
-SEEDS = {"plain": range(40), "tsan": range(1)}
+SEEDS = {"plain": range(20), "tsan": range(1)}
 BUILDS = tuple(SEEDS)
 
 
@@ -61,26 +67,14 @@ def calls(kernels: Path) -> Iterator[Call]:
                 yield Call(path.name, number, found[0])
 
 
-def copy_without(call: Call | None, target: Path) -> None:
-    """What the programs are compiled from, less one call; lines keep their numbers."""
-    for folder in ("csrc", "tests/simt"):
-        shutil.copytree(ROOT / folder, target / folder, ignore=shutil.ignore_patterns("__pycache__", "cpu", "cuda"))
-    if call is None:
-        return
-    path = target / "csrc" / "kernels" / call.file
-    lines = path.read_text().splitlines(keepends=True)
-    assert call.text in lines[call.line - 1]
-    lines[call.line - 1] = lines[call.line - 1].replace(call.text, ";", 1)
-    path.write_text("".join(lines))
-
-
-def seen_by(name: str, program: Path) -> str:
+def seen_by(name: str, program: Path, call: Call | None) -> str:
     """How the tests, with run_kernels in this build, see that something is wrong; empty: they do not."""
     server = Server(program)
     try:
         for case, how, channels_last in CASES:
             inputs = Case.parse(case).inputs()
-            run = server.call(inputs, replace(how, seeds=SEEDS[name]), channels_last=channels_last)
+            how = replace(how, seeds=SEEDS[name], without=None if call is None else (None, str(call)))
+            run = server.call(inputs, how, channels_last=channels_last)
             beyond = [verdict.quantity for verdict in judge_call(inputs, run.outputs) if not verdict.ok]
             if beyond:
                 return f"{', '.join(beyond)} beyond the gate"
@@ -97,19 +91,15 @@ def summary(failure: str) -> str:
         kind, _, rest = failure.partition(" ")
         seed, *what = rest.split()
         return f"{kind} with seed {seed} in {what[0]}" if kind == "differs" else failure.splitlines()[0]
-    place = re.search(r"csrc/kernels/(\w+\.cuh:\d+)", failure)
+    place = re.search(r"kernels/(\w+\.cuh:\d+)", failure)
     return f"data race at {place[1] if place else '?'}"
 
 
-def table(root: Path = ROOT) -> list[tuple[Call | None, dict[str, str]]]:
+def table() -> list[tuple[Call | None, dict[str, str]]]:
     """For the kernels as they are (None) and for each call dropped: how each build sees it."""
-    rows: list[tuple[Call | None, dict[str, str]]] = []
-    for call in (None, *calls(root / "csrc" / "kernels")):
-        with tempfile.TemporaryDirectory() as folder:
-            copy_without(call, Path(folder))
-            programs = build.programs((("run_kernels", name) for name in BUILDS), Path(folder))
-            rows.append((call, {name: seen_by(name, programs["run_kernels", name]) for name in BUILDS}))
-    return rows
+    programs = build.programs(("run_kernels", name) for name in BUILDS)
+    every = [None, *calls(ROOT / "csrc" / "kernels")]
+    return [(call, {name: seen_by(name, programs["run_kernels", name], call) for name in BUILDS}) for call in every]
 
 
 def main() -> int:

@@ -13,20 +13,26 @@
 //   block chunks                         the plan: make_streaming(), or, with multiprocessors and threads instead, plan_streaming()
 //   layout lanes block members groups kept divided     the resident path instead, with make_resident()
 //   limits                               plan_pass() for a device: the numbers of DeviceLimits in order, commas between
+//   only_plan                            with limits: nothing is run, and no tensor needed; x is aligned
 //   finish_block grid                    another block size for the finishing kernels; a limit to every grid
 //   seeds first_seed schedule at_a_time   each seed is one run of the whole sequence, on memory poisoned anew
 //   last_blocks                          how many of each grid's blocks are run, from its end
-//   without                              LAUNCH:FILE:LINE, a barrier that one launch of the sequence does not keep
+//   co_resident                          blocks of a resident launch that run at a time; without it all do
+//   without                              LAUNCH:FILE:LINE, a barrier that one launch of the sequence does not keep; or `all`
+//   workspace                            a name for the counters of group barriers. They are 0 when the name is new, and
+//                                        when more are needed than there were; else as the last request left them
 //
 // The answer is lines of text, then the bytes of the tensors of mode `inout` and `out`, in order:
 //
 //   fault SEED LAUNCH TEXT               a launch ended in a fault (no bytes follow; line breaks in TEXT are '|')
+//   plan KEY=VALUE ...                   with limits, what was chosen
 //   differs SEED TENSOR BYTE             a run's results are not, bit for bit, the first run's (no bytes follow)
 //   launch GRID BLOCK SWITCHES BARRIERS NAME:READ:WRITTEN ...     one for each launch of the sequence: the barriers met,
 //                                        FILE:LINE, each followed by a comma, then a dash; and its traffic
 //   done
 //
-// Traffic that is not the same in every run is a difference too.
+// Traffic that is not the same in every run is a difference too. Counters that a run of the resident path leaves in another
+// state than the next one needs are a fault.
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -40,130 +46,35 @@
 #include "paths/resident.h"
 #include "paths/streaming.h"
 #include "simt/engine.h"
+#include "simt/request.h"
 
 namespace {
 
-struct Tensor {
-  std::string name;
-  std::string mode;
-  bnk::Dtype dtype;
-  size_t sent;  // bytes, from the end
-  std::unique_ptr<simt::Buffer> buffer;
-  std::vector<char> initial;
-
-  char* content() const { return buffer->host<char>() + buffer->bytes() - sent; }
-
-  void reset() {
-    if (mode == "out") {
-      buffer->poison();
-    } else {
-      std::memcpy(content(), initial.data(), sent);
-    }
-  }
-};
-
-bnk::Dtype dtype_named(const std::string& name) {
-  static const std::map<std::string, bnk::Dtype> all{{"float64", bnk::Dtype::kFloat64},
-                                                     {"float32", bnk::Dtype::kFloat32},
-                                                     {"float16", bnk::Dtype::kFloat16},
-                                                     {"bfloat16", bnk::Dtype::kBFloat16},
-                                                     {"int64", bnk::Dtype::kFloat64}};  // its size is all that is asked
-  return all.at(name);
-}
-
-simt::Schedule schedule_named(const std::string& name) {
-  static const std::map<std::string, simt::Schedule> all{{"seeded", simt::Schedule::kSeeded},
-                                                         {"in_order", simt::Schedule::kInOrder},
-                                                         {"reverse", simt::Schedule::kReverse},
-                                                         {"stall_one", simt::Schedule::kStallOne}};
-  return all.at(name);
-}
-
-struct Request {
-  std::string operation;
-  std::map<std::string, std::string> options;
-  std::vector<Tensor> tensors;
-
-  int64_t integer(const std::string& key, int64_t otherwise) const {
-    const auto found = options.find(key);
-    return found == options.end() ? otherwise : std::stoll(found->second);
-  }
-  double real(const std::string& key) const { return std::strtod(options.at(key).c_str(), nullptr); }
-
-  const Tensor* find(const std::string& name) const {
-    for (const Tensor& tensor : tensors) {
-      if (tensor.name == name) return &tensor;
-    }
-    return nullptr;
-  }
-  void* data(const std::string& name) const {
-    const Tensor* tensor = find(name);
-    return tensor ? tensor->buffer->device<void>() : nullptr;
-  }
-  bnk::PerChannel vector(const std::string& name) const {
-    const Tensor* tensor = find(name);
-    return tensor ? bnk::PerChannel{tensor->buffer->device<void>(), tensor->dtype} : bnk::PerChannel{};
-  }
-
-  bnk::Problem problem() const {
-    return {integer("outer", 0), integer("channels", 0), integer("inner", 0), dtype_named(options.at("dtype"))};
-  }
-};
-
-bool read_request(std::istream& in, Request& request) {
-  std::string line, word;
-  if (!std::getline(in, line)) return false;
-  std::istringstream words(line);
-  words >> request.operation;
-  while (words >> word) {
-    const size_t equals = word.find('=');
-    const std::string key = word.substr(0, equals), value = word.substr(equals + 1);
-    if (key != "tensor") {
-      request.options[key] = value;
-      continue;
-    }
-    std::istringstream fields(value);
-    Tensor tensor;
-    std::string dtype, bytes, misalignment, tail;
-    std::getline(fields, tensor.name, ':');
-    std::getline(fields, tensor.mode, ':');
-    std::getline(fields, dtype, ':');
-    std::getline(fields, bytes, ':');
-    std::getline(fields, misalignment, ':');
-    std::getline(fields, tail);
-    tensor.dtype = dtype_named(dtype);
-    const bool sparse = std::stoul(tail) > 0;
-    tensor.sent = std::stoul(sparse ? tail : bytes);
-    tensor.buffer =
-        std::make_unique<simt::Buffer>(tensor.name, std::stoul(bytes), std::stoul(misalignment),
-                                       sparse ? simt::Buffer::Storage::kSparse : simt::Buffer::Storage::kDense);
-    if (tensor.mode != "out") tensor.initial.resize(tensor.sent);
-    request.tensors.push_back(std::move(tensor));
-  }
-  for (Tensor& tensor : request.tensors)
-    in.read(tensor.initial.data(), static_cast<std::streamsize>(tensor.initial.size()));
-  return static_cast<bool>(in);
-}
+using simt::Request;
+using simt::Tensor;
 
 // What the sequences run on, here: one launch after the other on the engine, none after a fault.
 class HostExecutor {
  public:
   HostExecutor(const Request& request, uint64_t seed)
       : seed_(seed),
-        schedule_(schedule_named(request.options.at("schedule"))),
+        schedule_(simt::schedule_named(request.options.at("schedule"))),
         resident_(static_cast<unsigned>(request.integer("at_a_time", 0))),
+        co_resident_(static_cast<unsigned>(request.integer("co_resident", 0))),
         last_blocks_(request.integer("last_blocks", 0)) {
     const auto without = request.options.find("without");
     if (without == request.options.end()) return;
     const size_t colon = without->second.find(':');
-    without_launch_ = std::stoul(without->second.substr(0, colon));
+    const std::string launch = without->second.substr(0, colon);
+    without_everywhere_ = launch == "all";
+    if (!without_everywhere_) without_launch_ = std::stoul(launch);
     without_ = without->second.substr(colon + 1);
   }
 
-  // All blocks of a resident plan run at a time, as in a cooperative launch.
+  // All blocks of a resident plan run at a time, as in a cooperative launch; unless a test will see that they must.
   template <typename Params>
   void launch(const bnk::ResidentPlan& plan, void (*kernel)(Params), const Params& params) {
-    launch(plan.launch, kernel, params, static_cast<size_t>(plan.shared_bytes), 0);
+    launch(plan.launch, kernel, params, static_cast<size_t>(plan.shared_bytes), co_resident_);
   }
 
   template <typename Params>
@@ -177,16 +88,17 @@ class HostExecutor {
     const int64_t blocks = last_blocks_ == 0 ? launch.grid : std::min(last_blocks_, launch.grid);
     const auto grid = static_cast<unsigned>(blocks);
     const auto block = static_cast<unsigned>(launch.block);
-    const simt::Report report = simt::launch({.grid = grid,
-                                              .block = block,
-                                              .seed = 8 * seed_ + count,
-                                              .schedule = schedule_,
-                                              .dynamic_bytes = dynamic,
-                                              .resident_blocks = resident,
-                                              .first_block = static_cast<size_t>(launch.grid - blocks),
-                                              .of_blocks = static_cast<size_t>(launch.grid),
-                                              .without = count == without_launch_ ? without_ : ""},
-                                             [&] { kernel(params); });
+    const simt::Report report =
+        simt::launch({.grid = grid,
+                      .block = block,
+                      .seed = 8 * seed_ + count,
+                      .schedule = schedule_,
+                      .dynamic_bytes = dynamic,
+                      .resident_blocks = resident,
+                      .first_block = static_cast<size_t>(launch.grid - blocks),
+                      .of_blocks = static_cast<size_t>(launch.grid),
+                      .without = without_everywhere_ || count == without_launch_ ? without_ : ""},
+                     [&] { kernel(params); });
     std::ostringstream line;
     line << "launch " << grid << ' ' << block << ' ' << report.switches << ' ';
     for (const std::string& barrier : report.barriers) line << barrier << ',';
@@ -207,60 +119,42 @@ class HostExecutor {
   uint64_t seed_;
   simt::Schedule schedule_;
   unsigned resident_;
+  unsigned co_resident_;
   int64_t last_blocks_;
   size_t without_launch_ = 0;
+  bool without_everywhere_ = false;
   std::string without_;
 };
 
-bnk::Pass pass_of(const Request& request) {
-  if (request.operation == "forward_train") return bnk::Pass::kForwardTrain;
-  if (request.operation == "forward_eval") return bnk::Pass::kForwardEval;
-  return request.integer("training", 0) != 0 ? bnk::Pass::kBackwardTrain : bnk::Pass::kBackwardEval;
-}
-
 bool is_aligned(const Request& request) { return bnk::streaming::is_aligned(request.data("x")); }
 
-bnk::DeviceLimits limits_of(const std::string& text) {
-  std::istringstream in(text);
-  bnk::DeviceLimits limits{};
-  char comma;
-  in >> limits.multiprocessors >> comma >> limits.max_threads_per_multiprocessor >> comma >>
-      limits.max_blocks_per_multiprocessor >> comma >> limits.shared_per_multiprocessor >> comma >>
-      limits.shared_per_block >> comma >> limits.shared_reserved >> comma >> limits.cooperative_launch;
-  return limits;
-}
-
-bnk::Layout layout_named(const std::string& name) {
-  static const std::map<std::string, bnk::Layout> all{{"channels_first", bnk::Layout::kChannelsFirst},
-                                                      {"channels_last", bnk::Layout::kChannelsLast},
-                                                      {"packed", bnk::Layout::kPacked}};
-  return all.at(name);
+// The plan for a device, if the request names one.
+std::optional<bnk::Plan> plan_for_device(const Request& request) {
+  const auto limits = request.options.find("limits");
+  if (limits == request.options.end()) return std::nullopt;
+  return bnk::plan_pass(request.problem(), pass_of(request), is_aligned(request), simt::limits_of(limits->second), {});
 }
 
 // The resident path's plan, if the request is for that path.
 std::optional<bnk::ResidentPlan> resident_plan(const Request& request) {
   const bnk::Problem problem = request.problem();
   const bnk::Pass pass = pass_of(request);
-  if (const auto limits = request.options.find("limits"); limits != request.options.end()) {
-    const bnk::Plan plan = bnk::plan_pass(problem, pass, is_aligned(request), limits_of(limits->second), {});
-    if (plan.path != bnk::Path::kResident) return std::nullopt;
-    return plan.resident;
+  if (const auto plan = plan_for_device(request)) {
+    return plan->path == bnk::Path::kResident ? std::optional(plan->resident) : std::nullopt;
   }
   if (!request.options.count("layout") || pass == bnk::Pass::kForwardEval || pass == bnk::Pass::kBackwardEval) {
     return std::nullopt;
   }
   const auto number = [&](const char* key) { return static_cast<int>(request.integer(key, 0)); };
   return bnk::make_resident(problem, is_aligned(request), pass,
-                            {layout_named(request.options.at("layout")), number("lanes"), number("block"),
+                            {simt::layout_named(request.options.at("layout")), number("lanes"), number("block"),
                              number("members"), number("groups"), number("kept"), number("divided") != 0});
 }
 
 bnk::StreamingPlan streaming_plan(const Request& request) {
   const bnk::Problem problem = request.problem();
   const bool aligned = is_aligned(request);
-  if (const auto limits = request.options.find("limits"); limits != request.options.end()) {
-    return bnk::plan_streaming(problem, aligned, limits_of(limits->second));
-  }
+  if (const auto plan = plan_for_device(request)) return plan->streaming;
   bnk::StreamingPlan plan =
       request.options.count("multiprocessors")
           ? bnk::plan_streaming(problem, aligned,
@@ -351,17 +245,63 @@ std::string difference(const Request& request, const std::vector<std::vector<cha
   return first_executor.lines == executor.lines ? "" : "traffic 0";
 }
 
+// The counters of a request's workspace, at least so many: csrc/cuda/counters.cpp in small.
+simt::Buffer& counters_of(const Request& request, size_t count) {
+  static std::map<std::string, std::unique_ptr<simt::Buffer>> all;
+  const auto named = request.options.find("workspace");
+  const std::string name = named == request.options.end() ? "" : "." + named->second;
+  std::unique_ptr<simt::Buffer>& buffer = all[name];
+  const size_t bytes = count * sizeof(unsigned);
+  if (name.empty() || !buffer || buffer->bytes() < bytes) {
+    buffer = std::make_unique<simt::Buffer>("counters" + name, bytes);
+    std::fill_n(buffer->host<unsigned>(), count, 0u);
+  }
+  return *buffer;
+}
+
+// Empty if every counter is 0 but for its top bit, as a launch must find them.
+std::string not_at_rest(const simt::Buffer& counters) {
+  const auto* values = counters.host<unsigned>();
+  for (size_t i = 0; i < counters.bytes() / sizeof(unsigned); ++i) {
+    if (values[i] << 1 != 0) return "counter " + std::to_string(i) + " is left at " + std::to_string(values[i]);
+  }
+  return "";
+}
+
+void print_plan(const bnk::Plan& plan) {
+  const bool resident = plan.path == bnk::Path::kResident;
+  static const char* const layouts[] = {"channels_first", "channels_last", "packed"};
+  static const char* const reasons[] = {"none", "forced", "no_reduction", "no_cooperation", "not_resident"};
+  const bnk::Walk& walk = resident ? plan.resident.walk : plan.streaming.walk;
+  const bnk::Launch& launch = resident ? plan.resident.launch : plan.streaming.walk_launch;
+  std::cout << "plan path=" << (resident ? "resident" : "streaming")
+            << " reason=" << reasons[static_cast<int>(plan.reason)]
+            << " layout=" << layouts[static_cast<int>(walk.layout)] << " grid=" << launch.grid
+            << " block=" << launch.block << " slabs=" << walk.slabs.value << " slab_channels=" << walk.slab_channels
+            << " members=" << (resident ? plan.resident.members : 0)
+            << " groups=" << (resident ? plan.resident.groups : 0) << " kept=" << (resident ? plan.resident.kept : 0)
+            << " divided=" << (resident && plan.resident.divided) << " floor_read=" << plan.floor.read
+            << " floor_written=" << plan.floor.written << " read=" << plan.predicted.read
+            << " written=" << plan.predicted.written << " exchanged_read=" << plan.exchanged.read
+            << " exchanged_written=" << plan.exchanged.written << '\n';
+}
+
 void answer(Request& request) {
+  if (const auto plan = plan_for_device(request)) {
+    print_plan(*plan);
+    if (request.integer("only_plan", 0) != 0) {
+      std::cout << "done" << std::endl;
+      return;
+    }
+  }
   const bnk::StreamingPlan plan = streaming_plan(request);
   const std::optional<bnk::ResidentPlan> resident = resident_plan(request);
   const size_t scratch_bytes = static_cast<size_t>(scratch_doubles(request, plan, resident)) * sizeof(double);
   const bool huge = scratch_bytes >> 30 != 0;
   simt::Buffer scratch("scratch", scratch_bytes, 0,
                        huge ? simt::Buffer::Storage::kSparse : simt::Buffer::Storage::kDense);
-  // Counters are 0 once: every run finds what the one before has left.
-  const auto counted = static_cast<size_t>(resident ? bnk::resident::counters(*resident) : 0);
-  simt::Buffer counters("counters", counted * sizeof(unsigned));
-  std::fill_n(counters.host<unsigned>(), counted, 0u);
+  // Every run finds the counters as the one before has left them.
+  simt::Buffer& counters = counters_of(request, static_cast<size_t>(resident ? bnk::resident::counters(*resident) : 0));
   const auto first_seed = static_cast<uint64_t>(request.integer("first_seed", 0));
   const auto seeds = static_cast<uint64_t>(request.integer("seeds", 1));
   std::vector<std::vector<char>> first;
@@ -370,6 +310,7 @@ void answer(Request& request) {
     for (Tensor& tensor : request.tensors) tensor.reset();
     auto executor = std::make_unique<HostExecutor>(request, seed);
     run_sequence(request, plan, resident, scratch, counters, *executor);
+    if (executor->fault.empty()) executor->fault = not_at_rest(counters);
     if (!executor->fault.empty()) {
       for (char& c : executor->fault) c = c == '\n' ? '|' : c;
       std::cout << "fault " << seed << ' ' << executor->count - 1 << ' ' << executor->fault << std::endl;
@@ -401,7 +342,7 @@ int main() {
   std::ios::sync_with_stdio(false);
   for (;;) {
     Request request;
-    if (!read_request(std::cin, request)) return 0;
+    if (!simt::read_request(std::cin, request)) return 0;
     answer(request);
   }
 }

@@ -25,34 +25,9 @@ from torch import Tensor
 from bnkernels.testing import Inputs, Outputs
 
 from . import build
+from .plans import Limits, Plan, Resident
 
 SCHEDULES = ("seeded", "in_order", "reverse", "stall_one")
-
-
-@dataclass(frozen=True)
-class Resident:
-    """A plan of the resident path: ResidentChoice, in csrc/plan.h."""
-
-    layout: str
-    block: int = 64
-    members: int = 1
-    groups: int = 1
-    kept: int = 4
-    lanes: int = 1
-    divided: bool = False
-
-
-@dataclass(frozen=True)
-class Limits:
-    """A device: DeviceLimits, in csrc/plan.h."""
-
-    multiprocessors: int
-    max_threads_per_multiprocessor: int = 2048
-    max_blocks_per_multiprocessor: int = 32
-    shared_per_multiprocessor: int = 228 << 10
-    shared_per_block: int = 227 << 10
-    shared_reserved: int = 1 << 10
-    cooperative_launch: bool = True
 
 
 @dataclass(frozen=True)
@@ -74,10 +49,14 @@ class How:
     schedule: str = "seeded"
     at_a_time: int = 0
     """Blocks that run at a time; 0: all. (Those of the resident path always do.)"""
+    co_resident: int | None = None
+    """Blocks of the resident path that run at a time, fewer than all."""
+    workspace: str | None = None
+    """A name for the counters of group barriers, which the next call of that name finds as this one left them."""
     last_blocks: int | None = None
     """How many blocks of each grid run, from its end; all others do nothing."""
-    without: tuple[int, str] | None = None
-    """A launch of the sequence, and the barrier ("file:line") that it does not keep."""
+    without: tuple[int | None, str] | None = None
+    """A launch of the sequence, or None for all, and the barrier ("file:line") that it does not keep."""
     misaligned: Mapping[str, int] = field(default_factory=dict)
     """Elements that a tensor, by its name in problem.h, lies past a 16-byte boundary."""
 
@@ -99,6 +78,8 @@ class Launch:
 class Run:
     outputs: Outputs
     launches: list[Launch]
+    plans: list[Plan]
+    """Of each sequence, where `How.limits` asked for one."""
 
 
 class Failure(AssertionError):
@@ -146,7 +127,7 @@ class Server:
         assert saved.mean is not None and saved.invstd is not None
         backward = self.backward(inputs, saved.mean, saved.invstd, how, channels_last=channels_last)
         gradients = {name: getattr(backward.outputs, name) for name in _OUTPUT_NAMES.values()}
-        return Run(replace(saved, **gradients), forward.launches + backward.launches)
+        return Run(replace(saved, **gradients), forward.launches + backward.launches, forward.plans + backward.plans)
 
     def forward_train(self, inputs: Inputs, how: How, *, channels_last: bool) -> Run:
         names = ("x", "weight", "bias")
@@ -184,6 +165,13 @@ class Server:
             if needed:
                 tensors.append((name, "out", torch.empty_like(like)))
         return self._run("backward", inputs.x, tensors, {"training": int(inputs.training)}, how, channels_last)
+
+    def plan(self, operation: str, problem: tuple[int, int, int], dtype: str, limits: Limits) -> Plan:
+        """plan_pass for an aligned tensor: outer, channels, inner. Nothing is run."""
+        outer, channels, inner = problem
+        settings = {"outer": outer, "channels": channels, "inner": inner, "dtype": dtype, "training": 1, "only_plan": 1}
+        (plan,) = self._request(operation, settings, [], How(limits=limits), False).plans
+        return plan
 
     def run_tails(
         self,
@@ -261,11 +249,12 @@ class Server:
             settings |= {"multiprocessors": how.device[0], "threads": how.device[1]}
         else:
             settings |= {"block": how.block, "chunks": how.chunks}
-        for key in ("finish_block", "grid", "last_blocks"):
+        for key in ("finish_block", "grid", "last_blocks", "co_resident", "workspace"):
             if (value := getattr(how, key)) is not None:
                 settings[key] = value
         if how.without is not None:
-            settings["without"] = f"{how.without[0]}:{how.without[1]}"
+            launch, barrier = how.without
+            settings["without"] = f"{'all' if launch is None else launch}:{barrier}"
         words = [operation, *(f"{key}={value}" for key, value in settings.items())]
         for name, mode, tensor, size, tail in tensors:
             shift = how.misaligned.get(name, 0) * tensor.element_size()
@@ -285,9 +274,12 @@ class Server:
 
     def _answer(self, results: list[tuple[str, Tensor]], channels_last: bool) -> Run:
         assert self._process.stdout is not None
-        launches = []
+        launches, plans = [], []
         while (line := self._process.stdout.readline().decode().strip()) != "done":
             kind, _, rest = line.partition(" ")
+            if kind == "plan":
+                plans.append(Plan.parse(rest))
+                continue
             if kind != "launch":
                 raise Failure(line.replace("|", "\n") if line else self._complaint())
             grid, block, switches, barriers, *traffic = rest.split()
@@ -300,7 +292,7 @@ class Server:
         for name, like in results:
             data = self._process.stdout.read(like.numel() * like.element_size())
             outputs[_OUTPUT_NAMES.get(name, name)] = _from_bytes(data, like, channels_last)
-        return Run(Outputs(**outputs), launches)
+        return Run(Outputs(**outputs), launches, plans)
 
     def _complaint(self) -> str:
         """What the process, which is at its end, said to stderr."""

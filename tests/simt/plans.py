@@ -1,0 +1,67 @@
+"""Plans of csrc/plan.h from Python: what a test asks for, and what a device gets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Resident:
+    """A plan of the resident path: ResidentChoice, in csrc/plan.h."""
+
+    layout: str
+    block: int = 64
+    members: int = 1
+    groups: int = 1
+    kept: int = 4
+    lanes: int = 1
+    divided: bool = False
+
+
+@dataclass(frozen=True)
+class Limits:
+    """A device: DeviceLimits, in csrc/plan.h."""
+
+    multiprocessors: int
+    max_threads_per_multiprocessor: int = 2048
+    max_blocks_per_multiprocessor: int = 32
+    shared_per_multiprocessor: int = 228 << 10
+    shared_per_block: int = 227 << 10
+    shared_reserved: int = 1 << 10
+    cooperative_launch: bool = True
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What plan_pass chose for a device: Plan, in csrc/plan.h."""
+
+    path: str
+    reason: str
+    """Why it is the streaming path; "none" if it is not."""
+    layout: str
+    grid: int
+    block: int
+    slabs: int
+    slab_channels: int
+    members: int
+    groups: int
+    kept: int
+    divided: bool
+    floor: tuple[int, int]
+    """Bytes read and written, at least."""
+    predicted: tuple[int, int]
+    """Of tensors of the problem's size."""
+    exchanged: tuple[int, int]
+
+    @staticmethod
+    def parse(line: str) -> Plan:
+        """From run_kernels' answer."""
+        words = dict(word.split("=") for word in line.split())
+        text = {key: words.pop(key) for key in ("path", "reason", "layout")}
+        number = {key: int(value) for key, value in words.items()}
+        traffic = {
+            "floor": (number.pop("floor_read"), number.pop("floor_written")),
+            "predicted": (number.pop("read"), number.pop("written")),
+            "exchanged": (number.pop("exchanged_read"), number.pop("exchanged_written")),
+        }
+        return Plan(**text, **(number | {"divided": bool(number["divided"])}), **traffic)

@@ -1,0 +1,107 @@
+"""Groups of blocks that wait for each other, on the host: schedules, launches in a row, aborted ones, too few blocks.
+
+The counters of a group's barrier are never zeroed: a launch finds them as the one before has left them. run_kernels
+looks at them after each run of the resident path, so every test of that path is also one of this.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+from simt.common import SEEDS, Servers, assert_same, judge, make
+from simt.resident_cases import RESIDENT_LAYOUTS, SHAPES, plan
+from simt.server import SCHEDULES, Failure, How, Server
+
+pytest_plugins = ["simt.fixtures"]
+
+PAIR = ("bfloat16", "float32")
+SHAPE = SHAPES["channels_first"]
+FORWARD = ("y", "mean", "invstd", "running_mean", "running_var", "num_batches_tracked")
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("layout", RESIDENT_LAYOUTS)
+def test_a_stalled_block_stops_nobody_for_ever(plain: Server, layout: str, schedule: str) -> None:
+    """Large groups, several slabs one after the other, and one block as late as can be, drawn by the seed."""
+    shape = SHAPES[layout]
+    inputs = make(shape, PAIR)
+    for divided in (False, True):
+        resident = plan(layout, shape, PAIR[0], 7, 2, divided=divided)
+        first = plain.call(inputs, How(resident=resident), channels_last=layout == "channels_last")
+        judge(inputs, first, resident)
+        how = How(resident=resident, schedule=schedule, seeds=range(40))
+        assert_same(first, plain.call(inputs, how, channels_last=layout == "channels_last"), (schedule, resident))
+
+
+@pytest.mark.parametrize("name", ["plain", "tsan"])
+def test_launches_of_different_groups_on_one_workspace(servers: Servers, name: str) -> None:
+    """Group sizes, numbers of groups and of barriers, one after the other, and again: each as on fresh counters."""
+    server = servers(name)
+    inputs = make(SHAPE, PAIR)
+    plans = [
+        plan("channels_first", SHAPE, PAIR[0], members, groups, divided=divided)
+        for members, groups, divided in (
+            (5, 3, False),
+            (2, 1, True),
+            (3, 2, False),
+            (1, 3, False),
+            (4, 1, True),
+            (2, 3, False),
+        )
+    ]
+    fresh = {resident: server.call(inputs, How(resident=resident), channels_last=False) for resident in plans}
+    for order in (plans, plans[::-1], plans * 2):
+        for resident in order:
+            for seeds in (range(1), range(1, 4)):
+                how = How(resident=resident, seeds=seeds, workspace="shared")
+                run = server.call(inputs, how, channels_last=False)
+                judge(inputs, run, how)
+                assert_same(fresh[resident], run, how)
+
+
+def test_an_aborted_launch_takes_its_workspace_with_it(plain: Server) -> None:
+    """A fault in the middle of a launch leaves its counters anywhere, and no launch on them passes for a good one: it
+    is stuck, its results are wrong, or they are right and the counters once more no state for a next launch. Each is
+    seen; and on other counters all is well. (A failed launch on a GPU ends its context, and its counters with it.)"""
+    inputs = make(SHAPE, PAIR)
+    resident = plan("channels_first", SHAPE, PAIR[0], 3, 1)
+    good = plain.call(inputs, How(resident=resident), channels_last=False)
+    mean, invstd = good.outputs.mean, good.outputs.invstd
+    assert mean is not None and invstd is not None
+    # The last member reads beyond its end, when others may wait for it or not yet be there.
+    short = replace(inputs, grad=inputs.grad[:-1].clone())
+    seen = []
+    for seed in SEEDS:
+        one = range(seed, seed + 1)
+        how = How(resident=resident, seeds=one, workspace=f"aborted{seed}", schedule="stall_one")
+        with pytest.raises(Failure, match=r"out of bounds: read of .* of 'grad_y'"):
+            plain.backward(short, mean, invstd, how, channels_last=False)
+        try:
+            again = plain.backward(inputs, mean, invstd, replace(how, schedule="seeded"), channels_last=False)
+            assert_same(good, again, how, but=FORWARD)
+            seen.append("at rest")
+        except Failure as failure:
+            kind = re.search("deadlock|differs|counter 0 is left", str(failure))
+            assert kind, failure
+            seen.append(kind[0])
+        other = plain.backward(inputs, mean, invstd, replace(how, workspace=f"other{seed}"), channels_last=False)
+        assert_same(good, other, how, but=FORWARD)
+    # Where the last member is the one that is stalled, the others have arrived when it faults.
+    assert 0 < seen.count("at rest") < len(seen)
+    assert "deadlock" in seen
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_too_few_blocks_at_a_time_is_a_deadlock(plain: Server, schedule: str) -> None:
+    """What a cooperative launch is there to prevent is seen, and who waits is told."""
+    inputs = make(SHAPE, PAIR)
+    resident = plan("channels_first", SHAPE, PAIR[0], 3, 1)
+    how = How(resident=resident, schedule=schedule, seeds=range(4))
+    judge(inputs, plain.call(inputs, replace(how, co_resident=3), channels_last=False), schedule)
+    with pytest.raises(Failure, match=r"deadlock(.|\n)*waiting for (1 more|rank 0) of a group, resident\.cuh:\d+"):
+        plain.call(inputs, replace(how, co_resident=2), channels_last=False)
+    # One group at a time is enough, if it is whole.
+    alone = replace(resident, members=1, groups=3)
+    judge(inputs, plain.call(inputs, replace(how, resident=alone, co_resident=1), channels_last=False), schedule)

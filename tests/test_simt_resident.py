@@ -1,0 +1,192 @@
+"""The resident path's kernels, run thread by thread on the host (tests/simt): how they are run decides nothing.
+
+Every variant runs under 20 seeds with the same bits, plain, under AddressSanitizer and UBSan, and under
+ThreadSanitizer; every barrier is needed; schedules, and the number of groups, change no bit; plans of every kind stay
+within the gate. What is computed, from where: test_simt_resident_inputs.py. Groups that wait for each other:
+test_simt_groups.py.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+from simt.common import BUILDS, PAIRS, SEEDS, Servers, assert_same, judge, make
+from simt.plans import Resident
+from simt.resident_cases import RESIDENT_LAYOUTS, SEVENS, SHAPES, plan, share_windows
+from simt.server import SCHEDULES, Failure, How, Run, Server
+
+from bnkernels.testing import Inputs
+
+pytest_plugins = ["simt.fixtures"]
+
+
+def call(server: Server, inputs: Inputs, resident: Resident, how: How | None = None) -> Run:
+    """Forward and backward, each one launch of as many blocks as the plan says."""
+    how = replace(how or How(), resident=resident)
+    run = server.call(inputs, how, channels_last=resident.layout == "channels_last")
+    assert len(run.launches) == 2
+    for launch in run.launches:
+        assert launch.block == resident.block
+        assert launch.grid <= resident.members * resident.groups
+    return run
+
+
+# --- every variant, 20 seeds, three builds ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BUILDS)
+@pytest.mark.parametrize("layout", RESIDENT_LAYOUTS)
+@pytest.mark.parametrize("pair", PAIRS)
+def test_seeds_change_no_bit(servers: Servers, pair: tuple[str, str], layout: str, name: str) -> None:
+    """A block alone, and groups that exchange in both ways, where two or more slabs follow each other in each."""
+    shape = SHAPES[layout]
+    inputs = make(shape, pair)
+    for members, groups, divided in ((1, 2, False), (3, 1, False), (2, 2, True)):
+        resident = plan(layout, shape, pair[0], members, groups, divided=divided)
+        judge(inputs, call(servers(name), inputs, resident, How(seeds=SEEDS)), resident)
+
+
+@pytest.mark.parametrize("name", BUILDS)
+@pytest.mark.parametrize("layout", RESIDENT_LAYOUTS)
+def test_several_warps_change_no_bit(servers: Servers, layout: str, name: str) -> None:
+    """Blocks whose warps meet only at barriers."""
+    shape = SEVENS if layout == "packed" else SHAPES[layout]
+    inputs = make(shape, ("bfloat16", "float32"))
+    resident = plan(layout, shape, "bfloat16", 2, 1, divided=True, block=96, slab_channels=16)
+    judge(inputs, call(servers(name), inputs, resident, How(seeds=SEEDS)), resident)
+
+
+# --- every barrier is needed -----------------------------------------------------------------------------------------
+
+
+def run_one(server: Server, inputs: Inputs, saved: Run | None, how: How) -> Run:
+    """The forward, or, from what a forward saved, the backward."""
+    last = how.resident is not None and how.resident.layout == "channels_last"
+    if saved is None:
+        return server.forward_train(inputs, how, channels_last=last)
+    mean, invstd = saved.outputs.mean, saved.outputs.invstd
+    assert mean is not None and invstd is not None
+    return server.backward(inputs, mean, invstd, how, channels_last=last)
+
+
+def complaint(server: Server, inputs: Inputs, saved: Run | None, how: How) -> str:
+    """What is seen of a barrier that is not kept; empty: nothing."""
+    try:
+        judge(inputs, run_one(server, inputs, saved, how), "")
+    except AssertionError as failure:
+        return str(failure)
+    return ""
+
+
+@pytest.mark.parametrize("name", ["plain", "tsan"])
+@pytest.mark.parametrize("layout", RESIDENT_LAYOUTS)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_every_barrier_is_missed(servers: Servers, direction: str, layout: str, name: str) -> None:
+    """Each barrier that a kernel meets: without it some seed changes a bit, NaN comes out of shared memory or of
+    partials that nobody had written, or a group is stuck; and ThreadSanitizer names the race, whatever the seed.
+
+    By some plan: the barrier behind a reduction is that of a group as well, where there is one."""
+    pair = ("bfloat16", "float32")
+    shape = SEVENS if layout == "packed" else SHAPES[layout]
+    inputs = replace(make(shape, pair), momentum=None)  # a cumulative average: the count is looked at
+    met: set[str] = set()
+    missed: dict[str, set[str]] = {}
+    for members, divided in ((1, False), (3, False), (3, True)):
+        resident = plan(layout, shape, pair[0], members, 1, divided=divided, block=96, slab_channels=8)
+        sound = call(servers(name), inputs, resident)
+        saved = sound if direction == "backward" else None
+        here = sound.launches[direction == "backward"].barriers
+        met |= set(here)
+        for barrier in here:
+            how = How(resident=resident, without=(0, barrier), seeds=range(1 if name == "tsan" else 40))
+            seen = complaint(servers(name), inputs, saved, how)
+            kind = re.search("data race|differs|beyond the gate|fault", seen)
+            assert bool(kind) == bool(seen), seen
+            if kind and (name == "tsan") == (kind[0] == "data race"):
+                missed.setdefault(barrier, set()).add(kind[0])
+    # Two in a block's reduction (that of a packed slab is one of its own), two of a group, and one behind the second.
+    assert len(met) == (7 if layout == "packed" else 5)
+    assert set(missed) == met, met - set(missed)
+
+
+# --- how it is run decides nothing -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", RESIDENT_LAYOUTS)
+@pytest.mark.parametrize("pair", PAIRS)
+def test_groups_and_schedules_change_no_bit(plain: Server, pair: tuple[str, str], layout: str) -> None:
+    shape = SHAPES[layout]
+    inputs = make(shape, pair)
+    for members, divided in ((1, False), (2, False), (5, True)):
+        resident = plan(layout, shape, pair[0], members, divided=divided)
+        first = call(plain, inputs, resident)
+        judge(inputs, first, resident)
+        for groups in (1, 2, 3, 50):
+            for schedule in SCHEDULES:
+                other = replace(resident, groups=groups)
+                how = How(schedule=schedule, seeds=range(3))
+                assert_same(first, call(plain, inputs, other, how), (schedule, other))
+
+
+@pytest.mark.parametrize("layout", RESIDENT_LAYOUTS)
+@pytest.mark.parametrize("pair", PAIRS)
+def test_every_kind_of_plan(plain: Server, pair: tuple[str, str], layout: str) -> None:
+    """Blocks of 1 to 8 warps, groups of 1 to 5, both ways of joining, and all, most, or an eighth of a share kept."""
+    shape = SHAPES[layout]
+    inputs = make(shape, pair)
+    kept_all = kept_part = kept_least = 0
+    for block in (32, 64, 96, 160, 256):
+        for members in (1, 2, 3, 4, 5):
+            for kept in (4, 8, 24):
+                resident = plan(layout, shape, pair[0], members, 2, kept, members % 2 == 0, block)
+                judge(inputs, call(plain, inputs, resident), resident)
+                windows = share_windows(resident, shape, pair[0])
+                kept_all += windows <= kept
+                kept_part += kept < windows
+                kept_least += 4 * kept < windows
+    assert kept_all > 0 and kept_part > 0
+    # Down to an eighth.
+    tall = {"channels_first": (26, 3, 301), "channels_last": (250, 69), "packed": (155, 6, 12)}[layout]
+    inputs = make(tall, pair)
+    for members, divided in ((1, False), (2, True)):
+        resident = plan(layout, tall, pair[0], members, 2, divided=divided)
+        while share_windows(resident, tall, pair[0]) > 8 * resident.kept:
+            resident = replace(resident, kept=resident.kept + 4)
+        kept_least += 4 * resident.kept < share_windows(resident, tall, pair[0])
+        judge(inputs, call(plain, inputs, resident), resident)
+    assert kept_least > 0
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_lanes(plain: Server, pair: tuple[str, str]) -> None:
+    """Channels-last slabs of 1, 2, 4 and 8 vectors; packed ones of every number of channels that fits, with lanes that
+    do not divide the block among them."""
+    inputs = make((23, 69), pair)
+    for lanes in (1, 2, 4, 8):
+        for members, divided in ((1, False), (3, True)):
+            resident = plan("channels_last", (23, 69), pair[0], members, 2, divided=divided, lanes=lanes)
+            judge(inputs, call(plain, inputs, resident), resident)
+    rests = set()
+    for inner, channels in ((8, 5), (9, 24), (12, 6), (15, 16), (49, 16)):
+        shape = (7, channels, inner)
+        inputs = make(shape, pair)
+        elements = 16 // inputs.x.element_size()
+        for slab_channels in range(1, channels + 1):
+            lanes = slab_channels * inner // elements
+            if slab_channels * inner % elements != 0 or lanes > 256:
+                continue
+            for block in (32, 256):
+                resident = plan(
+                    "packed", shape, pair[0], 2, 2, divided=block == 256, block=block, slab_channels=slab_channels
+                )
+                judge(inputs, call(plain, inputs, resident), resident)
+                rests.add(resident.block % resident.lanes)
+    assert len(rests) > 5
+
+
+def test_a_plan_that_no_launch_can_have_is_a_fault(plain: Server) -> None:
+    inputs = make((7, 3, 301), ("float32", "float32"))
+    with pytest.raises(Failure, match=r"invalid launch: .* bytes of dynamic shared memory"):
+        call(plain, inputs, plan("channels_first", (7, 3, 301), "float32", kept=500))
