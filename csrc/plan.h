@@ -134,10 +134,8 @@ inline constexpr int kResidentBlocks = 2;
 template <Layout kLayout>
 inline constexpr int kMaxSlabChannels = kLayout == Layout::kChannelsFirst ? 1 : 64;
 // Threads of a resident block, at most. Where each of a window's elements is of its own channel, as many sums and
-// coefficients want registers: eight of each for 16-bit elements; two, of twice the size, for float64.
-constexpr int resident_threads(Layout layout, int element_bytes) {
-  return layout == Layout::kChannelsFirst || element_bytes == 4 ? kMaxBlockThreads : 192;
-}
+// coefficients want registers.
+constexpr int resident_threads(Layout layout) { return layout == Layout::kChannelsFirst ? kMaxBlockThreads : 192; }
 inline constexpr int kMaxPackedLanes = 192;
 // Bytes of a block's shared memory that a resident kernel takes for itself, at most.
 constexpr int64_t resident_overhead(Layout layout) {

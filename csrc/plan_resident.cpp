@@ -45,7 +45,7 @@ int64_t step_of(const Shape& shape) {
 
 // The threads of a block that walks `units` units of each of `lanes` lanes.
 Shape shape_of(const Problem& problem, Layout layout, int64_t lanes, int64_t units) {
-  const int64_t rows = std::min(units, resident_threads(layout, size_of(problem.dtype)) / lanes);
+  const int64_t rows = std::min(units, resident_threads(layout) / lanes);
   return {layout, static_cast<int>(lanes), static_cast<int>(round_up(lanes * rows, kPlanWarp))};
 }
 
@@ -77,10 +77,10 @@ struct Room {
   int kept;        // windows of each tensor that a thread of each can keep
 };
 
-Room room_for(const Shape& shape, Dtype dtype, Pass pass, const DeviceLimits& limits) {
+Room room_for(const Shape& shape, Pass pass, const DeviceLimits& limits) {
   const int64_t threads = limits.max_threads_per_multiprocessor;
   // The kernels' registers are bounded so that kResidentBlocks of the largest blocks fit.
-  const int64_t by_registers = kResidentBlocks * resident_threads(shape.layout, size_of(dtype)) / shape.block;
+  const int64_t by_registers = kResidentBlocks * resident_threads(shape.layout) / shape.block;
   // So many that each keeps a tile.
   const int64_t tile = int64_t{kVectorBytes} * kResidentTile * shape.block * tensors_read(pass);
   const int64_t by_shared =
@@ -135,7 +135,7 @@ Candidate candidate(const Problem& problem, Pass pass, bool aligned, const Shape
 Candidate cheapest(const Problem& problem, Pass pass, bool aligned, const DeviceLimits& limits) {
   Candidate best{{}, -1};
   each_shape(problem, aligned, [&](const Shape& shape) {
-    const Room room = room_for(shape, problem.dtype, pass, limits);
+    const Room room = room_for(shape, pass, limits);
     if (room.kept == 0) return;
     const int64_t units = slab_units(problem, shape.layout, aligned);
     const int64_t slabs = make_walk(problem, shape.layout, shape.lanes, aligned, shape.block, 1).slabs.value;

@@ -123,10 +123,10 @@ def test_shares_cover_the_problem(problem: Problem, pass_: str, device: str) -> 
         assert columns == walk["lanes"] * problem.vector and walk["slab_channels"] <= 64
         assert problem.channels * problem.inner % problem.vector == 0
     assert walk["lanes"] <= block
-    # What is kept is whole tiles, none for nothing, and at least an eighth: the sample that sums are centred on.
+    # What is kept is at most all, and at least a sixteenth: the sample that sums are centred on.
     windows = ceil_div(walk["chunk_size"], step(walk, block))
-    assert resident["kept"] % 4 == 0 and 0 < resident["kept"] < windows + 4
-    assert resident["kept"] * 8 >= windows
+    assert 0 < resident["kept"] <= windows
+    assert resident["kept"] * 16 >= windows
     if problem.dtype == "float64":
         assert windows <= 128
     assert walk["chunk_size"] < 2**31  # Walker counts a share's windows in 32 bits
@@ -281,7 +281,7 @@ def test_resnet50_channels_first_is_at_the_floor(layer: shapes.LayerShape, pass_
 
 @pytest.mark.parametrize("layer", shapes.resnet50(), ids=lambda layer: layer.name)
 def test_no_blocks_are_idle_round_after_round(layer: shapes.LayerShape) -> None:
-    """Where groups take several slabs one after the other, more members to each would shorten no thread's share."""
+    """Where groups take several slabs one after the other, few blocks of those that fit are left out."""
     limits, pixels = DEVICES["h200"], layer.height * layer.width
     for batch in (32, 256):
         for outer, inner in ((batch, pixels), (batch * pixels, 1)):
@@ -291,6 +291,4 @@ def test_no_blocks_are_idle_round_after_round(layer: shapes.LayerShape) -> None:
                 if resident is None or resident["groups"] == resident["walk"]["slabs"]:
                     continue
                 blocks = blocks_beside(resident, limits) * (limits.multiprocessors - limits.multiprocessors // 16)
-                walk, rows = resident["walk"], step(resident["walk"], resident["block"])
-                shorter = ceil_div(problem.units(walk["layout"]), blocks // resident["groups"])
-                assert ceil_div(shorter, rows) == ceil_div(walk["chunk_size"], rows)
+                assert resident["groups"] * resident["members"] >= 0.75 * blocks

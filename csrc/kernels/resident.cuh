@@ -61,18 +61,46 @@ BNK_DEVICE bool last_of_launch(const Residence& residence) {
   return thread_rank() == 0 && last_to_arrive(counter_of(residence, residence.groups), grid_blocks());
 }
 
-// Finite floats may have a sum, and squares have it soon, that is none. A thread to which that happens sums again, scaled so
-// that it cannot; in double, what it tells its block is scaled back.
+// Finite floats may have a sum, and products have it soon, that is not finite. A thread sums those again, in units so large that
+// it cannot happen; in double, what it tells its block is scaled back. Only those: the sums of its other elements may be of
+// other channels, whose values are nothing in such units.
 template <typename Real>
-inline constexpr Real kSafeScale = sizeof(Real) == 4 ? Real(0x1p-80) : Real(1);
+inline constexpr Real kRescue = sizeof(Real) == 4 ? Real(0x1p-80) : Real(1);
 
-template <typename Real, int kCount>
-BNK_DEVICE bool all_finite(const Real (&values)[kCount]) {
-  bool finite = true;
+// Two sums for each element of a window.
+template <typename T>
+struct WindowSums {
+  using Real = Compute<T>;
+  static constexpr int kElements = kVectorElements<T>;
+  Real first[kElements];
+  Real second[kElements];
+  unsigned rescued;  // a bit for each element: its sums are in units of 1 / kRescue and of that squared
+
+  BNK_DEVICE void clear() {
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) finite &= is_finite(values[i]);
-  return finite;
-}
+    for (int i = 0; i < kElements; ++i) first[i] = second[i] = 0;
+    rescued = 0;
+  }
+
+  // Clears what is not finite, to be summed again. False: nothing is.
+  BNK_DEVICE bool needs_rescue() {
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) {
+      const bool finite = is_finite(first[i]) && is_finite(second[i]);
+      first[i] = finite ? first[i] : 0;
+      second[i] = finite ? second[i] : 0;
+      rescued |= finite ? 0 : 1u << i;
+    }
+    return rescued != 0;
+  }
+
+  BNK_DEVICE bool is_rescued(int element) const { return (rescued >> element & 1u) != 0; }
+
+  BNK_DEVICE Sums operator()(int element) const {
+    const double unit = is_rescued(element) ? 1 / static_cast<double>(kRescue<Real>) : 1;
+    return {static_cast<double>(first[element]) * unit, static_cast<double>(second[element]) * unit * unit};
+  }
+};
 
 // The first windows of each thread, of one tensor, in shared memory. A thread reads back only what it wrote: no barrier.
 template <typename T>

@@ -34,25 +34,21 @@ struct ResidentBackwardParams {
   PerChannel mean_g_xhat;  // double; where the exchange is divided
 };
 
-// Sums of g and of g*(x - mean), by element of a window, in units of `scale` and its square.
-template <typename T>
-struct Products {
+// Sums of g and of g*(x - mean), by element of a window.
+template <typename T, int kColumns>
+struct Products : WindowSums<T> {
   using Real = Compute<T>;
   static constexpr int kElements = kVectorElements<T>;
-  Real sum[kElements];
-  Real product[kElements];
-  Real scale;
 
-  BNK_DEVICE void clear(Real unit) {
-#pragma unroll
-    for (int i = 0; i < kElements; ++i) sum[i] = product[i] = 0;
-    scale = unit;
+  BNK_DEVICE void add(int element, Real gradient, Real deviation) {
+    this->first[element] += gradient;
+    this->second[element] = fused_multiply_add(gradient, deviation, this->second[element]);
   }
 
   // kFull: all elements of all windows are there. One that is not there adds nothing, whatever the channel's statistics.
-  template <bool kFull, int kTile, int kColumns>
-  BNK_DEVICE void add(const Window (&windows)[kTile], const Vector<T> (&x_bits)[kTile],
-                      const Vector<T> (&g_bits)[kTile], const Real (&mean)[kColumns]) {
+  template <bool kFull, int kTile>
+  BNK_DEVICE void add_tile(const Window (&windows)[kTile], const Vector<T> (&x_bits)[kTile],
+                           const Vector<T> (&g_bits)[kTile], const Real (&mean)[kColumns]) {
 #pragma unroll
     for (int i = 0; i < kTile; ++i) {
       Real xs[kElements], gs[kElements];
@@ -61,49 +57,28 @@ struct Products {
 #pragma unroll
       for (int element = 0; element < kElements; ++element) {
         if (!kFull && (element < windows[i].begin || element >= windows[i].end)) continue;
-        sum[element] += gs[element];
-        product[element] = fused_multiply_add(gs[element], xs[element] - mean[element % kColumns], product[element]);
+        add(element, gs[element], xs[element] - mean[element % kColumns]);
       }
     }
   }
 
-  template <int kTile, int kColumns>
-  BNK_DEVICE void add(const Window (&windows)[kTile], const Vector<T> (&x_bits)[kTile],
-                      const Vector<T> (&g_bits)[kTile], const Real (&mean)[kColumns]) {
-    if (all_full(windows, kElements)) {
-      add<true>(windows, x_bits, g_bits, mean);
-    } else {
-      add<false>(windows, x_bits, g_bits, mean);
-    }
-  }
-
-  // The same, scaled, of one window.
-  template <int kColumns>
-  BNK_DEVICE void add_scaled(const Window& window, const Vector<T>& x_bits, const Vector<T>& g_bits,
-                             const Real (&mean)[kColumns]) {
+  // One window, to those that are rescued.
+  BNK_DEVICE void add_rescued(const Window& window, const Vector<T>& x_bits, const Vector<T>& g_bits,
+                              const Real (&mean)[kColumns]) {
+    constexpr Real kScale = kRescue<Real>;
     Real xs[kElements], gs[kElements];
     widen_vector(x_bits, xs);
     widen_vector(g_bits, gs);
 #pragma unroll
     for (int element = 0; element < kElements; ++element) {
-      if (element < window.begin || element >= window.end) continue;
-      const Real gradient = gs[element] * scale;
-      const Real deviation = xs[element] * scale - mean[element % kColumns] * scale;
-      sum[element] += gradient;
-      product[element] = fused_multiply_add(gradient, deviation, product[element]);
+      if (element < window.begin || element >= window.end || !this->is_rescued(element)) continue;
+      add(element, gs[element] * kScale, xs[element] * kScale - mean[element % kColumns] * kScale);
     }
-  }
-
-  BNK_DEVICE bool is_sound() const { return all_finite(sum) && all_finite(product); }
-
-  BNK_DEVICE Sums operator()(int element) const {
-    const double unit = 1 / static_cast<double>(scale);
-    return {static_cast<double>(sum[element]) * unit, static_cast<double>(product[element]) * unit * unit};
   }
 };
 
 template <typename T, Layout kLayout>
-BNK_KERNEL_BESIDE(resident_threads(kLayout, sizeof(T)), kResidentBlocks)
+BNK_KERNEL_BESIDE(resident_threads(kLayout), kResidentBlocks)
 resident_backward_kernel(ResidentBackwardParams params) {
   using Walker_ = Walker<T, kLayout>;
   using Real = Compute<T>;
@@ -144,9 +119,9 @@ resident_backward_kernel(ResidentBackwardParams params) {
     }
 
     // 1. The share, and its sums.
-    Products<T> sums;
+    Products<T, kColumns> sums;
     const auto sum = [&](int first, int count) {
-      sums.clear(1);
+      sums.clear();
       walker.seek(first);
       for (int done = 0; done < count && walker.more(); done += kTile) {
         Window windows[kTile];
@@ -158,14 +133,17 @@ resident_backward_kernel(ResidentBackwardParams params) {
           keep_tile(kept_x, done, count - done, x_bits);
           keep_tile(kept_g, done, count - done, g_bits);
         }
-        sums.add(windows, x_bits, g_bits, mean);
+        if (all_full(windows, kElements)) {
+          sums.template add_tile<true>(windows, x_bits, g_bits, mean);
+        } else {
+          sums.template add_tile<false>(windows, x_bits, g_bits, mean);
+        }
       }
-      if (sums.is_sound()) return;
-      sums.clear(kSafeScale<Real>);
+      if (!sums.needs_rescue()) return;
       walker.seek(first);
       for (int number = first; number < first + count && walker.more(); ++number) {
         const Window window = walker.next();
-        sums.add_scaled(window, load_window<Reuse::kAgain>(x, window), load_window<Reuse::kAgain>(g, window), mean);
+        sums.add_rescued(window, load_window<Reuse::kAgain>(x, window), load_window<Reuse::kAgain>(g, window), mean);
       }
     };
     sum_share(walk, walker, slab, residence.kept, slots_of<Sums>(slots), totals, sum, sums);

@@ -29,24 +29,21 @@ struct ResidentForwardParams {
   StatisticsResults results;
 };
 
-// Sums of d = x - pivot and of d^2, by element of a window, in units of `scale` and its square.
+// Sums of d = x - pivot and of d^2, by element of a window.
 template <typename T, int kColumns>
-struct Deviations {
+struct Deviations : WindowSums<T> {
   using Real = Compute<T>;
   static constexpr int kElements = kVectorElements<T>;
-  Real sum[kElements];
-  Real squares[kElements];
-  Real scale;
 
-  BNK_DEVICE void clear(Real unit) {
-#pragma unroll
-    for (int i = 0; i < kElements; ++i) sum[i] = squares[i] = 0;
-    scale = unit;
+  BNK_DEVICE void add(int element, Real deviation) {
+    this->first[element] += deviation;
+    this->second[element] = fused_multiply_add(deviation, deviation, this->second[element]);
   }
 
   // kFull: all elements of all windows are there.
   template <bool kFull, int kTile>
-  BNK_DEVICE void add(const Window (&windows)[kTile], const Vector<T> (&bits)[kTile], const Real (&pivot)[kColumns]) {
+  BNK_DEVICE void add_tile(const Window (&windows)[kTile], const Vector<T> (&bits)[kTile],
+                           const Real (&pivot)[kColumns]) {
 #pragma unroll
     for (int i = 0; i < kTile; ++i) {
       Real values[kElements];
@@ -54,40 +51,21 @@ struct Deviations {
 #pragma unroll
       for (int element = 0; element < kElements; ++element) {
         if (!kFull && (element < windows[i].begin || element >= windows[i].end)) continue;
-        const Real deviation = values[element] - pivot[element % kColumns];
-        sum[element] += deviation;
-        squares[element] = fused_multiply_add(deviation, deviation, squares[element]);
+        add(element, values[element] - pivot[element % kColumns]);
       }
     }
   }
 
-  template <int kTile>
-  BNK_DEVICE void add(const Window (&windows)[kTile], const Vector<T> (&bits)[kTile], const Real (&pivot)[kColumns]) {
-    if (all_full(windows, kElements)) {
-      add<true>(windows, bits, pivot);
-    } else {
-      add<false>(windows, bits, pivot);
-    }
-  }
-
-  // The same, scaled, of one window.
-  BNK_DEVICE void add_scaled(const Window& window, const Vector<T>& bits, const Real (&pivot)[kColumns]) {
+  // One window, to those that are rescued.
+  BNK_DEVICE void add_rescued(const Window& window, const Vector<T>& bits, const Real (&pivot)[kColumns]) {
+    constexpr Real kScale = kRescue<Real>;
     Real values[kElements];
     widen_vector(bits, values);
 #pragma unroll
     for (int element = 0; element < kElements; ++element) {
-      if (element < window.begin || element >= window.end) continue;
-      const Real deviation = values[element] * scale - pivot[element % kColumns] * scale;
-      sum[element] += deviation;
-      squares[element] = fused_multiply_add(deviation, deviation, squares[element]);
+      if (element < window.begin || element >= window.end || !this->is_rescued(element)) continue;
+      add(element, values[element] * kScale - pivot[element % kColumns] * kScale);
     }
-  }
-
-  BNK_DEVICE bool is_sound() const { return all_finite(sum) && all_finite(squares); }
-
-  BNK_DEVICE Sums operator()(int element) const {
-    const double unit = 1 / static_cast<double>(scale);
-    return {static_cast<double>(sum[element]) * unit, static_cast<double>(squares[element]) * unit * unit};
   }
 };
 
@@ -97,7 +75,7 @@ BNK_DEVICE void sum_deviations(const View<const T, kLayout>& x, Walker<T, kLayou
                                bool is_kept, int first, int count, const Compute<T> (&pivot)[kColumns],
                                Deviations<T, kColumns>& sums) {
   constexpr int kTile = kResidentTile;
-  sums.clear(1);
+  sums.clear();
   walker.seek(first);
   for (int done = 0; done < count && walker.more(); done += kTile) {
     Window windows[kTile];
@@ -108,19 +86,22 @@ BNK_DEVICE void sum_deviations(const View<const T, kLayout>& x, Walker<T, kLayou
     } else {
       load_tile<Reuse::kAgain>(x, windows, bits);
     }
-    sums.add(windows, bits, pivot);
+    if (all_full(windows, kVectorElements<T>)) {
+      sums.template add_tile<true>(windows, bits, pivot);
+    } else {
+      sums.template add_tile<false>(windows, bits, pivot);
+    }
   }
-  if (sums.is_sound()) return;
-  sums.clear(kSafeScale<Compute<T>>);
+  if (!sums.needs_rescue()) return;
   walker.seek(first);
   for (int number = first; number < first + count && walker.more(); ++number) {
     const Window window = walker.next();
-    sums.add_scaled(window, is_kept ? kept[number] : load_window<Reuse::kAgain>(x, window), pivot);
+    sums.add_rescued(window, is_kept ? kept[number] : load_window<Reuse::kAgain>(x, window), pivot);
   }
 }
 
 template <typename T, Layout kLayout>
-BNK_KERNEL_BESIDE(resident_threads(kLayout, sizeof(T)), kResidentBlocks)
+BNK_KERNEL_BESIDE(resident_threads(kLayout), kResidentBlocks)
 resident_forward_kernel(ResidentForwardParams params) {
   using Walker_ = Walker<T, kLayout>;
   using Real = Compute<T>;
@@ -153,7 +134,7 @@ resident_forward_kernel(ResidentForwardParams params) {
 
     // 1. The share, and the pivots.
     Deviations<T, kColumns> sums;
-    sums.clear(1);
+    sums.clear();
     for (int window = 0; window < residence.kept && walker.more(); window += kTile) {
       Window windows[kTile];
       Vector<T> bits[kTile];
@@ -165,15 +146,14 @@ resident_forward_kernel(ResidentForwardParams params) {
         Real values[kElements];
         unpack_window(bits[i], windows[i], values);
 #pragma unroll
-        for (int element = 0; element < kElements; ++element) sums.sum[element] += values[element];
+        for (int element = 0; element < kElements; ++element) sums.first[element] += values[element];
       }
     }
-    if (!all_finite(sums.sum)) {
+    if (sums.needs_rescue()) {
       const Real zero[kColumns] = {};
-      sums.clear(kSafeScale<Real>);
       walker.seek(0);
       for (int number = 0; number < residence.kept && walker.more(); ++number) {
-        sums.add_scaled(walker.next(), kept[number], zero);
+        sums.add_rescued(walker.next(), kept[number], zero);
       }
     }
     const auto sum_of = [&](int element) { return sums(element).first; };
@@ -194,7 +174,6 @@ resident_forward_kernel(ResidentForwardParams params) {
 
     // 3. The statistics.
     const double count = static_cast<double>(walker.elements());
-    const int64_t batches = params.results.cumulative ? load(params.num_batches_tracked) + 1 : 0;
     const auto set = [&](int local, double mean, double invstd) {
       const int64_t channel = first_channel + local;
       means[local] = static_cast<Real>(mean);
@@ -205,6 +184,7 @@ resident_forward_kernel(ResidentForwardParams params) {
     const auto finish = [&](int local, const Moments& all) {
       set(local, all.mean, invstd_of(params.results, all));
       if (residence.divided || member.rank == 0) {
+        const int64_t batches = params.results.cumulative ? load(params.num_batches_tracked) + 1 : 0;
         write_statistics(params.results, first_channel + local, all, running_factor(params.results, batches));
       }
     };
