@@ -85,7 +85,11 @@ def extension() -> Extension:
         ("BNK_BUILD_ARCHS", f'"{CUDA.arch_list}"'),
     ]
     return CUDAExtension(
-        "bnkernels._C", sources + files("cuda/*.cu", "cuda/*.cpp"), depends=headers, define_macros=macros, extra_compile_args=flags
+        "bnkernels._C",
+        sources + files("cuda/*.cu", "cuda/*.cpp"),
+        depends=headers,
+        define_macros=macros,
+        extra_compile_args=flags,
     )
 
 

@@ -53,7 +53,7 @@ SLOTS_PER_BYTE = 132 * 128 * 1.98e9 / 4.3e12
 
 # 16-byte loads that a thread must have in flight, and where fewer are all that it has registers for.
 IN_FLIGHT = 4
-FEWER_IN_FLIGHT = {("resident_forward_kernel", "load"): 2}  # kSpilledTile in csrc/kernels/resident.cuh tells why
+FEWER_IN_FLIGHT: dict[tuple[str, str], int] = {}
 
 # The main loops of each kernel, by what their fast paths do.
 LOOPS = {

@@ -73,6 +73,7 @@ void each_shape(const Problem& problem, bool aligned, const Visit& visit) {
 }
 
 struct Room {
+  int64_t beside;  // blocks on a multiprocessor
   int64_t blocks;  // on the device at once, of a cooperative launch
   int kept;        // windows of each tensor that a thread of each can keep
 };
@@ -93,7 +94,7 @@ Room room_for(const Shape& shape, Pass pass, const DeviceLimits& limits) {
       resident_overhead(shape.layout);
   const int64_t windows = shared / (int64_t{kVectorBytes} * shape.block * tensors_read(pass));
   const int multiprocessors = limits.multiprocessors - limits.multiprocessors / kSparedOf;
-  return {beside * multiprocessors, static_cast<int>(std::max<int64_t>(0, windows))};
+  return {beside, beside * multiprocessors, static_cast<int>(std::max<int64_t>(0, windows))};
 }
 
 // A row's first and last windows may be partly another's: half of each is the row's own, and is written element by element.
@@ -105,7 +106,7 @@ int64_t written_in_parts(const Problem& problem, Layout layout, bool aligned, co
 
 struct Candidate {
   ResidentChoice choice;
-  int64_t cost;  // bytes that a block could move in the time that the pass takes
+  int64_t cost;  // bytes that one of kResidentBlocks blocks beside each other could move in the time that the pass takes
 };
 
 // The choice with a given number of members; cost < 0: there is none.
@@ -128,7 +129,8 @@ Candidate candidate(const Problem& problem, Pass pass, bool aligned, const Shape
   const ResidentChoice choice{
       shape.layout,           shape.lanes, shape.block, static_cast<int>(walk.chunks), static_cast<int>(groups),
       static_cast<int>(kept), divided};
-  return {choice, rounds * (moved * kVectorBytes * shape.block + waited)};
+  // The more blocks share a multiprocessor, the longer each takes.
+  return {choice, rounds * (moved * kVectorBytes * shape.block * room.beside / kResidentBlocks + waited)};
 }
 
 // Of all shapes and numbers of members, the cheapest.

@@ -36,7 +36,8 @@ WARP = 32
 # Registers of a multiprocessor, of every device since compute capability 7.0, and those that two blocks of 256 threads
 # leave for each thread.
 REGISTERS = 64 * 1024
-REGISTERS_OF_THREAD = REGISTERS // (2 * 256)
+# The largest blocks, two of which share the registers: resident_threads() in csrc/plan.h.
+THREADS = {"channels_first": 256, "channels_last": 192, "packed": 192}
 PARTIAL_DOUBLES = {"forward_train": 3, "backward_train": 2}
 
 extreme = st.one_of(st.integers(1, 300), st.integers(1, 2**20), st.integers(1, 2**40))
@@ -75,7 +76,7 @@ def blocks_beside(resident: dict[str, Any], limits: Limits) -> int:
         limits.max_threads_per_multiprocessor // threads,
         limits.max_blocks_per_multiprocessor,
         limits.shared_per_multiprocessor // shared,
-        REGISTERS // (REGISTERS_OF_THREAD * threads),
+        REGISTERS // (REGISTERS // (2 * THREADS[resident["walk"]["layout"]]) * threads),
     )
 
 

@@ -262,10 +262,9 @@ def test_functions_of_the_source_are_told_by_line():
         (line,) = [number for number, line in enumerate(source, 1) if text in line]
         return function_at(source, line)
 
-    assert at("sum[i] += values[i];") == "sum_kept_in_double"
-    assert at("join(total[i], {deviation, deviation * deviation});") == "sum_deviations_in_double"
+    assert at("add(element, values[element] - pivot[element % kColumns]);") == "add_tile"
     assert at("load_tile<Reuse::kAgain>(x, windows, bits);") == "sum_deviations"
-    assert at("keep_tile(kept, window, bits);") == "resident_forward_kernel"
+    assert at("keep_tile(kept, window, residence.kept - window, bits);") == "resident_forward_kernel"
 
 
 def test_disassembler_that_is_missing_is_told_with_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
