@@ -62,14 +62,18 @@ LOOPS = {
     "grad_sums_kernel": {"load"},
     "grad_input_kernel": {"load, write"},
     "resident_forward_kernel": {"load, keep", "kept", "load", "kept, write", "load, write"},
-    "resident_backward_kernel": {"load, keep", "load", "kept, write", "load, write"},
+    "resident_backward_kernel": {
+        "load, keep",
+        "kept, write",
+        "load, write",
+    },  # one loop for what is kept and what is not
 }
 # Tensors that a window is loaded of, where it is not one.
 LOADED = {"grad_sums_kernel": 2, "grad_input_kernel": 2, "resident_backward_kernel": 2}
 
 # The functions through which the copy on chip is reached, wherever they are inlined.
 KEPT_ACCESS = {"operator[]", "fetch_tile", "keep_tile"}
-FALLBACK = re.compile(r"\w+_in_double")
+FALLBACK = re.compile(r"\w+_rescued")
 
 _ELEMENT = re.compile(r"_kernelI(NS_8BFloat16E|NS_4HalfE|f|d)")
 _BYTES = {"NS_8BFloat16E": 2, "NS_4HalfE": 2, "f": 4, "d": 8}

@@ -106,7 +106,8 @@ int64_t written_in_parts(const Problem& problem, Layout layout, bool aligned, co
 
 struct Candidate {
   ResidentChoice choice;
-  int64_t cost;  // bytes that one of kResidentBlocks blocks beside each other could move in the time that the pass takes
+  int64_t
+      cost;  // bytes that one of kResidentBlocks blocks beside each other could move in the time that the pass takes
 };
 
 // The choice with a given number of members; cost < 0: there is none.

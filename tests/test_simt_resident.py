@@ -106,8 +106,8 @@ def test_every_barrier_is_missed(servers: Servers, direction: str, layout: str, 
             assert bool(kind) == bool(seen), seen
             if kind and (name == "tsan") == (kind[0] == "data race"):
                 missed.setdefault(barrier, set()).add(kind[0])
-    # Two in a block's reduction (that of a packed slab is one of its own), two of a group, one behind the second, and one
-    # behind the statistics of a block on its own.
+    # Two in a block's reduction (that of a packed slab is one of its own), two of a group, one behind the second, and
+    # one behind the statistics of a block on its own.
     assert len(met) == (8 if layout == "packed" else 6)
     assert set(missed) == met, met - set(missed)
 

@@ -77,6 +77,18 @@ struct Products : WindowSums<T> {
   }
 };
 
+// Sums a thread's windows first .. first + count - 1 again, to the elements that are rescued.
+template <typename T, Layout kLayout, int kColumns>
+BNK_DEVICE void sum_rescued(const View<const T, kLayout>& x, const View<const T, kLayout>& g,
+                            Walker<T, kLayout>& walker, int first, int count, const Compute<T> (&mean)[kColumns],
+                            Products<T, kColumns>& sums) {
+  walker.seek(first);
+  for (int number = first; number < first + count && walker.more(); ++number) {
+    const Window window = walker.next();
+    sums.add_rescued(window, load_window<Reuse::kAgain>(x, window), load_window<Reuse::kAgain>(g, window), mean);
+  }
+}
+
 template <typename T, Layout kLayout>
 BNK_KERNEL_BESIDE(resident_threads(kLayout), kResidentBlocks)
 resident_backward_kernel(ResidentBackwardParams params) {
@@ -139,12 +151,7 @@ resident_backward_kernel(ResidentBackwardParams params) {
           sums.template add_tile<false>(windows, x_bits, g_bits, mean);
         }
       }
-      if (!sums.needs_rescue()) return;
-      walker.seek(first);
-      for (int number = first; number < first + count && walker.more(); ++number) {
-        const Window window = walker.next();
-        sums.add_rescued(window, load_window<Reuse::kAgain>(x, window), load_window<Reuse::kAgain>(g, window), mean);
-      }
+      if (sums.needs_rescue()) sum_rescued(x, g, walker, first, count, mean, sums);
     };
     sum_share(walk, walker, slab, residence.kept, slots_of<Sums>(slots), totals, sum, sums);
 

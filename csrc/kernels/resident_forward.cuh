@@ -69,10 +69,21 @@ struct Deviations : WindowSums<T> {
   }
 };
 
+// Sums a thread's windows first .. first + count - 1 again, to the elements that are rescued.
+template <bool kIsKept, typename T, Layout kLayout, int kColumns>
+BNK_DEVICE void sum_rescued(const View<const T, kLayout>& x, Walker<T, kLayout>& walker, const Kept<T>& kept, int first,
+                            int count, const Compute<T> (&pivot)[kColumns], Deviations<T, kColumns>& sums) {
+  walker.seek(first);
+  for (int number = first; number < first + count && walker.more(); ++number) {
+    const Window window = walker.next();
+    sums.add_rescued(window, kIsKept ? kept[number] : load_window<Reuse::kAgain>(x, window), pivot);
+  }
+}
+
 // Of a thread's windows first .. first + count - 1, which are kept or not.
-template <typename T, Layout kLayout, int kColumns>
+template <bool kIsKept, typename T, Layout kLayout, int kColumns>
 BNK_DEVICE void sum_deviations(const View<const T, kLayout>& x, Walker<T, kLayout>& walker, const Kept<T>& kept,
-                               bool is_kept, int first, int count, const Compute<T> (&pivot)[kColumns],
+                               int first, int count, const Compute<T> (&pivot)[kColumns],
                                Deviations<T, kColumns>& sums) {
   constexpr int kTile = kResidentTile;
   sums.clear();
@@ -81,7 +92,7 @@ BNK_DEVICE void sum_deviations(const View<const T, kLayout>& x, Walker<T, kLayou
     Window windows[kTile];
     Vector<T> bits[kTile];
     next_tile(walker, windows, count - done);
-    if (is_kept) {
+    if constexpr (kIsKept) {
       fetch_tile(kept, first + done, count - done, bits);
     } else {
       load_tile<Reuse::kAgain>(x, windows, bits);
@@ -92,12 +103,7 @@ BNK_DEVICE void sum_deviations(const View<const T, kLayout>& x, Walker<T, kLayou
       sums.template add_tile<false>(windows, bits, pivot);
     }
   }
-  if (!sums.needs_rescue()) return;
-  walker.seek(first);
-  for (int number = first; number < first + count && walker.more(); ++number) {
-    const Window window = walker.next();
-    sums.add_rescued(window, is_kept ? kept[number] : load_window<Reuse::kAgain>(x, window), pivot);
-  }
+  if (sums.needs_rescue()) sum_rescued<kIsKept>(x, walker, kept, first, count, pivot, sums);
 }
 
 template <typename T, Layout kLayout>
@@ -149,13 +155,8 @@ resident_forward_kernel(ResidentForwardParams params) {
         for (int element = 0; element < kElements; ++element) sums.first[element] += values[element];
       }
     }
-    if (sums.needs_rescue()) {
-      const Real zero[kColumns] = {};
-      walker.seek(0);
-      for (int number = 0; number < residence.kept && walker.more(); ++number) {
-        sums.add_rescued(walker.next(), kept[number], zero);
-      }
-    }
+    const Real zero[kColumns] = {};
+    if (sums.needs_rescue()) sum_rescued<true>(x, walker, kept, 0, residence.kept, zero, sums);
     const auto sum_of = [&](int element) { return sums(element).first; };
     reduce_slab<T>(walk, walker, slab, sum_of, slots, [&](int local, double all) {
       pivots[local] = static_cast<Real>(all / static_cast<double>(walker.elements_of_first(residence.kept)));
@@ -168,7 +169,11 @@ resident_forward_kernel(ResidentForwardParams params) {
       pivot[column] = walker.has_channel(column) ? pivots[walker.local(column)] : Real(0);
     }
     const auto sum = [&](int first, int count) {
-      sum_deviations(x, walker, kept, first == 0, first, count, pivot, sums);
+      if (first == 0) {
+        sum_deviations<true>(x, walker, kept, first, count, pivot, sums);
+      } else {
+        sum_deviations<false>(x, walker, kept, first, count, pivot, sums);
+      }
     };
     sum_share(walk, walker, slab, residence.kept, slots_of<Sums>(slots), totals, sum, sums);
 

@@ -113,18 +113,13 @@ BNK_DEVICE bool all_full(const Window (&windows)[kTile], int elements) {
   return full;
 }
 
-// A tile of windows, in ascending order. All its loads are issued one behind the other, unless one is not of a vector, which
-// is rare.
+// A tile of windows. All its loads are issued one behind the other, unless one is not of a vector, which is rare.
 template <Reuse kReuse, typename T, Layout kLayout, int kTile>
 BNK_DEVICE void load_tile(const View<const T, kLayout>& view, const Window (&windows)[kTile],
                           Vector<T> (&bits)[kTile]) {
   bool vectors = view.wide;
-  if (windows[kTile - 1].size() > 0) {  // then none is empty
-    vectors &= is_inside(view, windows[0]) && is_inside(view, windows[kTile - 1]);
-  } else {
 #pragma unroll
-    for (int i = 0; i < kTile; ++i) vectors &= windows[i].size() == 0 || is_inside(view, windows[i]);
-  }
+  for (int i = 0; i < kTile; ++i) vectors &= windows[i].size() == 0 || is_inside(view, windows[i]);
   if (vectors) {
 #pragma unroll
     for (int i = 0; i < kTile; ++i) {
