@@ -26,6 +26,9 @@ constexpr int64_t kLeastKept = 16;  // one in so many
 // As in plan_streaming.cpp.
 constexpr int64_t kMaxWindowsPerThreadFloat64 = 128;
 
+// The resident kernels count slabs in 32 bits, and may step past the last once.
+constexpr int64_t kMaxSlabs = int64_t{1} << 30;
+
 // Vectors of a packed row that are walked side by side, at least: runs of several cache lines.
 constexpr int64_t kMinPackedLanes = 16;
 
@@ -106,8 +109,8 @@ int64_t written_in_parts(const Problem& problem, Layout layout, bool aligned, co
 
 struct Candidate {
   ResidentChoice choice;
-  int64_t
-      cost;  // bytes that one of kResidentBlocks blocks beside each other could move in the time that the pass takes
+  // Bytes that one of kResidentBlocks blocks beside each other could move in the time that the pass takes.
+  int64_t cost;
 };
 
 // The choice with a given number of members; cost < 0: there is none.
@@ -117,6 +120,7 @@ Candidate candidate(const Problem& problem, Pass pass, bool aligned, const Shape
   const int64_t windows = ceil_div(walk.chunk_size, step_of(shape));  // of a thread
   const int64_t kept = std::min<int64_t>(windows, room.kept);
   if (kept * kLeastKept < windows) return {{}, -1};
+  if (walk.slabs.value > kMaxSlabs) return {{}, -1};
   if (problem.dtype == Dtype::kFloat64 && windows > kMaxWindowsPerThreadFloat64) return {{}, -1};
   const int64_t groups = std::min(room.blocks / walk.chunks, walk.slabs.value);
   const int64_t rounds = ceil_div(walk.slabs.value, groups);

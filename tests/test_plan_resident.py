@@ -130,7 +130,8 @@ def test_shares_cover_the_problem(problem: Problem, pass_: str, device: str) -> 
     assert resident["kept"] * 16 >= windows
     if problem.dtype == "float64":
         assert windows <= 128
-    assert walk["chunk_size"] < 2**31  # Walker counts a share's windows in 32 bits
+    # Walkers count a share's windows, and resident kernels their slabs, in 32 bits; both step past the end once.
+    assert walk["chunk_size"] <= 2**30 and walk["slabs"] <= 2**30
 
 
 @settings(max_examples=600, deadline=None)
@@ -293,3 +294,10 @@ def test_no_blocks_are_idle_round_after_round(layer: shapes.LayerShape) -> None:
                     continue
                 blocks = blocks_beside(resident, limits) * (limits.multiprocessors - limits.multiprocessors // 16)
                 assert resident["groups"] * resident["members"] >= 0.75 * blocks
+
+
+@pytest.mark.parametrize("pass_", TRAINING)
+def test_more_slabs_than_a_kernel_counts_are_streamed(pass_: str) -> None:
+    few, many = (Problem(1, channels, 2, "float32", aligned=False) for channels in (2**30, 2**30 + 1))
+    assert few.plan(pass_, DEVICES["h200"])["path"] == "resident"
+    assert many.plan(pass_, DEVICES["h200"])["path"] == "streaming"

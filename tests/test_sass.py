@@ -66,11 +66,12 @@ def test_main_loops_are_as_they_must_be(kernels: list[sass.Kernel]):
     """16-byte accesses alone, all of a turn's loads in flight together, no calls, nothing that could not be told."""
     names = names_of(kernels)
     elsewhere = ("local memory", "slots")  # tests of their own
+    untold = ("no turn of the loop", "no main loop")
     found = [
         f"{names[kernel.name]}: {line}"
         for kernel in kernels
         for line in sass.offences(kernel)
-        if names[kernel.name] not in UNTOLD
+        if names[kernel.name] not in UNTOLD or not any(word in line for word in untold)
         if not any(word in line for word in elsewhere)
     ]
     assert found == []

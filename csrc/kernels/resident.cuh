@@ -29,8 +29,9 @@ struct Residence {
 template <typename T, Layout kLayout>
 inline constexpr int kSumSlots = kFields<Sums> * kSlabSlots<T, kLayout>;
 template <Layout kLayout>
-inline constexpr int kJoinSlots = kFields<Moments> * kReduceSlots < 1,
-                     kLayout == Layout::kChannelsFirst ? 1 : kWarpThreads > ;
+inline constexpr int kJoinLanes = kLayout == Layout::kChannelsFirst ? 1 : kWarpThreads;  // at most
+template <Layout kLayout>
+inline constexpr int kJoinSlots = kFields<Moments> * kReduceSlots<1, kJoinLanes<kLayout>>;
 template <typename T, Layout kLayout>
 inline constexpr int kResidentSlots =
     kSumSlots<T, kLayout> > kJoinSlots<kLayout> ? kSumSlots<T, kLayout> : kJoinSlots<kLayout>;

@@ -14,10 +14,6 @@
 
 namespace bnk {
 
-// Windows of each of x and g that a thread takes to the result at a time: fewer than it loads, for its five coefficients
-// of each column.
-inline constexpr int kResultTile = kResidentTile;
-
 struct ResidentBackwardParams {
   Walk walk;
   Residence residence;
@@ -105,7 +101,6 @@ resident_backward_kernel(ResidentBackwardParams params) {
   BNK_SHARED(Real, means_g, kSlabChannels);
   BNK_SHARED(Real, means_g_xhat, kSlabChannels);
   BNK_DYNAMIC_SHARED(Vector<T>, dynamic);
-
   static_assert(sizeof slots + sizeof totals + 4 * sizeof scales <= resident_overhead(kLayout));
 
   const Walk& walk = params.walk;
@@ -185,8 +180,9 @@ resident_backward_kernel(ResidentBackwardParams params) {
         store_partial(residence.partial, walk, member.rank, first_channel + local, totals[local]);
       }
     }
-    if (residence.members == 1) block_barrier();  // every channel's means are there for all
-    if (residence.members > 1) {
+    if (residence.members == 1) {
+      block_barrier();  // every channel's means are there for all
+    } else {
       exchange(residence, walk, member, slab, slots_of<Sums>(slots), finish, [&](int local) {
         const int64_t channel = first_channel + local;
         set(local, read(params.mean_g, channel), read(params.mean_g_xhat, channel));
@@ -204,8 +200,8 @@ resident_backward_kernel(ResidentBackwardParams params) {
       mean_g[column] = means_g[local];
       mean_g_xhat[column] = means_g_xhat[local];
     }
-    visit_again<kResultTile>(walker, residence.kept, [&](const Window(&windows)[kResultTile], int first, int count) {
-      Vector<T> x_bits[kResultTile], g_bits[kResultTile];
+    visit_again<kTile>(walker, residence.kept, [&](const Window(&windows)[kTile], int first, int count) {
+      Vector<T> x_bits[kTile], g_bits[kTile];
       if (count > 0) {
         fetch_tile(kept_x, first, count, x_bits);
         fetch_tile(kept_g, first, count, g_bits);
@@ -214,7 +210,7 @@ resident_backward_kernel(ResidentBackwardParams params) {
         load_tile<Reuse::kLast>(g, windows, g_bits);
       }
 #pragma unroll
-      for (int i = 0; i < kResultTile; ++i) {
+      for (int i = 0; i < kTile; ++i) {
         Real xs[kElements], gs[kElements];
         widen_vector(x_bits[i], xs);
         widen_vector(g_bits[i], gs);

@@ -178,7 +178,6 @@ resident_forward_kernel(ResidentForwardParams params) {
     sum_share(walk, walker, slab, residence.kept, slots_of<Sums>(slots), totals, sum, sums);
 
     // 3. The statistics.
-    const double count = static_cast<double>(walker.elements());
     const auto set = [&](int local, double mean, double invstd) {
       const int64_t channel = first_channel + local;
       means[local] = static_cast<Real>(mean);
@@ -196,6 +195,7 @@ resident_forward_kernel(ResidentForwardParams params) {
     const int channels = channels_of(walk, slab);
     for (int local = thread_rank(); local < channels; local += block_threads()) {
       const Sums all = totals[local];
+      const double count = static_cast<double>(walker.elements());
       const double shift = all.first / count;
       const double m2 = fused_multiply_add(-shift, all.first, all.second);
       const Moments moments{count, static_cast<double>(pivots[local]) + shift, m2 < 0 ? 0 : m2};
@@ -205,8 +205,9 @@ resident_forward_kernel(ResidentForwardParams params) {
         store_partial(residence.partial, walk, member.rank, first_channel + local, moments);
       }
     }
-    if (residence.members == 1) block_barrier();  // every channel's statistics are there for all
-    if (residence.members > 1) {
+    if (residence.members == 1) {
+      block_barrier();  // every channel's statistics are there for all
+    } else {
       exchange(residence, walk, member, slab, slots_of<Moments>(slots), finish, [&](int local) {
         const int64_t channel = first_channel + local;
         set(local, read(params.results.mean, channel), read(params.results.invstd, channel));
