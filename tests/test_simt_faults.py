@@ -16,7 +16,7 @@ from simt import build
 
 SOURCE = Path(build.__file__).with_name("planted.h")
 BUILDS = ("plain", "asan", "tsan", "portable")
-SOUND = ("block_sum", "grid_sum", "scale", "race", "meeting")
+SOUND = ("block_sum", "grid_sum", "cluster_sum", "scale", "race", "meeting")
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,15 @@ def test_sound_kernels_pass(kernel: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("schedule", ["seeded", "in_order", "reverse", "stall_one"])
-@pytest.mark.parametrize("grid, block, resident", [(1, 32, 0), (1, 96, 0), (3, 128, 0), (5, 32, 2), (4, 32, 1)])
+@pytest.mark.parametrize(
+    "grid, block, resident", [(1, 32, 0), (1, 96, 0), (3, 128, 0), (5, 32, 2), (4, 32, 1), (6, 64, 3)]
+)
 def test_sound_kernels_pass_in_every_shape(grid: int, block: int, resident: int, schedule: str) -> None:
     for kernel in SOUND:
         if kernel == "grid_sum" and resident:
             continue  # its blocks wait for each other: below
+        if kernel == "cluster_sum" and (grid % 2 or resident == 1):
+            continue  # no launch of pairs: below too
         outcome = planted(kernel, "plain", grid, block, 4, schedule, resident)
         assert outcome.sound, (kernel, outcome)
 
@@ -131,6 +135,26 @@ FAULTS = {
         r"deadlock: no thread can move\n  block 0 thread 0: waiting for 1 more of a group, planted\.h:(\d+)\n",
         "simt::wait_for",
     ),
+    "cluster_sum/no_barrier": (
+        r"shared memory of a block that may not have started; block \d thread 0, planted\.h:(\d+)",
+        "bnk::load_member(",
+    ),
+    "cluster_sum/no_such_block": (
+        r"shared memory of block 2 of a cluster of 2; block \d thread 0, planted\.h:(\d+)",
+        "bnk::load_member(",
+    ),
+    "cluster_sum/no_such_array": (
+        r"an address in no array of shared memory, for that of another block; block \d thread 0, planted\.h:(\d+)",
+        "bnk::load_member(",
+    ),
+    "cluster_sum/two_barriers": (
+        r"divergent barrier: others of the cluster wait at another one; block \d thread \d+, planted\.h:\d+",
+        None,
+    ),
+    "cluster_sum/early_return": (
+        r"divergent barrier: (a thread returned while others of its cluster|other threads of the cluster)",
+        None,
+    ),
     "meeting/two_barriers": (
         r"divergent barrier: others of the block wait at another one; .*\n  block \d thread .*at block_barrier, "
         r"planted\.h:\d+",
@@ -173,6 +197,19 @@ def test_blocks_that_wait_for_each_other_must_all_be_resident(schedule: str) -> 
 def test_invalid_launches() -> None:
     for grid, block in ((0, 32), (1, 0), (1, 48), (1, 1056)):
         assert planted("meeting", "plain", grid, block).said["fault"].startswith("invalid launch")
+    # Pairs of blocks, of a grid of three, and with room for one block.
+    for grid, resident in ((3, 0), (4, 1)):
+        fault = planted("cluster_sum", "plain", grid, 32, 4, "seeded", resident).said["fault"]
+        assert fault.startswith("invalid launch") and "clusters of 2" in fault
+
+
+def test_a_block_that_ends_is_read() -> None:
+    """Of which the results show nothing: the engine sees it where the schedule has it so, ThreadSanitizer always."""
+    said = planted("cluster_sum/no_barrier_at_end", "plain", 2, 64, 40).said
+    line = line_of("bnk::load_member(")
+    assert re.match(rf"shared memory of a block that ends; block \d thread 0, planted\.h:{line}", said["fault"])
+    outcome = planted("cluster_sum/no_barrier_at_end", "tsan", 2, 64, 1)
+    assert "data race" in outcome.complaint or "a block that ends" in outcome.said.get("fault", "")
 
 
 # --- faults that the results show ------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ BUILDS = {
     "portable": ["-O2", "-DSIMT_UCONTEXT"],
 }
 # Compiled without sanitizers in every build: its own memory is not under test, and it calls the sanitizers itself.
-ENGINE = ["tests/simt/fiber.cpp", "tests/simt/buffers.cpp", "tests/simt/engine.cpp"]
+ENGINE = ["tests/simt/fiber.cpp", "tests/simt/buffers.cpp", "tests/simt/engine.cpp", "tests/simt/synchronisation.cpp"]
 PLAN = ["csrc/plan_walk.cpp", "csrc/plan_streaming.cpp", "csrc/plan_resident.cpp"]
 PROGRAMS = {
     "convert16": ["tests/simt/convert16.cpp"],

@@ -9,7 +9,8 @@
 //   - a deadlock: no thread can move (who waits where, who has returned)
 //   - an access to global memory out of bounds or misaligned (buffers.h)
 //   - shared memory written beside its arrays, or more of it than a block may have
-// Shuffles order no memory, and barriers only their block's, as the race detector is told; it finds the rest.
+//   - shared memory of another block of a cluster read before that block has surely started, or when it may have ended
+// Shuffles order no memory, and barriers only their block's or cluster's, as the race detector is told; it finds the rest.
 //
 // One launch at a time, on one thread of the host. Consecutive launches are ordered, as on one CUDA stream.
 #pragma once
@@ -29,12 +30,14 @@ namespace simt {
 
 inline constexpr unsigned kWarp = 32;
 inline constexpr unsigned kMaxBlock = 1024;
+inline constexpr unsigned kMaxCluster = 8;              // that every device with clusters has
 inline constexpr size_t kSharedBytes = 48 * 1024;       // of static shared memory: CUDA's limit for a block
 inline constexpr size_t kMaxDynamicBytes = 227 * 1024;  // and of dynamic: the most that any device gives
 
 struct Launch {
   unsigned grid = 1;
   unsigned block = kWarp;  // a multiple of a warp, at most kMaxBlock
+  unsigned cluster = 1;    // blocks, at most kMaxCluster, that start together and whose shared memory is one another's
   uint64_t seed = 0;
   Schedule schedule = Schedule::kSeeded;
   size_t dynamic_bytes = 0;      // of shared memory
@@ -73,6 +76,10 @@ const Position& position();
 
 void block_barrier(const Site& site);
 double shuffle_xor(double value, int mask, const Site& site);
+
+void cluster_barrier(const Site& site);
+// Where, in the shared memory of the rank-th block of the cluster, lies what `own` is in the calling block's.
+const void* of_member(const void* own, unsigned rank, const Site& site);
 
 // Of the primitives' meaning (csrc/kernels/primitives.cuh). `counter` is a device address.
 void group_barrier(unsigned* counter, unsigned members, unsigned rank, const Site& site);

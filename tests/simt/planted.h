@@ -86,6 +86,32 @@ grid_sum(Params params) {
   }
 }
 
+// ---- a cluster's sum: each block reads what the others tell in their shared memory -----------------------------------
+
+enum class ClusterSum { kSound, kNoBarrier, kNoBarrierAtEnd, kNoSuchBlock, kNoSuchArray, kTwoBarriers, kEarlyReturn };
+
+template <ClusterSum kFault>
+BNK_KERNEL(1024)
+cluster_sum(Params params) {
+  BNK_SHARED(double, told, 1);
+  constexpr int kBlocks = 2;
+  if (bnk::thread_rank() == 0) told[0] = static_cast<double>(bnk::load(params.x + bnk::block_rank()));
+  if (kFault == ClusterSum::kEarlyReturn && bnk::block_rank() == 1 && bnk::thread_rank() == 5) return;
+  if (kFault == ClusterSum::kTwoBarriers && bnk::block_rank() == 1) {
+    bnk::cluster_barrier();
+  } else if (kFault != ClusterSum::kNoBarrier) {
+    bnk::cluster_barrier();
+  }
+  if (bnk::thread_rank() == 0) {
+    double total = 0;
+    for (int rank = 0; rank < kBlocks + (kFault == ClusterSum::kNoSuchBlock ? 1 : 0); ++rank) {
+      total += bnk::load_member(told - (kFault == ClusterSum::kNoSuchArray ? 1 : 0), rank);
+    }
+    bnk::store(params.partial + bnk::block_rank(), static_cast<float>(total));
+  }
+  if (kFault != ClusterSum::kNoBarrierAtEnd) bnk::cluster_barrier();
+}
+
 // ---- y = 2x by vectors, with a tail ---------------------------------------------------------------------------------
 
 enum class Scale {

@@ -52,6 +52,12 @@ BNK_DEVICE void group_barrier(unsigned* counter, unsigned members, unsigned rank
   simt::group_barrier(counter, members, rank, site);
 }
 
+BNK_DEVICE void cluster_barrier(simt::Site site = simt::Site::current()) { simt::cluster_barrier(site); }
+
+BNK_DEVICE double load_member(const double* address, int rank, simt::Site site = simt::Site::current()) {
+  return *static_cast<const double*>(simt::of_member(address, static_cast<unsigned>(rank), site));
+}
+
 BNK_DEVICE bool last_to_arrive(unsigned* counter, unsigned count, simt::Site site = simt::Site::current()) {
   return simt::last_to_arrive(counter, count, site);
 }
@@ -82,6 +88,15 @@ BNK_DEVICE Vector<T> load_vector(const T* address, simt::Site site = simt::Site:
   Vector<T> value;
   for (int i = 0; i < kVectorElements<T>; ++i) value.data[i] = real[i];
   return value;
+}
+
+struct CacheHint {};
+BNK_DEVICE CacheHint evict_last() { return {}; }
+BNK_DEVICE CacheHint evict_first() { return {}; }
+
+template <typename T>
+BNK_DEVICE Vector<T> load_vector(const T* address, CacheHint, simt::Site site = simt::Site::current()) {
+  return load_vector(address, site);
 }
 
 template <Reuse kReuse = Reuse::kAgain, typename T>

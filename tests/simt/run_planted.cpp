@@ -23,8 +23,9 @@ constexpr int kCount = 131;  // 32 vectors and a tail of 3
 
 struct Kernel {
   void (*run)(Params);
-  // The right content of the result: y (kCount), partial (one per block) or sum, as the kernel writes it.
-  enum Result { kY, kPartial, kSum, kFirstOfY, kAllOfY } result;
+  // The right content of the result: y (kCount), partial (one per block, or of a cluster of two) or sum, as the kernel
+  // writes it.
+  enum Result { kY, kPartial, kPairs, kSum, kFirstOfY, kAllOfY } result;
 };
 
 const std::map<std::string, Kernel>& kernels() {
@@ -40,6 +41,13 @@ const std::map<std::string, Kernel>& kernels() {
       {"grid_sum/no_wait", {grid_sum<GridSum::kNoWait>, Kernel::kSum}},
       {"grid_sum/no_arrival", {grid_sum<GridSum::kNoArrival>, Kernel::kSum}},
       {"grid_sum/waits_for_too_many", {grid_sum<GridSum::kWaitsForTooMany>, Kernel::kSum}},
+      {"cluster_sum", {cluster_sum<ClusterSum::kSound>, Kernel::kPairs}},
+      {"cluster_sum/no_barrier", {cluster_sum<ClusterSum::kNoBarrier>, Kernel::kPairs}},
+      {"cluster_sum/no_barrier_at_end", {cluster_sum<ClusterSum::kNoBarrierAtEnd>, Kernel::kPairs}},
+      {"cluster_sum/no_such_block", {cluster_sum<ClusterSum::kNoSuchBlock>, Kernel::kPairs}},
+      {"cluster_sum/no_such_array", {cluster_sum<ClusterSum::kNoSuchArray>, Kernel::kPairs}},
+      {"cluster_sum/two_barriers", {cluster_sum<ClusterSum::kTwoBarriers>, Kernel::kPairs}},
+      {"cluster_sum/early_return", {cluster_sum<ClusterSum::kEarlyReturn>, Kernel::kPairs}},
       {"scale", {scale<Scale::kSound>, Kernel::kY}},
       {"scale/no_tail", {scale<Scale::kNoTail>, Kernel::kY}},
       {"scale/tail_too_long", {scale<Scale::kTailTooLong>, Kernel::kY}},
@@ -87,6 +95,9 @@ bool right(Kernel::Result result, const simt::Launch& launch, const float* y, co
         good &= partial[b] == total;
       }
       return good;
+    case Kernel::kPairs:
+      for (int b = 0; b < blocks; ++b) good &= partial[b] == input(b) + input(b ^ 1);
+      return good;
     case Kernel::kSum: {
       float total = 0;
       for (int b = 0; b < blocks; ++b) total += input(b);
@@ -122,6 +133,7 @@ int main(int argc, char** argv) {
   const Kernel& kernel = kernels().at(argv[1]);
   simt::Launch launch{.grid = static_cast<unsigned>(std::stoul(argument(2, "2"))),
                       .block = static_cast<unsigned>(std::stoul(argument(3, "64"))),
+                      .cluster = kernel.result == Kernel::kPairs ? 2u : 1u,
                       .schedule = schedule_named(argument(5, "seeded")),
                       .resident_blocks = static_cast<unsigned>(std::stoul(argument(6, "0")))};
   const auto seeds = std::stoul(argument(4, "20"));

@@ -36,6 +36,11 @@ class SharedMemory {
     top_ = kGap;
   }
 
+  // The arrays go: an access that is not ordered before this is a race with it, whatever the schedule.
+  void end_block() {
+    for (const Array& array : arrays_) std::memset(array.begin, kPoison, array.size);
+  }
+
   // The array of this key; made if it is new. nullptr: it does not fit.
   void* array(const void* key, const char* name, size_t size) {
     for (const Array& array : arrays_) {
@@ -49,6 +54,18 @@ class SharedMemory {
     top_ += rounded + kGap;
     permit_access(begin, size);
     return begin;
+  }
+
+  // Where, in another block's arena, lies what `own` is in this one's; nullptr: in no array that both have.
+  const void* twin(const void* own, const SharedMemory& other) const {
+    const char* byte = static_cast<const char*>(own);
+    for (const Array& array : arrays_) {
+      if (byte < array.begin || byte >= array.begin + array.size) continue;
+      for (const Array& twin : other.arrays_) {
+        if (twin.key == array.key) return twin.begin + (byte - array.begin);
+      }
+    }
+    return nullptr;
   }
 
   size_t used() const { return used_; }
