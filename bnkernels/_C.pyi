@@ -49,6 +49,7 @@ def plan(
     shared_per_block: int,
     shared_reserved: int,
     cooperative_launch: bool,
+    max_cluster: int,
     force_streaming: bool = False,
 ) -> dict[str, Any]: ...
 def device_limits(device: int) -> dict[str, Any]: ...

@@ -56,6 +56,7 @@ void check_limits(const DeviceLimits& limits) {
   check_at_least("shared_per_multiprocessor", limits.shared_per_multiprocessor, 0);
   check_at_least("shared_per_block", limits.shared_per_block, 0);
   check_at_least("shared_reserved", limits.shared_reserved, 0);
+  check_at_least("max_cluster", limits.max_cluster, 0);
 }
 
 const char* name_of(Path path) { return path == Path::kResident ? "resident" : "streaming"; }
@@ -68,6 +69,17 @@ const char* name_of(Layout layout) {
       return "channels_last";
     default:
       return "packed";
+  }
+}
+
+const char* name_of(Group group) {
+  switch (group) {
+    case Group::kBlock:
+      return "block";
+    case Group::kCluster:
+      return "cluster";
+    default:
+      return "virtual_cluster";
   }
 }
 
@@ -121,6 +133,7 @@ py::dict dict_of(const StreamingPlan& plan) {
 py::dict dict_of(const ResidentPlan& plan) {
   py::dict result;
   result["walk"] = dict_of(plan.walk);
+  result["group"] = name_of(plan.group);
   result["members"] = plan.members;
   result["groups"] = plan.groups;
   result["kept"] = plan.kept;
@@ -137,7 +150,7 @@ py::dict dict_of(const ResidentPlan& plan) {
 py::dict plan(int64_t outer, int64_t channels, int64_t inner, const std::string& dtype, const std::string& pass,
               bool aligned, int multiprocessors, int max_threads_per_multiprocessor, int max_blocks_per_multiprocessor,
               int64_t shared_per_multiprocessor, int64_t shared_per_block, int64_t shared_reserved,
-              bool cooperative_launch, bool force_streaming) {
+              bool cooperative_launch, int max_cluster, bool force_streaming) {
   const Problem problem{outer, channels, inner, dtype_of(dtype)};
   const DeviceLimits limits{multiprocessors,
                             max_threads_per_multiprocessor,
@@ -145,7 +158,8 @@ py::dict plan(int64_t outer, int64_t channels, int64_t inner, const std::string&
                             shared_per_multiprocessor,
                             shared_per_block,
                             shared_reserved,
-                            cooperative_launch};
+                            cooperative_launch,
+                            max_cluster};
   const Pass computed = pass_of(pass);
   check_problem(problem);
   check_limits(limits);
@@ -171,6 +185,7 @@ py::dict limits_of(int device) {
   result["shared_per_block"] = limits.shared_per_block;
   result["shared_reserved"] = limits.shared_reserved;
   result["cooperative_launch"] = limits.cooperative_launch;
+  result["max_cluster"] = limits.max_cluster;
   return result;
 }
 
@@ -181,7 +196,7 @@ void bind_plan(py::module_& module) {
   module.def("plan", &plan, arg("outer"), arg("channels"), arg("inner"), arg("dtype"), arg("pass_"), arg("aligned"),
              arg("multiprocessors"), arg("max_threads_per_multiprocessor"), arg("max_blocks_per_multiprocessor"),
              arg("shared_per_multiprocessor"), arg("shared_per_block"), arg("shared_reserved"),
-             arg("cooperative_launch"), arg("force_streaming") = false);
+             arg("cooperative_launch"), arg("max_cluster"), arg("force_streaming") = false);
   module.def("device_limits", &limits_of, arg("device"));
 }
 

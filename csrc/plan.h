@@ -21,6 +21,7 @@ struct DeviceLimits {
   int64_t shared_per_block;           // bytes that a block may ask for (the opt-in limit)
   int64_t shared_reserved;            // bytes that the system takes of each block's
   bool cooperative_launch;
+  int max_cluster;  // blocks of a hardware cluster; 0: it has none
 };
 
 // A number to divide by on the device, where a 64-bit division is a function call.
@@ -84,6 +85,13 @@ struct StreamingPlan {
   Launch finish_launch;
 };
 
+// How the blocks of a group tell each other what they found.
+enum class Group : int8_t {
+  kBlock,           // there is one
+  kCluster,         // a hardware cluster: through each other's shared memory
+  kVirtualCluster,  // through global memory; a cooperative launch keeps all blocks on the device
+};
+
 // The resident path: one launch, in which groups of co-resident blocks read a slab once, keep it on chip, and write the
 // result from there. Forward training and backward of training.
 //
@@ -91,14 +99,15 @@ struct StreamingPlan {
 // each. The first `kept` windows of each thread's share, of each tensor that is read, stay in shared memory; what is
 // behind them is read again for the result, last first.
 struct ResidentPlan {
-  Walk walk;             // chunks: one for each member
+  Walk walk;  // chunks: one for each member
+  Group group;
   int members;           // blocks of a group
   int groups;            // that run at a time
   int kept;              // windows of each tensor, of each thread
   Launch launch;         // grid: groups * members
   int64_t shared_bytes;  // of a block, for what is kept
-  // How the members' partials of a channel are joined: by every member for itself, or, in a large group, each channel by
-  // one member, which costs a second barrier.
+  // How the members' partials of a channel are joined: by every member for itself, or, in a large virtual cluster, each
+  // channel by one member, which costs a second barrier.
   bool divided;
   int join_lanes;  // channels that a block joins side by side, as in Finish
 };
@@ -124,6 +133,7 @@ struct ResidentChoice {
   int groups;
   int kept;  // windows
   bool divided;
+  bool cluster;  // where there are several members
 };
 
 // Windows that a thread loads at a time, of each tensor.
@@ -139,7 +149,7 @@ constexpr int resident_threads(Layout layout) { return layout == Layout::kChanne
 inline constexpr int kMaxPackedLanes = 192;
 // Bytes of a block's shared memory that a resident kernel takes for itself, at most.
 constexpr int64_t resident_overhead(Layout layout) {
-  return layout == Layout::kChannelsFirst ? 1024 : layout == Layout::kChannelsLast ? 7 * 1024 : 12 * 1024;
+  return layout == Layout::kChannelsFirst ? 1024 : layout == Layout::kChannelsLast ? 10 * 1024 : 15 * 1024;
 }
 
 ResidentPlan make_resident(const Problem& problem, bool aligned, Pass pass, const ResidentChoice& choice);
@@ -157,7 +167,7 @@ enum class Reason : int8_t {
   kNone,           // it does not
   kForced,         // the caller asked for it
   kNoReduction,    // inference: streaming is the floor already
-  kNoCooperation,  // groups need a cooperative launch, which the device does not have
+  kNoCooperation,  // large groups need a cooperative launch, which the device does not have
   kNotResident,    // too little of a slab would stay on chip
 };
 

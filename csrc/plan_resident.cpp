@@ -12,10 +12,15 @@ constexpr int kVectorBytes = 16;
 // not wait for, say, the collectives that run beside it; memory is saturated without them.
 constexpr int kSparedOf = 16;
 
+// A hardware cluster lies within one of the device's processing clusters. Those of Hopper and Blackwell have 16
+// multiprocessors or a few more, and no attribute tells how many: confirm() in cuda/backend.cpp asks for the groups that fit.
+constexpr int64_t kClusterMultiprocessors = 16;
+
 // What is not streaming costs a round of a group, in bytes that a block could move meanwhile: on an H200 with two blocks on
 // each multiprocessor that is 16 KB a microsecond. Estimates, to be tuned by measurement.
-constexpr int64_t kRoundCost = 24 * 1024;    // the first load's latency, the block's reductions
-constexpr int64_t kBarrierCost = 32 * 1024;  // a barrier of a group, and the loads behind it
+constexpr int64_t kRoundCost = 24 * 1024;          // the first load's latency, the block's reductions
+constexpr int64_t kClusterBarrierCost = 8 * 1024;  // a barrier of a hardware cluster, and the loads behind it
+constexpr int64_t kBarrierCost = 32 * 1024;        // the same of a virtual one
 // Partials that every member may have to read before the join is divided among them.
 constexpr int64_t kDivideAbove = 24 * 1024;
 constexpr int64_t kPartialBytes = 3 * sizeof(double);
@@ -76,9 +81,10 @@ void each_shape(const Problem& problem, bool aligned, const Visit& visit) {
 }
 
 struct Room {
-  int64_t beside;  // blocks on a multiprocessor
-  int64_t blocks;  // on the device at once, of a cooperative launch
-  int kept;        // windows of each tensor that a thread of each can keep
+  int64_t multiprocessors;
+  int64_t beside;       // blocks on each
+  int64_t cooperating;  // blocks on the device at once, of a cooperative launch
+  int kept;             // windows of each tensor that a thread of each can keep
 };
 
 Room room_for(const Shape& shape, Pass pass, const DeviceLimits& limits) {
@@ -96,8 +102,17 @@ Room room_for(const Shape& shape, Pass pass, const DeviceLimits& limits) {
       std::min(limits.shared_per_multiprocessor / beside - limits.shared_reserved, limits.shared_per_block) -
       resident_overhead(shape.layout);
   const int64_t windows = shared / (int64_t{kVectorBytes} * shape.block * tensors_read(pass));
-  const int multiprocessors = limits.multiprocessors - limits.multiprocessors / kSparedOf;
-  return {beside, beside * multiprocessors, static_cast<int>(std::max<int64_t>(0, windows))};
+  const int cooperating = limits.multiprocessors - limits.multiprocessors / kSparedOf;
+  return {limits.multiprocessors, beside, beside * cooperating, static_cast<int>(std::max<int64_t>(0, windows))};
+}
+
+// Groups that run at a time. Those of one block, and hardware clusters, wait for no other and need spare nothing.
+int64_t groups_at_once(const Room& room, Group group, int64_t members) {
+  if (group == Group::kVirtualCluster) return room.cooperating / members;
+  if (group == Group::kBlock) return room.multiprocessors * room.beside;
+  const int64_t whole = room.multiprocessors / kClusterMultiprocessors;
+  const int64_t rest = room.multiprocessors % kClusterMultiprocessors;
+  return whole * (kClusterMultiprocessors * room.beside / members) + rest * room.beside / members;
 }
 
 // A row's first and last windows may be partly another's: half of each is the row's own, and is written element by element.
@@ -113,27 +128,35 @@ struct Candidate {
   int64_t cost;
 };
 
+Group group_of(int64_t members, bool cluster) {
+  if (members == 1) return Group::kBlock;
+  return cluster ? Group::kCluster : Group::kVirtualCluster;
+}
+
 // The choice with a given number of members; cost < 0: there is none.
-Candidate candidate(const Problem& problem, Pass pass, bool aligned, const Shape& shape, const Room& room,
+Candidate candidate(const Problem& problem, Pass pass, bool aligned, const Shape& shape, const Room& room, bool cluster,
                     int64_t members) {
   const Walk walk = make_walk(problem, shape.layout, shape.lanes, aligned, shape.block, members);
+  const Group group = group_of(walk.chunks, cluster);
   const int64_t windows = ceil_div(walk.chunk_size, step_of(shape));  // of a thread
   const int64_t kept = std::min<int64_t>(windows, room.kept);
   if (kept * kLeastKept < windows) return {{}, -1};
   if (walk.slabs.value > kMaxSlabs) return {{}, -1};
   if (problem.dtype == Dtype::kFloat64 && windows > kMaxWindowsPerThreadFloat64) return {{}, -1};
-  const int64_t groups = std::min(room.blocks / walk.chunks, walk.slabs.value);
+  const int64_t groups = std::min(groups_at_once(room, group, walk.chunks), walk.slabs.value);
+  if (groups == 0) return {{}, -1};
   const int64_t rounds = ceil_div(walk.slabs.value, groups);
   const int64_t joined = walk.chunks * walk.slab_channels * kPartialBytes;
-  const bool divided = walk.chunks > 1 && joined > kDivideAbove;
+  const bool divided = group == Group::kVirtualCluster && joined > kDivideAbove;
   const int64_t tensors = tensors_read(pass);
   const int64_t moved = (tensors + 1) * windows + tensors * std::max<int64_t>(0, windows - kept) +
                         written_in_parts(problem, shape.layout, aligned, walk, windows);
   int64_t waited = kRoundCost;
-  if (walk.chunks > 1) waited += kBarrierCost + (divided ? kBarrierCost : joined);
+  if (group == Group::kCluster) waited += kClusterBarrierCost + joined;
+  if (group == Group::kVirtualCluster) waited += kBarrierCost + (divided ? kBarrierCost : joined);
   const ResidentChoice choice{
       shape.layout,           shape.lanes, shape.block, static_cast<int>(walk.chunks), static_cast<int>(groups),
-      static_cast<int>(kept), divided};
+      static_cast<int>(kept), divided,     cluster};
   // The more blocks share a multiprocessor, the longer each takes.
   return {choice, rounds * (moved * kVectorBytes * shape.block * room.beside / kResidentBlocks + waited)};
 }
@@ -146,19 +169,28 @@ Candidate cheapest(const Problem& problem, Pass pass, bool aligned, const Device
     if (room.kept == 0) return;
     const int64_t units = slab_units(problem, shape.layout, aligned);
     const int64_t slabs = make_walk(problem, shape.layout, shape.lanes, aligned, shape.block, 1).slabs.value;
-    const int64_t most = limits.cooperative_launch ? std::min(room.blocks, ceil_div(units, step_of(shape))) : 1;
-    // So few keep all of it; or, if none do, as many as there are keep the most.
-    const int64_t least = std::min(ceil_div(units, room.kept * step_of(shape)), most);
-    const auto consider = [&](int64_t members) {
-      const Candidate one = candidate(problem, pass, aligned, shape, room, members);
+    const auto consider = [&](int64_t members, bool cluster = false) {
+      const Candidate one = candidate(problem, pass, aligned, shape, room, cluster, members);
       if (one.cost >= 0 && (best.cost < 0 || one.cost < best.cost)) best = one;
     };
+    const int64_t shares = ceil_div(units, step_of(shape));  // at most
+    // So few keep all of it.
+    const int64_t enough = ceil_div(units, room.kept * step_of(shape));
+    // A hardware cluster keeps all of it, or is as large as can be where there is no larger group.
+    const int64_t most_in_cluster = std::min<int64_t>(limits.max_cluster, shares);
+    const int64_t least_in_cluster = limits.cooperative_launch ? enough : std::min(enough, most_in_cluster);
+    for (int64_t members = std::max<int64_t>(2, least_in_cluster); members <= most_in_cluster; ++members) {
+      consider(members, true);
+    }
+    const int64_t most = limits.cooperative_launch ? std::min(room.cooperating, shares) : 1;
+    // If none keep all of it, as many as there are keep the most.
+    const int64_t least = std::min(enough, most);
     consider(least);
     // As many groups as these are, of all the blocks that there are.
-    const int64_t groups = std::min(room.blocks / least, slabs);
-    if (groups > 0) consider(std::min(room.blocks / groups, most));
+    const int64_t groups = std::min(room.cooperating / least, slabs);
+    if (groups > 0) consider(std::min(room.cooperating / groups, most));
     for (int64_t rounds = 1; rounds <= std::min(slabs, kMostRounds); ++rounds) {
-      const int64_t members = std::min(room.blocks / std::min(room.blocks, ceil_div(slabs, rounds)), most);
+      const int64_t members = std::min(room.cooperating / std::min(room.cooperating, ceil_div(slabs, rounds)), most);
       if (members > least) consider(members);
     }
   });
@@ -179,7 +211,7 @@ int64_t read_again(const Problem& problem, const ResidentPlan& plan, int64_t uni
 }
 
 Traffic exchanged_by(const ResidentPlan& plan, Pass pass) {
-  if (plan.members == 1) return {0, 0};
+  if (plan.group != Group::kVirtualCluster) return {0, 0};
   const bool forward = pass == Pass::kForwardTrain;
   const int64_t bytes = plan.walk.channels * static_cast<int64_t>(sizeof(double));
   const int64_t partials = (forward ? 3 : 2) * bytes * plan.members;
@@ -194,11 +226,12 @@ ResidentPlan make_resident(const Problem& problem, bool aligned, Pass pass, cons
   ResidentPlan plan{};
   plan.walk = make_walk(problem, choice.layout, choice.lanes, aligned, choice.block, choice.members);
   plan.members = static_cast<int>(plan.walk.chunks);
+  plan.group = group_of(plan.members, choice.cluster);
   plan.groups = static_cast<int>(std::min<int64_t>(choice.groups, plan.walk.slabs.value));
   plan.kept = choice.kept;
   plan.launch = {int64_t{plan.groups} * plan.members, choice.block};
   plan.shared_bytes = int64_t{kVectorBytes} * choice.block * choice.kept * tensors_read(pass);
-  plan.divided = choice.divided && plan.members > 1;
+  plan.divided = choice.divided && plan.group == Group::kVirtualCluster;
   const int64_t joined = plan.divided ? ceil_div(plan.walk.slab_channels, plan.members) : plan.walk.slab_channels;
   plan.join_lanes = join_lanes(joined, plan.members);
   return plan;

@@ -93,10 +93,19 @@ def test_limits_hold(problem: Problem, pass_: str, device: str) -> None:
     # Shared memory is what is kept, and what the kernel takes for itself.
     assert resident["shared_bytes"] == VECTOR_BYTES * block * resident["kept"] * TENSORS_READ[pass_]
     assert resident["shared_bytes"] + resident["shared_overhead"] <= limits.shared_per_block
-    # All blocks of the launch run at the same time, on any device: members > 1 wait for each other.
-    assert grid <= blocks_beside(resident, limits) * limits.multiprocessors
-    if resident["members"] > 1:  # and something is left for who else waits
-        assert grid <= blocks_beside(resident, limits) * (limits.multiprocessors - limits.multiprocessors // 16)
+    # Members wait for each other: in a cluster those of each group run at the same time, else all blocks of the launch.
+    beside, members = blocks_beside(resident, limits), resident["members"]
+    assert (resident["group"] == "block") == (members == 1)
+    if resident["group"] == "cluster":
+        # A second wave of groups would cost as much as the first. There is none, as a cluster lies within 16
+        # multiprocessors.
+        assert 2 <= members <= limits.max_cluster
+        whole, rest = divmod(limits.multiprocessors, 16)
+        assert resident["groups"] <= whole * (16 * beside // members) + rest * beside // members
+    elif resident["group"] == "block":
+        assert grid <= beside * limits.multiprocessors
+    else:  # and something is left for who else waits
+        assert grid <= beside * (limits.multiprocessors - limits.multiprocessors // 16)
     assert 1 <= resident["join_lanes"] <= WARP and resident["join_lanes"] & (resident["join_lanes"] - 1) == 0
 
 
@@ -159,12 +168,13 @@ def test_bytes(problem: Problem, pass_: str, device: str) -> None:
     assert plan["predicted"]["read"] == floor["read"] + tensors * again * problem.channels
     assert floor["read"] <= plan["predicted"]["read"] < 2 * floor["read"]  # which the streaming path reads
 
-    # Every member stores a partial of each channel; all, or one for each channel, read them.
+    # Every member of a virtual cluster stores a partial of each channel; all, or one for each channel, read them.
     members = resident["members"]
-    stored = PARTIAL_DOUBLES[pass_] * 8 * problem.channels * members if members > 1 else 0
+    virtual = resident["group"] == "virtual_cluster"
+    stored = PARTIAL_DOUBLES[pass_] * 8 * problem.channels * members if virtual else 0
     if resident["divided"]:
         told = 2 * 8 * problem.channels if pass_ == "backward_train" else 0
-        assert members > 1
+        assert virtual
         assert plan["exchanged"] == {"read": stored + told * members, "written": stored + told}
     else:
         assert plan["exchanged"] == {"read": stored * members, "written": stored}
@@ -193,11 +203,15 @@ def test_inference_streams(problem: Problem, device: str) -> None:
 @settings(max_examples=300, deadline=None)
 @given(any_problem, passes, devices)
 def test_without_cooperative_launch_no_block_waits_for_another(problem: Problem, pass_: str, device: str) -> None:
-    plan = problem.plan(pass_, replace(DEVICES[device], cooperative_launch=False))
-    if plan["path"] == "resident":
-        assert plan["resident"]["members"] == 1 and not plan["resident"]["divided"]
-    else:
-        assert plan["reason"] == "no_cooperation"
+    """But for those of a hardware cluster; and without clusters, there are none."""
+    limits = replace(DEVICES[device], cooperative_launch=False)
+    for allowed in (limits, replace(limits, max_cluster=0)):
+        plan = problem.plan(pass_, allowed)
+        if plan["path"] == "resident":
+            assert plan["resident"]["group"] in (("block", "cluster") if allowed.max_cluster else ("block",))
+            assert not plan["resident"]["divided"]
+        else:
+            assert plan["reason"] == "no_cooperation"
 
 
 @pytest.mark.parametrize("shared", [0, 1024, 8 * 1024, 16 * 1024])
@@ -215,7 +229,8 @@ def test_too_little_shared_memory_streams(shared: int) -> None:
 @st.composite
 def small_limits(draw: st.DrawFn) -> Limits:
     shared = draw(st.sampled_from([20, 28, 40, 64])) * 1024
-    return Limits(draw(st.integers(1, 9)), 1024, 16, 2 * shared, shared, draw(st.sampled_from([0, 1024])), True)
+    reserved, cluster = draw(st.sampled_from([0, 1024])), draw(st.sampled_from([0, 8]))
+    return Limits(draw(st.integers(1, 9)), 1024, 16, 2 * shared, shared, reserved, True, cluster)
 
 
 @st.composite
@@ -245,8 +260,8 @@ def test_every_element_has_one_owner(problem: Problem, pass_: str, limits: Limit
 def test_small_problems_reach_every_kind_of_plan() -> None:
     """The test above means something: its problems and devices make plans of every layout, size of group and rest."""
     seen = set()
-    for multiprocessors, kib in ((1, 64), (2, 20), (9, 64)):
-        limits = Limits(multiprocessors, 1024, 16, 2 * kib * 1024, kib * 1024, 0, True)
+    for multiprocessors, kib, cluster in ((1, 64, 0), (2, 20, 0), (9, 64, 0), (9, 64, 8)):
+        limits = Limits(multiprocessors, 1024, 16, 2 * kib * 1024, kib * 1024, 0, True, cluster)
         for problem in (
             Problem(40, 10, 49, "float32", aligned=False),
             Problem(300, 64, 1, "float32"),
@@ -261,8 +276,8 @@ def test_small_problems_reach_every_kind_of_plan() -> None:
                     rest = units_not_kept(problem, resident) > 0
                     several = resident["groups"] < resident["walk"]["slabs"]
                     seen |= {(resident["walk"]["layout"], what) for what in ("any", rest and "rest") if what}
-                    seen |= {("members" if resident["members"] > 1 else "alone",), ("rounds" if several else "once",)}
-    assert {("members",), ("alone",), ("rounds",), ("once",)} <= seen
+                    seen |= {(resident["group"],), ("rounds" if several else "once",)}
+    assert {("block",), ("cluster",), ("virtual_cluster",), ("rounds",), ("once",)} <= seen
     assert {
         (layout, what) for layout in ("channels_first", "channels_last", "packed") for what in ("any", "rest")
     } <= seen

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 from simt.common import SEEDS, Servers, assert_same, judge, make
-from simt.resident_cases import RESIDENT_LAYOUTS, SHAPES, plan
+from simt.resident_cases import ALONE, CLUSTER, DIVIDED, EACH, RESIDENT_LAYOUTS, SHAPES, plan
 from simt.server import SCHEDULES, Failure, How, Server
 
 pytest_plugins = ["simt.fixtures"]
@@ -27,8 +27,8 @@ def test_a_stalled_block_stops_nobody_for_ever(plain: Server, layout: str, sched
     """Large groups, several slabs one after the other, and one block as late as can be, drawn by the seed."""
     shape = SHAPES[layout]
     inputs = make(shape, PAIR)
-    for divided in (False, True):
-        resident = plan(layout, shape, PAIR[0], 7, 2, divided=divided)
+    for way in (CLUSTER, EACH, DIVIDED):
+        resident = plan(layout, shape, PAIR[0], 7, 2, **way)
         first = plain.call(inputs, How(resident=resident), channels_last=layout == "channels_last")
         judge(inputs, first, resident)
         how = How(resident=resident, schedule=schedule, seeds=range(40))
@@ -41,14 +41,15 @@ def test_launches_of_different_groups_on_one_workspace(servers: Servers, name: s
     server = servers(name)
     inputs = make(SHAPE, PAIR)
     plans = [
-        plan("channels_first", SHAPE, PAIR[0], members, groups, divided=divided)
-        for members, groups, divided in (
-            (5, 3, False),
-            (2, 1, True),
-            (3, 2, False),
-            (1, 3, False),
-            (4, 1, True),
-            (2, 3, False),
+        plan("channels_first", SHAPE, PAIR[0], members, groups, **way)
+        for members, groups, way in (
+            (5, 3, EACH),
+            (2, 1, DIVIDED),
+            (3, 2, CLUSTER),
+            (3, 2, EACH),
+            (1, 3, ALONE),
+            (4, 1, DIVIDED),
+            (2, 3, EACH),
         )
     ]
     fresh = {resident: server.call(inputs, How(resident=resident), channels_last=False) for resident in plans}
@@ -105,3 +106,10 @@ def test_too_few_blocks_at_a_time_is_a_deadlock(plain: Server, schedule: str) ->
     # One group at a time is enough, if it is whole.
     alone = replace(resident, members=1, groups=3)
     judge(inputs, plain.call(inputs, replace(how, resident=alone, co_resident=1), channels_last=False), schedule)
+    # As hardware clusters always are, which start when there is room for all of one, and wait for no other.
+    clusters = replace(resident, groups=3, cluster=True)
+    for at_a_time in (3, 4, 6):
+        run = plain.call(inputs, replace(how, resident=clusters, co_resident=at_a_time), channels_last=False)
+        judge(inputs, run, schedule)
+    with pytest.raises(Failure, match=r"invalid launch: .* clusters of 3"):
+        plain.call(inputs, replace(how, resident=clusters, co_resident=2), channels_last=False)

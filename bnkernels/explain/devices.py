@@ -38,6 +38,7 @@ class Limits:
     shared_per_block: int
     shared_reserved: int
     cooperative_launch: bool
+    max_cluster: int
 
     def arguments(self) -> dict[str, Any]:
         """As ops.plan takes them."""
@@ -65,15 +66,16 @@ class _Gpu:
     slices: dict[str, tuple[int, int]]
 
 
-# Threads, blocks and KiB of shared memory of a multiprocessor; KiB that a block may ask for; and reserved of it.
+# Threads, blocks and KiB of shared memory of a multiprocessor; KiB that a block may ask for, and reserved of it; blocks
+# of a cluster.
 _MULTIPROCESSORS = {
-    "7.5": (1024, 16, 64, 64, 0),
-    "8.0": (2048, 32, 164, 163, 1),
-    "8.6": (1536, 16, 100, 99, 1),
-    "8.9": (1536, 24, 100, 99, 1),
-    "9.0": (2048, 32, 228, 227, 1),
-    "10.0": (2048, 32, 228, 227, 1),
-    "12.0": (1536, 24, 100, 99, 1),
+    "7.5": (1024, 16, 64, 64, 0, 0),
+    "8.0": (2048, 32, 164, 163, 1, 0),
+    "8.6": (1536, 16, 100, 99, 1, 0),
+    "8.9": (1536, 24, 100, 99, 1, 0),
+    "9.0": (2048, 32, 228, 227, 1, 8),
+    "10.0": (2048, 32, 228, 227, 1, 8),
+    "12.0": (1536, 24, 100, 99, 1, 8),
 }
 
 _A100_40GB = {"1g.5gb": (14, 1), "2g.10gb": (28, 2), "3g.20gb": (42, 4), "4g.20gb": (56, 4), "7g.40gb": (98, 8)}
@@ -100,8 +102,9 @@ _GPUS = {
 
 
 def _limits(capability: str, multiprocessors: int) -> Limits:
-    threads, blocks, shared, shared_block, reserved = _MULTIPROCESSORS[capability]
-    return Limits(multiprocessors, threads, blocks, shared * _KIB, shared_block * _KIB, reserved * _KIB, True)
+    threads, blocks, shared, shared_block, reserved, cluster = _MULTIPROCESSORS[capability]
+    shared, shared_block, reserved = (kib * _KIB for kib in (shared, shared_block, reserved))
+    return Limits(multiprocessors, threads, blocks, shared, shared_block, reserved, True, cluster)
 
 
 def _table() -> dict[str, Device]:

@@ -62,6 +62,7 @@ class Resident:
     """The path of one launch: groups of `members` blocks keep a slab on chip, each in shared_bytes of its memory."""
 
     walk: Walk
+    group: str
     members: int
     groups: int
     kept: int

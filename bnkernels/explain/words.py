@@ -6,9 +6,13 @@ from .devices import Device
 from .passes import PASSES, PassPlan, Walk
 
 _LAYOUTS = {"channels_first": "channels-first", "channels_last": "channels-last", "packed": "packed"}
+_GROUPS = {
+    "cluster": "a hardware cluster each, through each other's shared memory",
+    "virtual_cluster": "through global memory",
+}
 _REASONS = {
     "forced": "BNKERNELS_PLAN=streaming asks for it",
-    "no_cooperation": "a slab needs several blocks, and the device cannot launch blocks that wait for each other",
+    "no_cooperation": "a slab needs many blocks, and the device cannot launch blocks that wait for each other",
     "not_resident": "too little of a slab would stay on chip",
 }
 
@@ -78,7 +82,7 @@ def _figures(plan: PassPlan) -> list[tuple[str, str]]:
         if not alone:
             groups = (
                 f"{resident.grid:,} of {resident.block} threads: {count(resident.groups, 'group')} "
-                f"of {resident.members:,} members that share a slab"
+                f"of {resident.members:,} members that share a slab, {_GROUPS[resident.group]}"
             )
         lines.append(("blocks", f"{groups}; {count(resident.rounds, 'round')}"))
         lines.append(

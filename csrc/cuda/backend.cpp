@@ -11,8 +11,11 @@
 namespace bnk::cuda {
 namespace {
 
+// Blocks of a cluster that every device with clusters takes (CUDA C++ Programming Guide, "Thread Block Clusters").
+constexpr int kPortableCluster = 8;
+
 cudaError_t ask_limits(int device, DeviceLimits* limits) {
-  int shared_per_multiprocessor = 0, shared_per_block = 0, shared_reserved = 0, cooperative = 0;
+  int shared_per_multiprocessor = 0, shared_per_block = 0, shared_reserved = 0, cooperative = 0, clusters = 0;
   const std::pair<cudaDeviceAttr, int*> questions[] = {
       {cudaDevAttrMultiProcessorCount, &limits->multiprocessors},
       {cudaDevAttrMaxThreadsPerMultiProcessor, &limits->max_threads_per_multiprocessor},
@@ -21,6 +24,7 @@ cudaError_t ask_limits(int device, DeviceLimits* limits) {
       {cudaDevAttrMaxSharedMemoryPerBlockOptin, &shared_per_block},
       {cudaDevAttrReservedSharedMemoryPerBlock, &shared_reserved},
       {cudaDevAttrCooperativeLaunch, &cooperative},
+      {cudaDevAttrClusterLaunch, &clusters},
   };
   for (const auto& [attribute, answer] : questions) {
     const cudaError_t error = cudaDeviceGetAttribute(answer, attribute, device);
@@ -30,6 +34,7 @@ cudaError_t ask_limits(int device, DeviceLimits* limits) {
   limits->shared_per_block = shared_per_block;
   limits->shared_reserved = shared_reserved;
   limits->cooperative_launch = cooperative != 0;
+  limits->max_cluster = clusters != 0 ? kPortableCluster : 0;
   return cudaSuccess;
 }
 
@@ -51,31 +56,35 @@ cudaError_t current_device_limits(DeviceLimits* limits) {
 }
 
 cudaError_t confirm(Dtype dtype, Pass pass, Plan* plan) {
-  if (plan->path != Path::kResident || plan->resident.members == 1) return cudaSuccess;
+  ResidentPlan& resident = plan->resident;
+  if (plan->path != Path::kResident || resident.group == Group::kBlock) return cudaSuccess;
   // By device, kernel and what of the plan decides it.
-  using Key = std::tuple<int, Dtype, Pass, Layout, int, int64_t>;
+  using Key = std::tuple<int, Dtype, Pass, Layout, Group, int, int, int64_t>;
   static std::mutex mutex;
-  static std::map<Key, int64_t> known;  // blocks at the same time on the device
+  static std::map<Key, int> known;  // groups at the same time on the device
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
-  const ResidentPlan& resident = plan->resident;
+  const Key key{device,
+                dtype,
+                pass,
+                resident.walk.layout,
+                resident.group,
+                resident.members,
+                resident.launch.block,
+                resident.shared_bytes};
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto [entry, unknown] =
-      known.try_emplace({device, dtype, pass, resident.walk.layout, resident.launch.block, resident.shared_bytes}, 0);
-  if (unknown) {
-    int beside = 0, multiprocessors = 0;
-    error = resident_path::blocks_beside(dtype, pass, resident, &beside);
-    if (error == cudaSuccess) {
-      error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    }
-    if (error != cudaSuccess) {
-      known.erase(entry);
-      return error;
-    }
-    entry->second = int64_t{beside} * multiprocessors;
+  const auto [entry, unknown] = known.try_emplace(key, 0);
+  if (unknown && (error = resident_path::groups_at_once(dtype, pass, resident, &entry->second)) != cudaSuccess) {
+    known.erase(entry);
+    return error;
   }
-  if (entry->second < resident.launch.grid) {
+  const int fit = entry->second;
+  if (fit >= resident.groups) return cudaSuccess;
+  if (resident.group == Group::kCluster && fit > 0) {
+    resident.groups = fit;
+    resident.launch.grid = int64_t{fit} * resident.members;
+  } else {
     plan->path = Path::kStreaming;
     plan->reason = Reason::kNotResident;
   }

@@ -16,8 +16,9 @@ cudaError_t current_device_limits(DeviceLimits* limits);
 // Whether plans may take every row for aligned: see plan_streaming.
 bool is_aligned(const void* data);
 
-// Takes a resident plan back to the streaming path if the device cannot hold its blocks at the same time after all: what
-// a plan knows of a device is its limits, and drivers and other processes may take a share.
+// Fits a resident plan to what the device holds at the same time after all: what a plan knows of a device is its limits,
+// and drivers and other processes may take a share. Clusters may be fewer; where a group does not fit, or not all of those
+// of a cooperative launch, the streaming path is taken.
 cudaError_t confirm(Dtype dtype, Pass pass, Plan* plan);
 
 // Scratch memory that the pass needs, in bytes.

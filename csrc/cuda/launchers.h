@@ -15,8 +15,8 @@ cudaError_t backward(const BackwardArgs& args, const StreamingPlan& plan, void* 
 namespace resident_path {
 int64_t scratch_bytes(const ResidentPlan& plan, Pass pass);
 int64_t counters(const ResidentPlan& plan);
-// Blocks of the plan's kernel that a multiprocessor of the current device holds.
-cudaError_t blocks_beside(Dtype dtype, Pass pass, const ResidentPlan& plan, int* blocks);
+// Groups of the plan's kernel that the current device holds at a time.
+cudaError_t groups_at_once(Dtype dtype, Pass pass, const ResidentPlan& plan, int* groups);
 cudaError_t forward_train(const ForwardTrainArgs& args, const ResidentPlan& plan, void* scratch, unsigned* counters,
                           cudaStream_t stream);
 cudaError_t backward(const BackwardArgs& args, const ResidentPlan& plan, void* scratch, unsigned* counters,

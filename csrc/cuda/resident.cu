@@ -32,26 +32,44 @@ cudaError_t prepare(const void* kernel) {
   return error;
 }
 
+// How a plan's kernel is launched.
+class Configuration {
+ public:
+  Configuration(const ResidentPlan& plan, cudaStream_t stream) {
+    config_.gridDim = dim3(static_cast<unsigned>(plan.launch.grid));
+    config_.blockDim = dim3(static_cast<unsigned>(plan.launch.block));
+    config_.dynamicSmemBytes = static_cast<size_t>(plan.shared_bytes);
+    config_.stream = stream;
+    config_.attrs = &attribute_;
+    config_.numAttrs = plan.group == Group::kBlock ? 0 : 1;
+    // Blocks that wait for each other must run at the same time.
+    if (plan.group == Group::kCluster) {
+      attribute_.id = cudaLaunchAttributeClusterDimension;
+      attribute_.val.clusterDim = {static_cast<unsigned>(plan.members), 1, 1};
+    } else {
+      attribute_.id = cudaLaunchAttributeCooperative;
+      attribute_.val.cooperative = 1;
+    }
+  }
+  Configuration(const Configuration&) = delete;
+  Configuration& operator=(const Configuration&) = delete;
+
+  const cudaLaunchConfig_t* get() const { return &config_; }
+
+ private:
+  cudaLaunchConfig_t config_{};
+  cudaLaunchAttribute attribute_{};
+};
+
 class StreamExecutor {
  public:
   explicit StreamExecutor(cudaStream_t stream) : stream_(stream) {}
 
-  // Blocks that wait for each other must run at the same time, which is what a cooperative launch is for.
   template <typename Params>
   void launch(const ResidentPlan& plan, void (*kernel)(Params), const Params& params) {
     error_ = prepare(reinterpret_cast<const void*>(kernel));
     if (error_ != cudaSuccess) return;
-    cudaLaunchAttribute cooperative{};
-    cooperative.id = cudaLaunchAttributeCooperative;
-    cooperative.val.cooperative = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(plan.launch.grid));
-    config.blockDim = dim3(static_cast<unsigned>(plan.launch.block));
-    config.dynamicSmemBytes = static_cast<size_t>(plan.shared_bytes);
-    config.stream = stream_;
-    config.attrs = &cooperative;
-    config.numAttrs = plan.members > 1 ? 1 : 0;
-    error_ = cudaLaunchKernelEx(&config, kernel, params);
+    error_ = cudaLaunchKernelEx(Configuration(plan, stream_).get(), kernel, params);
   }
 
   cudaError_t error() const { return error_; }
@@ -61,19 +79,27 @@ class StreamExecutor {
   cudaError_t error_ = cudaSuccess;
 };
 
-// Launches nothing: asks how many blocks fit.
+// Launches nothing: asks how many groups fit.
 class OccupancyExecutor {
  public:
   template <typename Params>
   void launch(const ResidentPlan& plan, void (*kernel)(Params), const Params&) {
-    error = prepare(reinterpret_cast<const void*>(kernel));
+    if ((error = prepare(reinterpret_cast<const void*>(kernel))) != cudaSuccess) return;
+    if (plan.group == Group::kCluster) {
+      error = cudaOccupancyMaxActiveClusters(&groups, kernel, Configuration(plan, nullptr).get());
+      return;
+    }
+    int device = 0, multiprocessors = 0, beside = 0;
+    if ((error = cudaGetDevice(&device)) != cudaSuccess) return;
+    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
     if (error != cudaSuccess) return;
-    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, plan.launch.block,
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&beside, kernel, plan.launch.block,
                                                           static_cast<size_t>(plan.shared_bytes));
+    groups = beside * multiprocessors / plan.members;
   }
 
   cudaError_t error = cudaSuccess;
-  int blocks = 0;
+  int groups = 0;
 };
 
 }  // namespace
@@ -88,7 +114,7 @@ int64_t scratch_bytes(const ResidentPlan& plan, Pass pass) {
 
 int64_t counters(const ResidentPlan& plan) { return resident::counters(plan); }
 
-cudaError_t blocks_beside(Dtype dtype, Pass pass, const ResidentPlan& plan, int* blocks) {
+cudaError_t groups_at_once(Dtype dtype, Pass pass, const ResidentPlan& plan, int* groups) {
   OccupancyExecutor executor;
   if (pass == Pass::kForwardTrain) {
     ForwardTrainArgs args{};
@@ -99,7 +125,7 @@ cudaError_t blocks_beside(Dtype dtype, Pass pass, const ResidentPlan& plan, int*
     args.problem.dtype = dtype;
     resident::backward(args, plan, nullptr, nullptr, executor);
   }
-  *blocks = executor.blocks;
+  *groups = executor.groups;
   return executor.error;
 }
 

@@ -27,13 +27,21 @@
 //                                      leaves; orders shared and global memory among them. The blocks must all be
 //                                      resident. Between barriers the counter is 0 but for its top bit, which tells two
 //                                      barriers in a row apart; so one counter serves any launch after any other.
+//   cluster_barrier()                  the same of a hardware cluster: neighbouring blocks, as many as the launch says
 //   last_to_arrive(counter, count)     true for the last of `count` callers, whose earlier accesses are ordered before
 //                                      the last's later ones; leaves the counter 0, as it must be found
+//
+// Shared memory of another block
+//   load_member(p, rank)               the double that lies where p, in this block's shared memory, does in that of the
+//                                      rank-th block of its hardware cluster; which must have come to a barrier of the
+//                                      cluster, and not have ended. A block in no cluster is alone in one.
 //
 // Global memory
 //   load(p), store(p, v)               one element
 //   load_vector(p), store_vector(p, v) a Vector<T>: kVectorBytes at an address aligned to kVectorBytes
 //   Reuse::kAgain, Reuse::kLast        whether the bytes are worth keeping in cache for a later reader
+//   evict_last(), evict_first()        a CacheHint: the same, of L2, for load_vector(p, hint), where it is known at run time
+//                                      only, or where the later reader is of this launch; of memory that it does not write
 //
 // Values
 //   Vector<T>{}                        zeros

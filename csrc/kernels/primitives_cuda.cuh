@@ -40,6 +40,26 @@ BNK_DEVICE void group_barrier(unsigned* counter, unsigned members, unsigned rank
   __syncthreads();
 }
 
+// Before sm_90 there are no clusters, and none are launched.
+BNK_DEVICE void cluster_barrier() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+BNK_DEVICE double load_member(const double* address, int rank) {
+#if __CUDA_ARCH__ >= 900
+  const unsigned own = static_cast<unsigned>(__cvta_generic_to_shared(address));
+  unsigned other;
+  double value;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(other) : "r"(own), "r"(rank));
+  asm volatile("ld.shared::cluster.f64 %0, [%1];" : "=d"(value) : "r"(other) : "memory");
+  return value;
+#else
+  return *address;
+#endif
+}
+
 BNK_DEVICE bool last_to_arrive(unsigned* counter, unsigned count) {
   unsigned before;  // wraps to 0 behind count - 1
   asm volatile("atom.inc.acq_rel.gpu.global.u32 %0, [%1], %2;"
@@ -112,6 +132,40 @@ BNK_DEVICE void set_element(Vector<T>& vector, int i, T value) {
 template <Reuse kReuse = Reuse::kAgain, typename T>
 BNK_DEVICE Vector<T> load_vector(const T* address) {
   return load<kReuse>(reinterpret_cast<const Vector<T>*>(address));
+}
+
+// Before sm_80 a load takes no hint.
+struct CacheHint {
+  uint64_t policy;
+};
+
+BNK_DEVICE CacheHint evict_last() {
+  CacheHint hint{};
+#if __CUDA_ARCH__ >= 800
+  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(hint.policy));
+#endif
+  return hint;
+}
+
+BNK_DEVICE CacheHint evict_first() {
+  CacheHint hint{};
+#if __CUDA_ARCH__ >= 800
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(hint.policy));
+#endif
+  return hint;
+}
+
+template <typename T>
+BNK_DEVICE Vector<T> load_vector(const T* address, CacheHint hint) {
+#if __CUDA_ARCH__ >= 800
+  Vector<T> value;
+  asm("ld.global.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+      : "=r"(value.words[0]), "=r"(value.words[1]), "=r"(value.words[2]), "=r"(value.words[3])
+      : "l"(address), "l"(hint.policy));
+  return value;
+#else
+  return load_vector(address);
+#endif
 }
 
 template <Reuse kReuse = Reuse::kAgain, typename T>

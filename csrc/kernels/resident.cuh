@@ -11,18 +11,21 @@ namespace bnk {
 // Windows that a thread sums in the elements' compute type before the block goes on in double, behind those it keeps.
 inline constexpr int kChainWindows = 64;
 
-// A counter to each group, and one for the launch; each in a memory sector of its own, all 0 but for their top bits before
-// a launch and after it.
-inline constexpr int kCounterStride = 8;
+// One for each group, and one for the launch; each in a memory sector of its own, all 0 but for their top bits before a
+// launch and after it.
+struct alignas(32) Counter {
+  unsigned value;
+};
 
 struct Residence {
+  Group group;
   int members;
   int groups;
   int kept;
   bool divided;
   int join_lanes;
-  double* partial;     // where there are several members: partials.cuh
-  unsigned* counters;  // the groups', then the launch's
+  double* partial;    // of a virtual cluster: partials.cuh
+  Counter* counters;  // the groups', then the launch's
 };
 
 // Shared memory of all of a resident kernel's reductions, in doubles: of a slab's sums, and of a group's moments.
@@ -41,6 +44,9 @@ BNK_DEVICE Accumulator* slots_of(double* slots) {
   return reinterpret_cast<Accumulator*>(slots);
 }
 
+// Slabs whose partials a member of a hardware cluster holds: one that others may still read, and the next.
+inline constexpr int kToldSlabs = 2;
+
 // This block's place.
 struct Member {
   int group;
@@ -52,9 +58,7 @@ BNK_DEVICE Member member_of(const Residence& residence) {
   return {block / residence.members, block % residence.members};
 }
 
-BNK_DEVICE unsigned* counter_of(const Residence& residence, int group) {
-  return residence.counters + group * kCounterStride;
-}
+BNK_DEVICE unsigned* counter_of(const Residence& residence, int group) { return &residence.counters[group].value; }
 
 // True in one thread of the launch, of the last block to come here: when no other thread will read what it read before a
 // barrier of its block.
@@ -172,21 +176,53 @@ BNK_DEVICE void sum_share(const Walk& walk, Walker<T, kLayout>& walker, int slab
   }
 }
 
-// What the members of a group found of a slab's channels becomes known to all. A block has stored its partials of the slab;
-// then finish(local, joined) is called for its channels, from one thread each, in one of two ways:
+// What the members of a group found of a slab's channels becomes known to all. mine(local) is what this block found of a
+// channel; finish(local, joined) is called with what all of them did, from one thread for each channel, in one of two ways:
 //
 //   each for itself   by every member for all channels
 //   divided           by one member for each channel; finish leaves its results in global memory, and recall(local) is
 //                     called by every member, from one thread for each channel, to read them
 //
-// What either wrote to shared memory is there for the block when it returns.
-template <typename Accumulator, typename Finish_, typename Recall>
-BNK_DEVICE void exchange(const Residence& residence, const Walk& walk, const Member& member, int slab,
-                         Accumulator* slots, const Finish_& finish, const Recall& recall) {
+// What either wrote to shared memory is there for the block when it returns. There are two bodies of it.
+
+// What a member has told. `told` is this block's own: in every member's shared memory it lies in the same place.
+template <typename Accumulator>
+BNK_DEVICE Accumulator told_by(int rank, const Accumulator* told) {
+  Accumulator result;
+  double* fields = reinterpret_cast<double*>(&result);
+#pragma unroll
+  for (int field = 0; field < kFields<Accumulator>; ++field) {
+    fields[field] = load_member(reinterpret_cast<const double*>(told) + field, rank);
+  }
+  return result;
+}
+
+// A block alone, or in a hardware cluster: told[local] is where it tells the others. They may read it until they come to the
+// next barrier of the cluster, so that the next slab must be told elsewhere.
+template <typename Accumulator, typename Mine, typename Finish_>
+BNK_DEVICE void exchange_on_chip(const Residence& residence, int channels, Accumulator* told, const Mine& mine,
+                                 const Finish_& finish) {
+  for (int local = thread_rank(); local < channels; local += block_threads()) told[local] = mine(local);
+  if (residence.group == Group::kCluster) cluster_barrier();  // every member has told before the others read
+  for (int local = thread_rank(); local < channels; local += block_threads()) {
+    Accumulator all{};
+    for (int rank = 0; rank < residence.members; ++rank) join(all, told_by(rank, told + local));
+    finish(local, all);
+  }
+  block_barrier();  // what finish wrote to shared memory is there for all
+}
+
+// In a virtual cluster: partials.cuh.
+template <typename Accumulator, typename Mine, typename Finish_, typename Recall>
+BNK_DEVICE void exchange_in_memory(const Residence& residence, const Walk& walk, const Member& member, int slab,
+                                   Accumulator* slots, const Mine& mine, const Finish_& finish, const Recall& recall) {
   const int64_t first = int64_t{slab} * walk.slab_channels;
   const int channels = channels_of(walk, slab);
   const Finish partials{walk.channels, walk.chunks, residence.join_lanes};
   unsigned* counter = counter_of(residence, member.group);
+  for (int local = thread_rank(); local < channels; local += block_threads()) {
+    store_partial(residence.partial, walk, member.rank, first + local, mine(local));
+  }
   group_barrier(counter, residence.members, member.rank);  // every member's partials are stored before they are read
   const int worker = residence.divided ? member.rank : 0;
   const int workers = residence.divided ? residence.members : 1;
@@ -195,6 +231,24 @@ BNK_DEVICE void exchange(const Residence& residence, const Walk& walk, const Mem
   group_barrier(counter, residence.members, member.rank);  // every channel's results are stored before they are read
   for (int local = thread_rank(); local < channels; local += block_threads()) recall(local);
   block_barrier();  // what recall wrote to shared memory is there for all
+}
+
+// told: kToldSlabs * kMaxSlabChannels of shared memory, which a group's slabs take in turn.
+template <Layout kLayout, typename Accumulator, typename Mine, typename Finish_, typename Recall>
+BNK_DEVICE void exchange(const Residence& residence, const Walk& walk, const Member& member, int slab,
+                         Accumulator* told, Accumulator* slots, const Mine& mine, const Finish_& finish,
+                         const Recall& recall) {
+  if (residence.group == Group::kVirtualCluster) {
+    exchange_in_memory(residence, walk, member, slab, slots, mine, finish, recall);
+  } else {
+    const int turn = slab / residence.groups % kToldSlabs;
+    exchange_on_chip(residence, channels_of(walk, slab), told + turn * kMaxSlabChannels<kLayout>, mine, finish);
+  }
+}
+
+// Before a block ends.
+BNK_DEVICE void leave(const Residence& residence) {
+  if (residence.group == Group::kCluster) cluster_barrier();  // what this block told is read before its memory goes
 }
 
 }  // namespace bnk

@@ -96,12 +96,13 @@ resident_backward_kernel(ResidentBackwardParams params) {
   constexpr int kSlabChannels = kMaxSlabChannels<kLayout>;
   BNK_SHARED(double, slots, (kResidentSlots<T, kLayout>));
   BNK_SHARED(Sums, totals, kSlabChannels);
+  BNK_SHARED(Sums, told, kToldSlabs * kSlabChannels);
   BNK_SHARED(Real, invstds, kSlabChannels);
   BNK_SHARED(Real, scales, kSlabChannels);
   BNK_SHARED(Real, means_g, kSlabChannels);
   BNK_SHARED(Real, means_g_xhat, kSlabChannels);
   BNK_DYNAMIC_SHARED(Vector<T>, dynamic);
-  static_assert(sizeof slots + sizeof totals + 4 * sizeof scales <= resident_overhead(kLayout));
+  static_assert(sizeof slots + sizeof totals + sizeof told + 4 * sizeof scales <= resident_overhead(kLayout));
 
   const Walk& walk = params.walk;
   const Residence& residence = params.residence;
@@ -128,15 +129,17 @@ resident_backward_kernel(ResidentBackwardParams params) {
     // 1. The share, and its sums.
     Products<T, kColumns> sums;
     const auto sum = [&](int first, int count) {
+      const bool keeps = first == 0;
+      const HintedLoads loads{keeps ? evict_first() : evict_last()};
       sums.clear();
       walker.seek(first);
       for (int done = 0; done < count && walker.more(); done += kTile) {
         Window windows[kTile];
         Vector<T> x_bits[kTile], g_bits[kTile];
         next_tile(walker, windows, count - done);
-        load_tile<Reuse::kAgain>(x, windows, x_bits);
-        load_tile<Reuse::kAgain>(g, windows, g_bits);
-        if (first == 0) {
+        load_tile(x, windows, x_bits, loads);
+        load_tile(g, windows, g_bits, loads);
+        if (keeps) {
           keep_tile(kept_x, done, count - done, x_bits);
           keep_tile(kept_g, done, count - done, g_bits);
         }
@@ -172,22 +175,12 @@ resident_backward_kernel(ResidentBackwardParams params) {
       write(params.mean_g, channel, mean_g);
       write(params.mean_g_xhat, channel, mean_g_xhat);
     };
-    const int channels = channels_of(walk, slab);
-    for (int local = thread_rank(); local < channels; local += block_threads()) {
-      if (residence.members == 1) {
-        finish(local, totals[local]);
-      } else {
-        store_partial(residence.partial, walk, member.rank, first_channel + local, totals[local]);
-      }
-    }
-    if (residence.members == 1) {
-      block_barrier();  // every channel's means are there for all
-    } else {
-      exchange(residence, walk, member, slab, slots_of<Sums>(slots), finish, [&](int local) {
-        const int64_t channel = first_channel + local;
-        set(local, read(params.mean_g, channel), read(params.mean_g_xhat, channel));
-      });
-    }
+    const auto mine = [&](int local) { return totals[local]; };
+    const auto recall = [&](int local) {
+      const int64_t channel = first_channel + local;
+      set(local, read(params.mean_g, channel), read(params.mean_g_xhat, channel));
+    };
+    exchange<kLayout>(residence, walk, member, slab, told, slots_of<Sums>(slots), mine, finish, recall);
 
     // 3. The result.
     Real invstd[kColumns], scale[kColumns], mean_g[kColumns], mean_g_xhat[kColumns];
@@ -225,6 +218,7 @@ resident_backward_kernel(ResidentBackwardParams params) {
       }
     });
   }
+  leave(residence);
 }
 
 }  // namespace bnk

@@ -95,7 +95,7 @@ BNK_DEVICE void sum_deviations(const View<const T, kLayout>& x, Walker<T, kLayou
     if constexpr (kIsKept) {
       fetch_tile(kept, first + done, count - done, bits);
     } else {
-      load_tile<Reuse::kAgain>(x, windows, bits);
+      load_tile(x, windows, bits, HintedLoads{evict_last()});
     }
     if (all_full(windows, kVectorElements<T>)) {
       sums.template add_tile<true>(windows, bits, pivot);
@@ -117,13 +117,14 @@ resident_forward_kernel(ResidentForwardParams params) {
   constexpr int kSlabChannels = kMaxSlabChannels<kLayout>;
   BNK_SHARED(double, slots, (kResidentSlots<T, kLayout>));
   BNK_SHARED(Sums, totals, kSlabChannels);
+  BNK_SHARED(Moments, told, kToldSlabs * kSlabChannels);
   BNK_SHARED(Real, pivots, kSlabChannels);
   BNK_SHARED(Real, means, kSlabChannels);
   BNK_SHARED(Real, invstds, kSlabChannels);
   BNK_SHARED(Real, weights, kSlabChannels);
   BNK_SHARED(Real, biases, kSlabChannels);
   BNK_DYNAMIC_SHARED(Vector<T>, dynamic);
-  static_assert(sizeof slots + sizeof totals + 5 * sizeof pivots <= resident_overhead(kLayout));
+  static_assert(sizeof slots + sizeof totals + sizeof told + 5 * sizeof pivots <= resident_overhead(kLayout));
   const Kept<T> kept{dynamic};
 
   const Walk& walk = params.walk;
@@ -192,27 +193,18 @@ resident_forward_kernel(ResidentForwardParams params) {
         write_statistics(params.results, first_channel + local, all, running_factor(params.results, batches));
       }
     };
-    const int channels = channels_of(walk, slab);
-    for (int local = thread_rank(); local < channels; local += block_threads()) {
+    const auto mine = [&](int local) {
       const Sums all = totals[local];
       const double count = static_cast<double>(walker.elements());
       const double shift = all.first / count;
       const double m2 = fused_multiply_add(-shift, all.first, all.second);
-      const Moments moments{count, static_cast<double>(pivots[local]) + shift, m2 < 0 ? 0 : m2};
-      if (residence.members == 1) {
-        finish(local, moments);
-      } else {
-        store_partial(residence.partial, walk, member.rank, first_channel + local, moments);
-      }
-    }
-    if (residence.members == 1) {
-      block_barrier();  // every channel's statistics are there for all
-    } else {
-      exchange(residence, walk, member, slab, slots_of<Moments>(slots), finish, [&](int local) {
-        const int64_t channel = first_channel + local;
-        set(local, read(params.results.mean, channel), read(params.results.invstd, channel));
-      });
-    }
+      return Moments{count, static_cast<double>(pivots[local]) + shift, m2 < 0 ? 0 : m2};
+    };
+    const auto recall = [&](int local) {
+      const int64_t channel = first_channel + local;
+      set(local, read(params.results.mean, channel), read(params.results.invstd, channel));
+    };
+    exchange<kLayout>(residence, walk, member, slab, told, slots_of<Moments>(slots), mine, finish, recall);
 
     // 4. The result.
     Real mean[kColumns], invstd[kColumns], weight[kColumns], bias[kColumns];
@@ -246,6 +238,7 @@ resident_forward_kernel(ResidentForwardParams params) {
     });
   }
 
+  leave(residence);
   if (params.num_batches_tracked == nullptr) return;
   // Every thread has read a cumulative average's count, before a barrier of its block, when the last block here counts this
   // batch.

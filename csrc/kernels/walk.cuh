@@ -67,16 +67,48 @@ BNK_DEVICE bool is_inside(const View<const T, kLayout>& view, const Window& wind
   return window.offset >= 0 && window.offset <= view.elements - kVectorElements<T>;
 }
 
-template <Reuse kReuse, typename T, Layout kLayout>
-BNK_DEVICE Vector<T> load_window(const View<const T, kLayout>& view, const Window& window) {
+template <typename Loads, typename T, Layout kLayout>
+BNK_DEVICE Vector<T> load_window(const View<const T, kLayout>& view, const Window& window, const Loads& loads) {
   const T* start = view.data + window.offset;
-  if (view.wide && window.size() > 0 && is_inside(view, window)) return load_vector<kReuse>(start);
+  if (view.wide && window.size() > 0 && is_inside(view, window)) return loads.vector(start);
   Vector<T> bits{};
 #pragma unroll
   for (int i = 0; i < kVectorElements<T>; ++i) {
-    if (i >= window.begin && i < window.end) set_element(bits, i, load<kReuse>(start + i));
+    if (i >= window.begin && i < window.end) set_element(bits, i, loads.element(start + i));
   }
   return bits;
+}
+
+// What is loaded as the code says ...
+template <Reuse kReuse>
+struct Loads {
+  template <typename T>
+  BNK_DEVICE Vector<T> vector(const T* start) const {
+    return load_vector<kReuse>(start);
+  }
+  template <typename T>
+  BNK_DEVICE T element(const T* start) const {
+    return load<kReuse>(start);
+  }
+};
+
+// ... or as a hint does.
+struct HintedLoads {
+  CacheHint hint;
+
+  template <typename T>
+  BNK_DEVICE Vector<T> vector(const T* start) const {
+    return load_vector(start, hint);
+  }
+  template <typename T>
+  BNK_DEVICE T element(const T* start) const {
+    return load(start);
+  }
+};
+
+template <Reuse kReuse, typename T, Layout kLayout>
+BNK_DEVICE Vector<T> load_window(const View<const T, kLayout>& view, const Window& window) {
+  return load_window(view, window, Loads<kReuse>{});
 }
 
 // The elements of a window; those that are not there are 0.
@@ -114,21 +146,27 @@ BNK_DEVICE bool all_full(const Window (&windows)[kTile], int elements) {
 }
 
 // A tile of windows. All its loads are issued one behind the other, unless one is not of a vector, which is rare.
-template <Reuse kReuse, typename T, Layout kLayout, int kTile>
-BNK_DEVICE void load_tile(const View<const T, kLayout>& view, const Window (&windows)[kTile],
-                          Vector<T> (&bits)[kTile]) {
+template <typename Loads, typename T, Layout kLayout, int kTile>
+BNK_DEVICE void load_tile(const View<const T, kLayout>& view, const Window (&windows)[kTile], Vector<T> (&bits)[kTile],
+                          const Loads& loads) {
   bool vectors = view.wide;
 #pragma unroll
   for (int i = 0; i < kTile; ++i) vectors &= windows[i].size() == 0 || is_inside(view, windows[i]);
   if (vectors) {
 #pragma unroll
     for (int i = 0; i < kTile; ++i) {
-      bits[i] = windows[i].size() > 0 ? load_vector<kReuse>(view.data + windows[i].offset) : Vector<T>{};
+      bits[i] = windows[i].size() > 0 ? loads.vector(view.data + windows[i].offset) : Vector<T>{};
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < kTile; ++i) bits[i] = load_window<kReuse>(view, windows[i]);
+    for (int i = 0; i < kTile; ++i) bits[i] = load_window(view, windows[i], loads);
   }
+}
+
+template <Reuse kReuse, typename T, Layout kLayout, int kTile>
+BNK_DEVICE void load_tile(const View<const T, kLayout>& view, const Window (&windows)[kTile],
+                          Vector<T> (&bits)[kTile]) {
+  load_tile(view, windows, bits, Loads<kReuse>{});
 }
 
 template <typename T, int kTile>

@@ -10,17 +10,21 @@ namespace bnk::resident {
 
 // Doubles of scratch memory; its contents are undefined before and after.
 inline int64_t forward_scratch(const ResidentPlan& plan) {
-  return plan.members == 1 ? 0 : kFields<Moments> * plan.members * plan.walk.channels;
+  return plan.group != Group::kVirtualCluster ? 0 : kFields<Moments> * plan.members * plan.walk.channels;
 }
 inline int64_t backward_scratch(const ResidentPlan& plan) {
-  return plan.members == 1 ? 0 : (kFields<Sums> * plan.members + (plan.divided ? 2 : 0)) * plan.walk.channels;
+  if (plan.group != Group::kVirtualCluster) return 0;
+  return (kFields<Sums> * plan.members + (plan.divided ? 2 : 0)) * plan.walk.channels;
 }
 
-// Counters that a launch needs: all 0 but for their top bits before it, and after it.
-inline int64_t counters(const ResidentPlan& plan) { return int64_t{kCounterStride} * (plan.groups + 1); }
+// Words of counters that a launch needs: all 0 but for their top bits before it, and after it.
+inline int64_t counters(const ResidentPlan& plan) {
+  return static_cast<int64_t>(sizeof(Counter) / sizeof(unsigned)) * (plan.groups + 1);
+}
 
 inline Residence residence(const ResidentPlan& plan, double* scratch, unsigned* counters) {
-  return {plan.members, plan.groups, plan.kept, plan.divided, plan.join_lanes, scratch, counters};
+  return {plan.group,   plan.members,    plan.groups, plan.kept,
+          plan.divided, plan.join_lanes, scratch,     reinterpret_cast<Counter*>(counters)};
 }
 
 // Calls body(TypeTag<T>, LayoutTag<kLayout>) with those of the plan.

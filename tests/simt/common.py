@@ -15,6 +15,9 @@ from .server import Run, Server
 BUILDS = ("plain", "asan", "tsan")
 SEEDS = range(20)
 LAYOUTS = ("channels_first", "channels_last")
+# What is said of accesses that nothing orders, under ThreadSanitizer: by itself, or by the engine, of the shared memory
+# of another block of a cluster.
+UNORDERED = "data race|shared memory of a block that (may not have started|ends)"
 PAIRS = [pytest.param(pair, id="+".join(dict.fromkeys(pair))) for pair in DTYPE_PAIRS]
 
 

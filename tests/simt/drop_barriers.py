@@ -21,6 +21,7 @@ if __name__ == "__main__":
 from bnkernels.testing import Case, judge_call  # noqa: E402
 from simt import build  # noqa: E402
 from simt.plans import Resident  # noqa: E402
+from simt.resident_cases import ALONE, CLUSTER, DIVIDED, EACH  # noqa: E402
 from simt.server import Failure, How, Server  # noqa: E402
 
 # Any primitive named like one: block_barrier, and what later issues may add.
@@ -37,8 +38,8 @@ for name, layout, lanes, last in (
     (LAST, "channels_last", 4, True),
     (PACKED, "packed", 49, False),
 ):
-    for members, divided in ((1, False), (3, False), (3, True)):
-        CASES.append((name, How(resident=Resident(layout, 64, members, 1, 4, lanes, divided)), last))
+    for members, way in ((1, ALONE), (3, CLUSTER), (3, EACH), (3, DIVIDED)):
+        CASES.append((name, How(resident=Resident(layout, 64, members, 1, 4, lanes, **way)), last))
 # Which bits a missing barrier changes is a matter of luck, so many seeds; the race detector needs none.
 SEEDS = {"plain": range(20), "tsan": range(1)}
 BUILDS = tuple(SEEDS)

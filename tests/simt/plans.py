@@ -16,6 +16,7 @@ class Resident:
     kept: int = 4
     lanes: int = 1
     divided: bool = False
+    cluster: bool = False
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Limits:
     shared_per_block: int = 227 << 10
     shared_reserved: int = 1 << 10
     cooperative_launch: bool = True
+    max_cluster: int = 8
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Plan:
     slabs: int
     slab_channels: int
     members: int
+    group: str
     groups: int
     kept: int
     divided: bool
@@ -57,7 +60,7 @@ class Plan:
     def parse(line: str) -> Plan:
         """From run_kernels' answer."""
         words = dict(word.split("=") for word in line.split())
-        text = {key: words.pop(key) for key in ("path", "reason", "layout")}
+        text = {key: words.pop(key) for key in ("path", "reason", "layout", "group")}
         number = {key: int(value) for key, value in words.items()}
         traffic = {
             "floor": (number.pop("floor_read"), number.pop("floor_written")),

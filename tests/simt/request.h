@@ -130,7 +130,8 @@ inline bnk::DeviceLimits limits_of(const std::string& text) {
   char comma;
   in >> limits.multiprocessors >> comma >> limits.max_threads_per_multiprocessor >> comma >>
       limits.max_blocks_per_multiprocessor >> comma >> limits.shared_per_multiprocessor >> comma >>
-      limits.shared_per_block >> comma >> limits.shared_reserved >> comma >> limits.cooperative_launch;
+      limits.shared_per_block >> comma >> limits.shared_reserved >> comma >> limits.cooperative_launch >> comma >>
+      limits.max_cluster;
   return limits;
 }
 

@@ -12,6 +12,13 @@ from .plans import Resident
 
 RESIDENT_LAYOUTS = ("channels_first", "channels_last", "packed")
 
+# How the blocks of a group tell each other what they found: not at all, through each other's shared memory, or through
+# global memory, joined by each for itself or divided among them.
+ALONE: dict[str, bool] = {}
+CLUSTER = {"cluster": True}
+EACH: dict[str, bool] = {}
+DIVIDED = {"divided": True}
+
 # Several slabs, of which the last is shorter; rows that start and end anywhere, but for packed ones.
 SHAPES = {"channels_first": (7, 3, 301), "channels_last": (19, 69, 3), "packed": (61, 6, 12)}
 # As packed rows come in practice: 49 elements, slabs of 16 channels (of 8 in double) and a last one of 8.
@@ -34,6 +41,7 @@ def plan(
     block: int = 32,
     lanes: int = 4,
     slab_channels: int = 4,
+    cluster: bool = False,
 ) -> Resident:
     """`lanes` is for channels-last; those of packed follow from `slab_channels`, and may ask for a larger block."""
     if layout == "channels_first":
@@ -45,7 +53,7 @@ def plan(
         assert slab_channels * inner % per_vector == 0
         lanes = slab_channels * inner // per_vector
         block = max(block, math.ceil(lanes / 32) * 32)
-    return Resident(layout, block, members, groups, kept, lanes, divided)
+    return Resident(layout, block, members, groups, kept, lanes, divided, cluster)
 
 
 def share_windows(resident: Resident, shape: tuple[int, ...], dtype: str) -> int:

@@ -11,7 +11,7 @@
 //   outer channels inner dtype           the problem
 //   momentum cumulative eps training     as in problem.h
 //   block chunks                         the plan: make_streaming(), or, with multiprocessors and threads instead, plan_streaming()
-//   layout lanes block members groups kept divided     the resident path instead, with make_resident()
+//   layout lanes block members groups kept divided cluster     the resident path instead, with make_resident()
 //   limits                               plan_pass() for a device: the numbers of DeviceLimits in order, commas between
 //   only_plan                            with limits: nothing is run, and no tensor needed; x is aligned
 //   finish_block grid                    another block size for the finishing kernels; a limit to every grid
@@ -74,16 +74,18 @@ class HostExecutor {
   // All blocks of a resident plan run at a time, as in a cooperative launch; unless a test will see that they must.
   template <typename Params>
   void launch(const bnk::ResidentPlan& plan, void (*kernel)(Params), const Params& params) {
-    launch(plan.launch, kernel, params, static_cast<size_t>(plan.shared_bytes), co_resident_);
+    launch(plan.launch, kernel, params, static_cast<size_t>(plan.shared_bytes), co_resident_,
+           plan.group == bnk::Group::kCluster ? static_cast<unsigned>(plan.members) : 1);
   }
 
   template <typename Params>
   void launch(bnk::Launch launch, void (*kernel)(Params), const Params& params) {
-    this->launch(launch, kernel, params, 0, resident_);
+    this->launch(launch, kernel, params, 0, resident_, 1);
   }
 
   template <typename Params>
-  void launch(bnk::Launch launch, void (*kernel)(Params), const Params& params, size_t dynamic, unsigned resident) {
+  void launch(bnk::Launch launch, void (*kernel)(Params), const Params& params, size_t dynamic, unsigned resident,
+              unsigned cluster) {
     if (!fault.empty()) return;
     const int64_t blocks = last_blocks_ == 0 ? launch.grid : std::min(last_blocks_, launch.grid);
     const auto grid = static_cast<unsigned>(blocks);
@@ -91,6 +93,7 @@ class HostExecutor {
     const simt::Report report =
         simt::launch({.grid = grid,
                       .block = block,
+                      .cluster = cluster,
                       .seed = 8 * seed_ + count,
                       .schedule = schedule_,
                       .dynamic_bytes = dynamic,
@@ -146,9 +149,10 @@ std::optional<bnk::ResidentPlan> resident_plan(const Request& request) {
     return std::nullopt;
   }
   const auto number = [&](const char* key) { return static_cast<int>(request.integer(key, 0)); };
-  return bnk::make_resident(problem, is_aligned(request), pass,
-                            {simt::layout_named(request.options.at("layout")), number("lanes"), number("block"),
-                             number("members"), number("groups"), number("kept"), number("divided") != 0});
+  return bnk::make_resident(
+      problem, is_aligned(request), pass,
+      {simt::layout_named(request.options.at("layout")), number("lanes"), number("block"), number("members"),
+       number("groups"), number("kept"), number("divided") != 0, number("cluster") != 0});
 }
 
 bnk::StreamingPlan streaming_plan(const Request& request) {
@@ -272,6 +276,7 @@ void print_plan(const bnk::Plan& plan) {
   const bool resident = plan.path == bnk::Path::kResident;
   static const char* const layouts[] = {"channels_first", "channels_last", "packed"};
   static const char* const reasons[] = {"none", "forced", "no_reduction", "no_cooperation", "not_resident"};
+  static const char* const groups[] = {"block", "cluster", "virtual_cluster"};
   const bnk::Walk& walk = resident ? plan.resident.walk : plan.streaming.walk;
   const bnk::Launch& launch = resident ? plan.resident.launch : plan.streaming.walk_launch;
   std::cout << "plan path=" << (resident ? "resident" : "streaming")
@@ -279,6 +284,7 @@ void print_plan(const bnk::Plan& plan) {
             << " layout=" << layouts[static_cast<int>(walk.layout)] << " grid=" << launch.grid
             << " block=" << launch.block << " slabs=" << walk.slabs.value << " slab_channels=" << walk.slab_channels
             << " members=" << (resident ? plan.resident.members : 0)
+            << " group=" << (resident ? groups[static_cast<int>(plan.resident.group)] : "none")
             << " groups=" << (resident ? plan.resident.groups : 0) << " kept=" << (resident ? plan.resident.kept : 0)
             << " divided=" << (resident && plan.resident.divided) << " floor_read=" << plan.floor.read
             << " floor_written=" << plan.floor.written << " read=" << plan.predicted.read

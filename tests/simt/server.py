@@ -267,7 +267,7 @@ class Server:
             raise Failure(self._complaint()) from None
         run = self._answer([(name, tensor) for name, mode, tensor, *_ in tensors if mode != "in"], channels_last)
         # ThreadSanitizer tells what it sees and goes on.
-        if os.fstat(self._stderr.fileno()).st_size > 0:
+        if self._has_complained():
             self.kill()
             raise Failure(self._complaint())
         return run
@@ -281,7 +281,12 @@ class Server:
                 plans.append(Plan.parse(rest))
                 continue
             if kind != "launch":
-                raise Failure(line.replace("|", "\n") if line else self._complaint())
+                # With a fault there may be more to be told.
+                if line and not self._has_complained():
+                    raise Failure(line.replace("|", "\n"))
+                if line:
+                    self.kill()
+                raise Failure("\n".join(filter(None, [line.replace("|", "\n"), self._complaint()])))
             grid, block, switches, barriers, *traffic = rest.split()
             moved = [entry.split(":") for entry in traffic]
             read = {name: int(count) for name, count, _ in moved}
@@ -293,6 +298,9 @@ class Server:
             data = self._process.stdout.read(like.numel() * like.element_size())
             outputs[_OUTPUT_NAMES.get(name, name)] = _from_bytes(data, like, channels_last)
         return Run(Outputs(**outputs), launches, plans)
+
+    def _has_complained(self) -> bool:
+        return os.fstat(self._stderr.fileno()).st_size > 0
 
     def _complaint(self) -> str:
         """What the process, which is at its end, said to stderr."""

@@ -129,10 +129,11 @@ activations over the floor, which is 2 tensors forward (x, y) and 3 backward (x,
 kernels move 3 and 5, a ratio of 1.5 and 1.67.
 
 - *plan*: on an H200, the blocks of a group times the groups that run at a time, and how much of what they read stays on
-  chip. *packed*: rows of several channels are walked side by side. *streams*: several launches.
+  chip. *packed*: rows of several channels are walked side by side. *cluster*: the groups are hardware clusters.
+  *streams*: several launches.
 - *planned*: the plan's prediction for that device.
 - *exchange*: what the blocks of a group tell each other, on top of that. Each member reads all of it, or its part: 3 MB
-  of scratch memory at most.
+  of scratch memory at most; none in a hardware cluster, where they read each other's shared memory.
 - *counted*: the kernels, run thread by thread on the host for a device and a batch that are both 32 times smaller (4
   multiprocessors with 31/32 of the shared memory each: of the H200's 132 the plan leaves 8 to others). What is kept is
   cut into fewer blocks there, so that the two may differ. A vector of 16 bytes that two rows share is counted twice.
@@ -148,7 +149,8 @@ def plan_words(plan: Plan) -> str:
         return "streams"
     kept = 2 - plan.predicted[0] / plan.floor[0]
     packed = "packed " if plan.layout == "packed" else ""
-    return f"{packed}{plan.members} x {plan.groups}" + ("" if kept == 1 else f", {100 * kept:.0f}%")
+    cluster = "cluster " if plan.group == "cluster" else ""
+    return f"{packed}{cluster}{plan.members} x {plan.groups}" + ("" if kept == 1 else f", {100 * kept:.0f}%")
 
 
 def figures(cells: list[Cell]) -> list[str]:
