@@ -20,6 +20,7 @@ from .modules import (
     LazyBatchNorm3d,
 )
 from .ops import build_info
+from .sync import DistributedDataParallel, SyncBatchNorm
 
 __version__ = "0.1.0"
 
@@ -28,9 +29,11 @@ __all__ = [
     "BatchNorm2d",
     "BatchNorm3d",
     "ConversionReport",
+    "DistributedDataParallel",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
+    "SyncBatchNorm",
     "__version__",
     "batch_norm",
     "build_info",

@@ -16,7 +16,7 @@ from torch import nn
 # _BatchNorm is the base of SyncBatchNorm too, and of what torch derives for quantization-aware training.
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import modules
+from . import modules, sync
 
 logger = logging.getLogger("bnkernels")
 
@@ -29,6 +29,7 @@ _OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.LazyBatchNorm1d: modules.LazyBatchNorm1d,
     nn.LazyBatchNorm2d: modules.LazyBatchNorm2d,
     nn.LazyBatchNorm3d: modules.LazyBatchNorm3d,
+    nn.SyncBatchNorm: sync.SyncBatchNorm,
 }
 _TORCHS = {ours: torchs for torchs, ours in _OURS.items()}
 
@@ -78,10 +79,10 @@ def convert(
     *,
     report: ConversionReport | None = None,
 ) -> _Model:
-    """Makes every torch.nn.BatchNorm1d/2d/3d and LazyBatchNorm1d/2d/3d of a model a bnkernels one, in place.
+    """Makes every torch.nn.BatchNorm1d/2d/3d, their lazy forms and SyncBatchNorm of a model bnkernels' own, in place.
 
-    Exact types only. SyncBatchNorm and subclasses of torch's classes (parametrized ones among them) compute something
-    of their own and are left as they are, as is a module whose forward has been replaced on the object.
+    Exact types only. Subclasses of torch's classes (parametrized ones among them) compute something of their own and
+    are left as they are, as is a module whose forward has been replaced on the object.
     Parameters, buffers, hooks, flags and the state_dict do not change. revert() undoes it.
 
     Args:
@@ -131,6 +132,10 @@ def _change(
             logger.debug("%s: %s left: %s", name, _qualified(before), reason)
             continue
         module.__class__ = after  # type: ignore[assignment]
+        if isinstance(module, sync.SyncBatchNorm):
+            module.qualified_name = name
+        elif from_ours:
+            module.__dict__.pop("qualified_name", None)
         done.changed.append(Change(name, before, after))
         logger.debug("%s: %s -> %s", name, _qualified(before), _qualified(after))
     _log(done, verb, type(model).__name__)
@@ -147,8 +152,6 @@ def _reason_to_skip(
     filter_fn: Callable[[nn.Module, str], bool] | None,
 ) -> str:
     """Why a BatchNorm is left as it is, "" if it is not."""
-    if isinstance(module, nn.SyncBatchNorm):
-        return "synchronises its statistics between processes"
     if after is None:
         return "a subclass, whose forward may be its own"
     if "forward" in module.__dict__:

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
 from . import autograd
+from .ranks import Ranks
 
 
 def batch_norm(
@@ -99,6 +100,38 @@ def batch_norm_tracked(
         raise ValueError(f"batch_norm eps must be {wanted}, but got {eps}")
     return autograd.batch_norm(
         input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps
+    )
+
+
+def sync_batch_norm_tracked(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    ranks: Ranks,
+) -> Tensor:
+    """What SyncBatchNorm calls in training: batch_norm_tracked() of a batch that lies on several ranks."""
+    if has_torch_function_unary(input):
+        result: Tensor = handle_torch_function(
+            sync_batch_norm_tracked,
+            (input,),
+            input,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            num_batches_tracked,
+            momentum,
+            eps,
+            ranks,
+        )
+        return result
+    return autograd.sync_batch_norm(
+        input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, ranks
     )
 
 

@@ -5,6 +5,8 @@ The only file that knows how Python reaches C++. Two doors lead to the same kern
     forward_train, forward_eval, backward            pybind functions, for eager: the cheaper call
     train_functional, eval_op, backward_op           the registered ops torch.ops.bnkernels.*, for tracing
 
+The steps of a batch that lies on several ranks have the second alone: beside a collective a call costs nothing.
+
 The pybind functions go through torch's dispatcher as well, so that dispatch modes and tensor subclasses see them.
 """
 
@@ -97,6 +99,13 @@ train_functional = torch.ops.bnkernels.batch_norm_train_functional.default
 eval_op = torch.ops.bnkernels.batch_norm_eval.default
 backward_op = torch.ops.bnkernels.batch_norm_backward.default
 
+sync_statistics = torch.ops.bnkernels.sync_batch_norm_statistics.default
+sync_join = torch.ops.bnkernels.sync_batch_norm_join.default
+sync_join_functional = torch.ops.bnkernels.sync_batch_norm_join_functional.default
+sync_normalize = torch.ops.bnkernels.sync_batch_norm_normalize.default
+sync_grad_sums = torch.ops.bnkernels.sync_batch_norm_grad_sums.default
+sync_grad_input = torch.ops.bnkernels.sync_batch_norm_grad_input.default
+
 
 def build_info() -> dict[str, object]:
     """What this installation was built with: versions of torch, CUDA and the compiler, GPU architectures, CPU SIMD."""
@@ -118,22 +127,68 @@ def _statistic(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
+def _updated(
+    mean: Tensor, running_mean: Tensor | None, running_var: Tensor | None, num_batches_tracked: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The buffers that a functional op returns."""
+
+    def updated(buffer: Tensor | None) -> Tensor:
+        return mean.new_empty(0) if buffer is None else torch.empty_like(buffer)
+
+    return updated(running_mean), updated(running_var), updated(num_batches_tracked)
+
+
+def _parameter_grads(
+    x: Tensor, weight: Tensor | None, mean: Tensor, need_weight: bool, need_bias: bool
+) -> tuple[Tensor, Tensor]:
+    parameter = weight if weight is not None else mean
+    return (
+        parameter.new_empty(x.shape[1] if need_weight and weight is not None else 0),
+        parameter.new_empty(x.shape[1] if need_bias else 0),
+    )
+
+
 def _check(x: Tensor, **vectors: Tensor | None) -> None:
     if x.dim() < 2:
         raise RuntimeError(f"batch_norm: expected an input of 2 or more dimensions, but got {x.dim()}")
-    dtypes = {x.dtype, torch.float32} if x.dtype in (torch.float16, torch.bfloat16) else {x.dtype}
+    _check_vectors(x.shape[1], x.dtype, x.device, **vectors)
+
+
+def _check_vectors(channels: int, dtype: torch.dtype, device: torch.device, **vectors: Tensor | None) -> None:
+    dtypes = {dtype, torch.float32} if dtype in (torch.float16, torch.bfloat16) else {dtype}
     for name, vector in vectors.items():
         if vector is None:
             continue
-        torch._check(vector.numel() == x.shape[1], partial(_wrong_size, name, vector, x))
-        if vector.device != x.device:
-            raise RuntimeError(f"batch_norm: expected {name} on the input's device, {x.device}, not {vector.device}")
+        torch._check(vector.numel() == channels, partial(_wrong_size, name, vector, channels))
+        if vector.device != device:
+            raise RuntimeError(f"batch_norm: expected {name} on the input's device, {device}, not {vector.device}")
         if vector.dtype not in dtypes:
             raise RuntimeError(f"batch_norm: expected {name} of one of {dtypes}, not {vector.dtype}")
 
 
-def _wrong_size(name: str, vector: Tensor, x: Tensor) -> str:
-    return f"{name} should contain {x.shape[1]} elements not {vector.numel()}"
+def _wrong_size(name: str, vector: Tensor, channels: int) -> str:
+    return f"{name} should contain {channels} elements not {vector.numel()}"
+
+
+def _check_rows(rows: Tensor, size: int, device: torch.device) -> None:
+    if rows.dim() != 2 or rows.dtype != torch.float64:
+        raise RuntimeError(
+            f"sync_batch_norm: expected a row of doubles from each rank, but got shape {tuple(rows.shape)} and dtype "
+            f"{rows.dtype}"
+        )
+    torch._check(
+        rows.shape[1] == size,
+        lambda: f"sync_batch_norm: expected a row of {size} doubles from each rank, but got shape {rows.shape}",
+    )
+    if rows.device != device:
+        raise RuntimeError(f"sync_batch_norm: expected the ranks' rows on {device}, but got them on {rows.device}")
+
+
+def _check_grad(grad: Tensor, x: Tensor) -> None:
+    torch._check(
+        grad.shape == x.shape,
+        lambda: f"batch_norm backward: expected a gradient of shape {x.shape}, but got {grad.shape}",
+    )
 
 
 @torch.library.register_fake("bnkernels::batch_norm_train")
@@ -164,11 +219,7 @@ def _train_functional_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     _check(x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     mean, invstd = _statistic(x), _statistic(x)
-    updated_mean, updated_var, updated_counter = (
-        mean.new_empty(0) if buffer is None else torch.empty_like(buffer)
-        for buffer in (running_mean, running_var, num_batches_tracked)
-    )
-    return _like(x), mean, invstd, updated_mean, updated_var, updated_counter
+    return _like(x), mean, invstd, *_updated(mean, running_mean, running_var, num_batches_tracked)
 
 
 @torch.library.register_fake("bnkernels::batch_norm_eval")
@@ -191,14 +242,82 @@ def _backward_fake(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    torch._check(
-        grad.shape == x.shape,
-        lambda: f"batch_norm backward: expected a gradient of shape {x.shape}, but got {grad.shape}",
-    )
+    _check_grad(grad, x)
     _check(x, weight=weight, mean=mean, invstd=invstd)
-    parameter = weight if weight is not None else mean
-    return (
-        _like(x) if need_input else x.new_empty(0),
-        parameter.new_empty(x.shape[1] if need_weight and weight is not None else 0),
-        parameter.new_empty(x.shape[1] if need_bias else 0),
-    )
+    return _like(x) if need_input else x.new_empty(0), *_parameter_grads(x, weight, mean, need_weight, need_bias)
+
+
+@torch.library.register_fake("bnkernels::sync_batch_norm_statistics")
+def _sync_statistics_fake(x: Tensor, eps: float) -> Tensor:
+    _check(x)
+    return x.new_empty(2 * x.shape[1] + 1, dtype=torch.float64)
+
+
+def _joined_fake(
+    rows: Tensor, running_mean: Tensor | None, running_var: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    channels = (rows.shape[1] - 1) // 2 if rows.dim() == 2 else 0
+    _check_rows(rows, 2 * channels + 1, rows.device)
+    _check_vectors(channels, dtype, rows.device, running_mean=running_mean, running_var=running_var)
+    statistic = torch.float64 if dtype == torch.float64 else torch.float32
+    mean, invstd = (rows.new_empty(channels, dtype=statistic) for _ in range(2))
+    return mean, invstd, rows.new_empty(1)
+
+
+@torch.library.register_fake("bnkernels::sync_batch_norm_join")
+def _sync_join_fake(
+    rows: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _joined_fake(rows, running_mean, running_var, dtype)
+
+
+@torch.library.register_fake("bnkernels::sync_batch_norm_join_functional")
+def _sync_join_functional_fake(
+    rows: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
+    mean, invstd, count = _joined_fake(rows, running_mean, running_var, dtype)
+    return mean, invstd, count, *_updated(mean, running_mean, running_var, num_batches_tracked)
+
+
+@torch.library.register_fake("bnkernels::sync_batch_norm_normalize")
+def _sync_normalize_fake(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, invstd: Tensor) -> Tensor:
+    _check(x, weight=weight, bias=bias, mean=mean, invstd=invstd)
+    return _like(x)
+
+
+@torch.library.register_fake("bnkernels::sync_batch_norm_grad_sums")
+def _sync_grad_sums_fake(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_grad(grad, x)
+    _check(x, weight=weight, mean=mean, invstd=invstd)
+    row = x.new_empty(2 * x.shape[1], dtype=torch.float64)
+    return row, *_parameter_grads(x, weight, mean, need_weight, need_bias)
+
+
+@torch.library.register_fake("bnkernels::sync_batch_norm_grad_input")
+def _sync_grad_input_fake(
+    grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, invstd: Tensor, rows: Tensor, count: Tensor
+) -> Tensor:
+    _check_grad(grad, x)
+    _check(x, weight=weight, mean=mean, invstd=invstd)
+    _check_rows(rows, 2 * x.shape[1], x.device)
+    return _like(x)

@@ -4,8 +4,6 @@
 #include <c10/util/Exception.h>
 
 namespace bnk {
-namespace {
-
 Dtype to_dtype(at::ScalarType type) {
   switch (type) {
     case at::kDouble:
@@ -21,8 +19,6 @@ Dtype to_dtype(at::ScalarType type) {
                                   "': expected an input of dtype float64, float32, float16 or bfloat16");
   }
 }
-
-}  // namespace
 
 at::ScalarType to_scalar_type(Dtype dtype) {
   switch (dtype) {
@@ -67,18 +63,19 @@ at::Tensor grad_like(const at::Tensor& grad, const Input& input) {
   return grad.contiguous(x.suggest_memory_format());
 }
 
-Vector::Vector(const OptionalTensor& given, const char* name, const Input& input) {
+Vector::Vector(const OptionalTensor& given, const char* name, const Input& input)
+    : Vector(given, name, input.problem.channels, input.tensor.scalar_type(), input.tensor.device()) {}
+
+Vector::Vector(const OptionalTensor& given, const char* name, int64_t channels, at::ScalarType data,
+               at::Device device) {
   if (!given.has_value() || !given->defined()) return;
-  const at::Tensor& x = input.tensor;
-  TORCH_CHECK(given->numel() == input.problem.channels, name, " should contain ", input.problem.channels,
-              " elements not ", given->numel());
-  TORCH_CHECK(given->device() == x.device(), "batch_norm: expected ", name, " on the input's device, ", x.device(),
+  TORCH_CHECK(given->numel() == channels, name, " should contain ", channels, " elements not ", given->numel());
+  TORCH_CHECK(given->device() == device, "batch_norm: expected ", name, " on the input's device, ", device,
               ", but got it on ", given->device());
   const at::ScalarType type = given->scalar_type();
-  const bool sixteen_bit = size_of(input.problem.dtype) == 2;
-  TORCH_CHECK(type == x.scalar_type() || (sixteen_bit && type == at::kFloat), "batch_norm: expected ", name,
-              " of dtype ", x.scalar_type(), sixteen_bit ? " or Float" : "", " for an input of dtype ", x.scalar_type(),
-              ", but got ", type);
+  const bool sixteen_bit = size_of(to_dtype(data)) == 2;
+  TORCH_CHECK(type == data || (sixteen_bit && type == at::kFloat), "batch_norm: expected ", name, " of dtype ", data,
+              sixteen_bit ? " or Float" : "", " for an input of dtype ", data, ", but got ", type);
   given_ = *given;
   dense_ = given_.contiguous();
 }
@@ -105,20 +102,28 @@ void check_same_dtype(const Vector& a, const char* a_name, const Vector& b, cons
 
 Vector saved_statistic(const at::Tensor& given, const char* name, const Input& input) {
   const at::ScalarType expected = to_scalar_type(accumulate_dtype(input.problem.dtype));
-  TORCH_CHECK(given.scalar_type() == expected, "batch_norm backward: expected ", name, " of dtype ", expected,
+  TORCH_CHECK(given.scalar_type() == expected, "batch_norm: expected ", name, " of dtype ", expected,
               ", as the forward returned it, but got ", given.scalar_type());
   // The saved statistics of 16-bit inputs are float32, which is what Vector allows beside the input's own dtype.
   return Vector(given, name, input);
 }
 
-void check_counter(const OptionalTensor& counter, const Input& input) {
+void check_counter(const OptionalTensor& counter, at::Device device) {
   if (!counter.has_value() || !counter->defined()) return;
   TORCH_CHECK(counter->scalar_type() == at::kLong && counter->numel() == 1,
               "batch_norm: expected num_batches_tracked to be one int64 value, but got shape ", counter->sizes(),
               " and dtype ", counter->scalar_type());
-  TORCH_CHECK(counter->device() == input.tensor.device(),
-              "batch_norm: expected num_batches_tracked on the input's device, ", input.tensor.device(),
+  TORCH_CHECK(counter->device() == device, "batch_norm: expected num_batches_tracked on the input's device, ", device,
               ", but got it on ", counter->device());
+}
+
+at::Tensor rank_rows(const at::Tensor& given, int64_t row, at::Device device) {
+  TORCH_CHECK(given.dim() == 2 && given.size(0) >= 1 && given.size(1) == row && given.scalar_type() == at::kDouble,
+              "sync_batch_norm: expected a row of ", row, " doubles from each rank, but got shape ", given.sizes(),
+              " and dtype ", given.scalar_type());
+  TORCH_CHECK(given.device() == device, "sync_batch_norm: expected the ranks' rows on the input's device, ", device,
+              ", but got them on ", given.device());
+  return given.contiguous();
 }
 
 void mark_changed(const at::Tensor& tensor) {

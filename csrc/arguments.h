@@ -32,6 +32,8 @@ class Vector {
  public:
   Vector() = default;
   Vector(const OptionalTensor& given, const char* name, const Input& input);
+  // The same for data that is elsewhere: of `channels` channels and dtype `data`, on `device`.
+  Vector(const OptionalTensor& given, const char* name, int64_t channels, at::ScalarType data, at::Device device);
 
   bool defined() const { return dense_.defined(); }
   at::ScalarType scalar_type() const { return dense_.scalar_type(); }
@@ -49,8 +51,14 @@ void check_same_dtype(const Vector& a, const char* a_name, const Vector& b, cons
 // The saved statistics of a forward: C elements of accumulate_dtype on the device of x.
 Vector saved_statistic(const at::Tensor& given, const char* name, const Input& input);
 
-// int64, one element, on the device of x.
-void check_counter(const OptionalTensor& counter, const Input& input);
+// int64, one element, on the device of the input.
+void check_counter(const OptionalTensor& counter, at::Device device);
+
+// Doubles that came from other ranks, dense: throws unless they are (ranks, row), at least one rank, on `device`.
+at::Tensor rank_rows(const at::Tensor& given, int64_t row, at::Device device);
+
+// Throws unless the dtype is one that inputs may have.
+Dtype to_dtype(at::ScalarType type);
 
 // Tells autograd that the tensor's contents have changed.
 void mark_changed(const at::Tensor& tensor);

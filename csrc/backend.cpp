@@ -40,6 +40,12 @@ Plan plan_for(const Problem& problem, Pass pass, const void* lead) {
   return plan;
 }
 
+StreamingPlan streaming_plan_for(const Problem& problem, const void* lead) {
+  DeviceLimits limits;
+  C10_CUDA_CHECK(cuda::current_device_limits(&limits));
+  return plan_streaming(problem, cuda::is_aligned(lead), limits);
+}
+
 // Backward without grad_x, or of inference, has no result that waits for the sums: nothing is to be kept.
 Pass pass_of(const BackwardArgs& args) {
   return args.training && args.grad_x != nullptr ? Pass::kBackwardTrain : Pass::kBackwardEval;
@@ -101,6 +107,63 @@ void run_backward(const BackwardArgs& args, const at::Tensor& x) {
   const Plan plan = plan_for(args.problem, pass_of(args), args.x);
   const at::Tensor scratch = scratch_like(x, cuda::scratch_bytes(plan, pass_of(args)));
   C10_CUDA_CHECK(cuda::backward(args, plan, scratch.data_ptr(), counters_of(plan, stream), stream));
+#else
+  no_cuda(kInputOnCuda);
+#endif
+}
+
+void run_statistics(const StatisticsArgs& args, const at::Tensor& beside) {
+  if (beside.is_cpu()) return cpu::statistics(args);
+#ifdef BNK_WITH_CUDA
+  const c10::cuda::CUDAGuard guard(beside.device());
+  const StreamingPlan plan = streaming_plan_for(args.problem, args.x);
+  const at::Tensor scratch = scratch_like(beside, cuda::sync::statistics_scratch(plan));
+  C10_CUDA_CHECK(cuda::sync::statistics(args, plan, scratch.data_ptr(), c10::cuda::getCurrentCUDAStream()));
+#else
+  no_cuda(kInputOnCuda);
+#endif
+}
+
+void run_join_statistics(const JoinStatisticsArgs& args, const at::Tensor& beside) {
+  if (beside.is_cpu()) return cpu::join_statistics(args);
+#ifdef BNK_WITH_CUDA
+  const c10::cuda::CUDAGuard guard(beside.device());
+  C10_CUDA_CHECK(cuda::sync::join_statistics(args, c10::cuda::getCurrentCUDAStream()));
+#else
+  no_cuda(kInputOnCuda);
+#endif
+}
+
+void run_normalize(const NormalizeArgs& args, const at::Tensor& beside) {
+  if (beside.is_cpu()) return cpu::normalize(args);
+#ifdef BNK_WITH_CUDA
+  const c10::cuda::CUDAGuard guard(beside.device());
+  const StreamingPlan plan = streaming_plan_for(args.problem, args.x);
+  C10_CUDA_CHECK(cuda::sync::normalize(args, plan, c10::cuda::getCurrentCUDAStream()));
+#else
+  no_cuda(kInputOnCuda);
+#endif
+}
+
+void run_grad_sums(const GradSumsArgs& args, const at::Tensor& beside) {
+  if (beside.is_cpu()) return cpu::grad_sums(args);
+#ifdef BNK_WITH_CUDA
+  const c10::cuda::CUDAGuard guard(beside.device());
+  const StreamingPlan plan = streaming_plan_for(args.problem, args.x);
+  const at::Tensor scratch = scratch_like(beside, cuda::sync::grad_sums_scratch(plan));
+  C10_CUDA_CHECK(cuda::sync::grad_sums(args, plan, scratch.data_ptr(), c10::cuda::getCurrentCUDAStream()));
+#else
+  no_cuda(kInputOnCuda);
+#endif
+}
+
+void run_grad_input(const GradInputArgs& args, const at::Tensor& beside) {
+  if (beside.is_cpu()) return cpu::grad_input(args);
+#ifdef BNK_WITH_CUDA
+  const c10::cuda::CUDAGuard guard(beside.device());
+  const StreamingPlan plan = streaming_plan_for(args.problem, args.x);
+  const at::Tensor scratch = scratch_like(beside, cuda::sync::grad_input_scratch(plan));
+  C10_CUDA_CHECK(cuda::sync::grad_input(args, plan, scratch.data_ptr(), c10::cuda::getCurrentCUDAStream()));
 #else
   no_cuda(kInputOnCuda);
 #endif

@@ -5,6 +5,7 @@
 
 #include "plan.h"
 #include "problem.h"
+#include "problem_sync.h"
 
 namespace bnk {
 
@@ -12,6 +13,13 @@ namespace bnk {
 void run_forward_train(const ForwardTrainArgs& args, const at::Tensor& x);
 void run_forward_eval(const ForwardEvalArgs& args, const at::Tensor& x);
 void run_backward(const BackwardArgs& args, const at::Tensor& x);
+
+// The steps of a batch on several ranks. `beside`: a tensor on the device.
+void run_statistics(const StatisticsArgs& args, const at::Tensor& beside);
+void run_join_statistics(const JoinStatisticsArgs& args, const at::Tensor& beside);
+void run_normalize(const NormalizeArgs& args, const at::Tensor& beside);
+void run_grad_sums(const GradSumsArgs& args, const at::Tensor& beside);
+void run_grad_input(const GradInputArgs& args, const at::Tensor& beside);
 
 // What plans are made from for a CUDA device. Raises where CUDA is not built, or has no such device.
 DeviceLimits device_limits(int device);

@@ -13,25 +13,12 @@
 
 #include "arguments.h"
 #include "backend.h"
+#include "ops_results.h"
 
 namespace bnk {
 namespace {
 
 using SixTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-
-at::TensorOptions statistic_options(const Input& input) {
-  return input.tensor.options().dtype(to_scalar_type(accumulate_dtype(input.problem.dtype)));
-}
-
-PerChannel pointer_to(const at::Tensor& statistic, const Input& input) {
-  return {statistic.data_ptr(), accumulate_dtype(input.problem.dtype)};
-}
-
-// What a result is written to: of the input's shape and dtype, dense in its memory format, whatever the strides of its
-// dimensions of size 1.
-at::Tensor empty_result(const Input& input) {
-  return at::empty_like(input.tensor, {}, input.tensor.suggest_memory_format());
-}
 
 ThreeTensors train(const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                    const OptionalTensor& running_mean, const OptionalTensor& running_var,
@@ -43,7 +30,7 @@ ThreeTensors train(const at::Tensor& x, const OptionalTensor& weight, const Opti
   const Vector shift(bias, "bias", input);
   check_same_dtype(scale, "weight", shift, "bias");
   check_same_dtype(average_mean, "running_mean", average_var, "running_var");
-  check_counter(num_batches_tracked, input);
+  check_counter(num_batches_tracked, input.tensor.device());
   const bool counts = num_batches_tracked.has_value() && num_batches_tracked->defined();
   const bool averages = average_mean.defined();
   TORCH_CHECK_VALUE(averages == average_var.defined(),
@@ -91,18 +78,11 @@ ThreeTensors train(const at::Tensor& x, const OptionalTensor& weight, const Opti
 SixTensors train_functional(const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                             const OptionalTensor& running_mean, const OptionalTensor& running_var,
                             const OptionalTensor& num_batches_tracked, std::optional<double> momentum, double eps) {
-  const auto copy = [](const OptionalTensor& tensor) -> OptionalTensor {
-    if (!tensor.has_value() || !tensor->defined()) return std::nullopt;
-    return tensor->clone();
-  };
-  const OptionalTensor new_mean = copy(running_mean);
-  const OptionalTensor new_var = copy(running_var);
-  const OptionalTensor new_count = copy(num_batches_tracked);
-  auto [y, mean, invstd] = train(x, weight, bias, new_mean, new_var, new_count, momentum, eps);
-  const auto or_none = [&](const OptionalTensor& tensor) {
-    return tensor.has_value() ? *tensor : at::empty({0}, mean.options());
-  };
-  return {y, mean, invstd, or_none(new_mean), or_none(new_var), or_none(new_count)};
+  const Changed buffers(running_mean, running_var, num_batches_tracked);
+  auto [y, mean, invstd] =
+      train(x, weight, bias, buffers.running_mean, buffers.running_var, buffers.num_batches_tracked, momentum, eps);
+  auto [new_mean, new_var, new_count] = buffers.or_empty(mean);
+  return {y, mean, invstd, new_mean, new_var, new_count};
 }
 
 ThreeTensors eval(const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,

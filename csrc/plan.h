@@ -118,6 +118,9 @@ StreamingPlan plan_streaming(const Problem& problem, bool aligned, const DeviceL
 // The same with a given block size and a wish for a number of chunks: what plan_streaming builds on, and tests vary.
 StreamingPlan make_streaming(const Problem& problem, bool aligned, int block, int64_t chunks);
 
+// A thread for each of so many values: how the rows of several ranks are joined (problem_sync.h).
+Launch plan_join(int64_t values);
+
 // What a call computes: forward in training or inference, backward of either.
 enum class Pass : int8_t { kForwardTrain, kForwardEval, kBackwardTrain, kBackwardEval };
 

@@ -8,6 +8,8 @@ namespace {
 // Threads that walk an array: enough warps a block to hide latency, few enough that two blocks fit beside each other
 // with the registers that a tile in flight takes.
 constexpr int kBlockThreads = 256;
+// Threads that join what ranks have told: each waits for one value a rank, so small blocks spread over the device.
+constexpr int kJoinThreads = 128;
 // Windows a thread should at least have before a slab is cut finer: one tile, so that its loads overlap.
 constexpr int64_t kMinWindowsPerThread = 4;
 // Windows a thread may at most have of float64 data. Its sums are of the data's own precision, and equal values added one
@@ -55,5 +57,7 @@ StreamingPlan plan_streaming(const Problem& problem, bool aligned, const DeviceL
   const int64_t needed = exact_chains ? 1 : ceil_div(units, threads * kMaxWindowsPerThreadFloat64);
   return make_streaming(problem, aligned, block, std::max(chunks, needed));
 }
+
+Launch plan_join(int64_t values) { return {std::min(ceil_div(values, kJoinThreads), kMaxGrid), kJoinThreads}; }
 
 }  // namespace bnk

@@ -21,6 +21,7 @@ PAIRS: dict[type[nn.Module], type[nn.Module]] = {
     nn.LazyBatchNorm1d: bnk.LazyBatchNorm1d,
     nn.LazyBatchNorm2d: bnk.LazyBatchNorm2d,
     nn.LazyBatchNorm3d: bnk.LazyBatchNorm3d,
+    nn.SyncBatchNorm: bnk.SyncBatchNorm,
 }
 
 
@@ -52,7 +53,9 @@ def test_each_class(torchs: Any) -> None:
     """The root itself may be one; and there is a way back."""
     model = torchs() if "Lazy" in torchs.__name__ else torchs(3)
     assert bnk.convert(model) is model and type(model) is PAIRS[torchs]
+    attributes = set(vars(model))
     assert bnk.revert(model) is model and type(model) is torchs
+    assert set(vars(model)) == set(vars(torchs() if "Lazy" in torchs.__name__ else torchs(3))) <= attributes
 
 
 def test_the_model_computes_the_same() -> None:
@@ -144,7 +147,6 @@ def replaced() -> nn.Module:
 
 
 LEFT = {
-    "synchronised": (lambda: nn.SyncBatchNorm(3), "synchronises"),
     "subclass": (lambda: Custom(3), "subclass"),
     "parametrized": (parametrized, "subclass"),
     "forward replaced": (replaced, "forward has been replaced"),
@@ -239,7 +241,7 @@ def test_fusing_a_converted_model() -> None:
 
 
 def test_what_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    model = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3), Custom(3), Custom(3), nn.SyncBatchNorm(3))
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3), Custom(3), Custom(3), replaced())
     with caplog.at_level(logging.INFO, logger="bnkernels"):
         bnk.convert(model)
         bnk.revert(model)
@@ -247,7 +249,7 @@ def test_what_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     lines = [record.getMessage() for record in caplog.records]
     assert lines[0] == "converted 2 BatchNorm modules of Sequential"
     assert "left 2 " in lines[1] and "Custom" in lines[1] and "subclass" in lines[1]
-    assert "left 1 " in lines[2] and "SyncBatchNorm" in lines[2]
+    assert "left 1 " in lines[2] and "forward has been replaced" in lines[2]
     assert lines[3] == "reverted 2 BatchNorm modules of Sequential"
     assert len(lines) == 4
     caplog.clear()

@@ -17,6 +17,8 @@ and the backward of y for a gradient g is   db = <1, g>,   dw = <g, xhat>,   dx 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -36,18 +38,22 @@ class Standardised:
         self.dtype = _accumulate_dtype(x)
         self.channel = [1, -1] + [1] * (x.dim() - 2)  # the shape in which a (C,) tensor meets x
         self.others = [0, *range(2, x.dim())]  # the dimensions that are summed over
-        self.batch_statistics = training and x.numel() > 0
+        self.batch_statistics = training and self.has_values(x)
         x = x.to(self.dtype)
         if self.batch_statistics:
-            self.batch_mean = x.mean(self.others, keepdim=True)
+            self.batch_mean = self.mean(x)
             centred = x - self.batch_mean
-            self.batch_var = centred.square().mean(self.others, keepdim=True)
+            self.batch_var = self.mean(centred.square())
             self.invstd = (self.batch_var + eps).rsqrt()
             self.xhat = centred * self.invstd
         else:
             assert mean is not None and invstd is not None
             self.invstd = self.spread(invstd)
             self.xhat = (x - self.spread(mean)) * self.invstd
+
+    def has_values(self, x: Tensor) -> bool:
+        """Whether there is anything to take statistics of."""
+        return x.numel() > 0
 
     def spread(self, vector: Tensor) -> Tensor:
         """(C,) to a shape that broadcasts with x."""
@@ -68,6 +74,23 @@ class Standardised:
     def scale(self, weight: Tensor | None) -> Tensor:
         """w I."""
         return self.invstd if weight is None else self.invstd * self.spread(weight)
+
+
+class Synchronised(Standardised):
+    """The same of an x that is this rank's part of a batch: means are those of the whole batch, sums the rank's own.
+
+    count: of a channel's values on all ranks, one element. total: sums a tensor over the ranks, differentiably.
+    """
+
+    def __init__(self, x: Tensor, eps: float, count: Tensor, total: Callable[[Tensor], Tensor]) -> None:
+        self.count, self.total = count, total
+        super().__init__(x, None, None, True, eps)
+
+    def has_values(self, x: Tensor) -> bool:
+        return True  # on some rank
+
+    def mean(self, v: Tensor) -> Tensor:
+        return self.spread(self.total(self.sum(v)) / self.count.to(self.dtype))
 
 
 def forward(
@@ -186,7 +209,7 @@ def double_backward(
         if need_grad:
             grad_terms.append(a * s.xhat)
         if need_input:
-            input_terms.append(a * s.invstd * s.project(g))
+            input_terms.append(s.invstd * s.project(a * g))  # a may differ from rank to rank
     if b is not None and need_grad:
         grad_terms.append(s.spread(b).expand_as(g))
     return _total(grad_terms), _total(input_terms), grad_weight

@@ -8,6 +8,7 @@
 
 #include "layout.h"
 #include "pages.h"
+#include "ranks.h"
 #include "scalar.h"
 #include "schedule.h"
 
@@ -202,6 +203,94 @@ void backward(const BackwardArgs& args) {
                         mean_g.space(), slope.space(), static_cast<double>(problem.elements_per_channel()),
                         has_partials,   has_apply};
     run(layout, work, problem.elements(), block_bytes);
+  });
+}
+
+// The steps of a batch on several ranks. What joins ranks, and needs no layout, is in ranks.cpp.
+
+namespace {
+
+struct StatisticsOfRank {
+  const StatisticsArgs& args;
+  const Layout& layout;
+  double floor;
+  static constexpr bool has_partials = true;
+  static constexpr bool has_apply = false;
+
+  void partials(int64_t block, int64_t chunk, Partial* out) const { layout.moments(args.x, floor, block, chunk, out); }
+  void merge(Partial* into, double before, const Partial& from, double count) const {
+    merge_moments(into, before, from, count);
+  }
+  void finish(int64_t c, const Partial& total) const {
+    args.row[c] = total.first;
+    args.row[args.problem.channels + c] = total.second;
+  }
+  void apply(int64_t, int64_t) const {}
+};
+
+struct Normalize {
+  const NormalizeArgs& args;
+  const Layout& layout;
+  AffineVectors affine;
+  static constexpr bool has_partials = false;
+  static constexpr bool has_apply = true;
+
+  void partials(int64_t, int64_t, Partial*) const {}
+  void merge(Partial*, double, const Partial&, double) const {}
+  void finish(int64_t, const Partial&) const {}
+  void apply(int64_t block, int64_t chunk) const { layout.normalize(args.x, args.y, affine, block, chunk); }
+};
+
+struct GradInput {
+  const GradInputArgs& args;
+  const Layout& layout;
+  GradientVectors vectors;
+  static constexpr bool has_partials = false;
+  static constexpr bool has_apply = true;
+
+  void partials(int64_t, int64_t, Partial*) const {}
+  void merge(Partial*, double, const Partial&, double) const {}
+  void finish(int64_t, const Partial&) const {}
+  void apply(int64_t block, int64_t chunk) const {
+    layout.gradient(args.grad_y, args.x, args.grad_x, vectors, block, chunk);
+  }
+};
+
+}  // namespace
+
+void statistics(const StatisticsArgs& args) {
+  const Problem problem = normal_form(args.problem);
+  args.row[2 * problem.channels] = static_cast<double>(problem.elements_per_channel());
+  with_layout(problem, 1, true, [&](const Layout& layout, int64_t block_bytes) {
+    run(layout, StatisticsOfRank{args, layout, underflow_floor(args.eps)}, problem.elements(), block_bytes);
+  });
+}
+
+void normalize(const NormalizeArgs& args) {
+  const Problem problem = normal_form(args.problem);
+  prefer_huge_pages(args.y, bytes_of(problem));
+  const Coefficients weight(args.weight, 1, problem);
+  const Coefficients bias(args.bias, 0, problem);
+  const AffineVectors affine{args.mean.data, args.invstd.data, weight.data(), bias.data()};
+  with_layout(problem, 2, false, [&](const Layout& layout, int64_t block_bytes) {
+    run(layout, Normalize{args, layout, affine}, problem.elements(), block_bytes);
+  });
+}
+
+void grad_input(const GradInputArgs& args) {
+  const Problem problem = normal_form(args.problem);
+  prefer_huge_pages(args.grad_x, bytes_of(problem));
+  Coefficients scale(problem), mean_g(problem), slope(problem);
+  for (int64_t c = 0; c < problem.channels; ++c) {
+    const double invstd = read(args.invstd, c);
+    const Partial total = join_grad_sums(args.rows, problem.channels, c);
+    write(scale.space(), c, invstd * read_or(args.weight, c, 1));
+    write(mean_g.space(), c, total.first / *args.count);
+    write(slope.space(), c, invstd * (total.second / *args.count));
+  }
+  const GradientVectors vectors{args.mean.data, scale.data(), mean_g.data(), slope.data()};
+  with_layout(problem, 3, false, [&](const Layout& layout, int64_t block_bytes) {
+    run(layout, GradInput{args, layout, vectors}, problem.elements(), block_bytes);
   });
 }
 

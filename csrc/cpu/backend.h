@@ -1,13 +1,21 @@
-// The CPU backend's three entry points. Arguments were checked by ops.cpp; every pointer is host memory.
+// The CPU backend's entry points. Arguments were checked by ops.cpp; every pointer is host memory.
 #pragma once
 
 #include "../problem.h"
+#include "../problem_sync.h"
 
 namespace bnk::cpu {
 
 void forward_train(const ForwardTrainArgs& args);
 void forward_eval(const ForwardEvalArgs& args);
 void backward(const BackwardArgs& args);
+
+// The steps of a batch on several ranks.
+void statistics(const StatisticsArgs& args);
+void join_statistics(const JoinStatisticsArgs& args);
+void normalize(const NormalizeArgs& args);
+void grad_sums(const GradSumsArgs& args);
+void grad_input(const GradInputArgs& args);
 
 // The SIMD level chosen at run time: "avx512", "avx2" or "baseline".
 const char* simd_level();

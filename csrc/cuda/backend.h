@@ -7,6 +7,7 @@
 #include <cuda_runtime_api.h>
 
 #include "../plan.h"
+#include "../problem_sync.h"
 
 namespace bnk::cuda {
 
@@ -32,5 +33,17 @@ cudaError_t forward_train(const ForwardTrainArgs& args, const Plan& plan, void* 
 cudaError_t forward_eval(const ForwardEvalArgs& args, const Plan& plan, cudaStream_t stream);
 cudaError_t backward(const BackwardArgs& args, const Plan& plan, void* scratch, unsigned* counters,
                      cudaStream_t stream);
+
+// The steps of a batch on several ranks, on the streaming path. Each needs so many bytes of scratch memory.
+namespace sync {
+int64_t statistics_scratch(const StreamingPlan& plan);
+int64_t grad_sums_scratch(const StreamingPlan& plan);
+int64_t grad_input_scratch(const StreamingPlan& plan);
+cudaError_t statistics(const StatisticsArgs& args, const StreamingPlan& plan, void* scratch, cudaStream_t stream);
+cudaError_t join_statistics(const JoinStatisticsArgs& args, cudaStream_t stream);
+cudaError_t normalize(const NormalizeArgs& args, const StreamingPlan& plan, cudaStream_t stream);
+cudaError_t grad_sums(const GradSumsArgs& args, const StreamingPlan& plan, void* scratch, cudaStream_t stream);
+cudaError_t grad_input(const GradInputArgs& args, const StreamingPlan& plan, void* scratch, cudaStream_t stream);
+}  // namespace sync
 
 }  // namespace bnk::cuda

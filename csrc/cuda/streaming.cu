@@ -1,5 +1,7 @@
-// Launches of the streaming path.
+// Launches of the streaming path, whole and in the steps between which ranks exchange: both are made of the same kernels,
+// which are so compiled once.
 #include "../paths/streaming.h"
+#include "../paths/sync.h"
 #include "launchers.h"
 
 namespace bnk::cuda {
@@ -56,4 +58,48 @@ cudaError_t backward(const BackwardArgs& args, const StreamingPlan& plan, void* 
 }
 
 }  // namespace streaming_path
+
+namespace sync {
+namespace {
+
+int64_t bytes_of(int64_t doubles) { return doubles * static_cast<int64_t>(sizeof(double)); }
+
+}  // namespace
+
+int64_t statistics_scratch(const StreamingPlan& plan) { return bytes_of(bnk::sync::statistics_scratch(plan)); }
+int64_t grad_sums_scratch(const StreamingPlan& plan) { return bytes_of(bnk::sync::grad_sums_scratch(plan)); }
+int64_t grad_input_scratch(const StreamingPlan& plan) { return bytes_of(bnk::sync::grad_input_scratch(plan)); }
+
+cudaError_t statistics(const StatisticsArgs& args, const StreamingPlan& plan, void* scratch, cudaStream_t stream) {
+  StreamExecutor executor(stream);
+  bnk::sync::statistics(args, plan, static_cast<double*>(scratch), executor);
+  return executor.error();
+}
+
+cudaError_t join_statistics(const JoinStatisticsArgs& args, cudaStream_t stream) {
+  StreamExecutor executor(stream);
+  bnk::sync::join_statistics(args, plan_join(args.channels), executor);
+  return executor.error();
+}
+
+cudaError_t normalize(const NormalizeArgs& args, const StreamingPlan& plan, cudaStream_t stream) {
+  StreamExecutor executor(stream);
+  bnk::sync::normalize(args, plan, executor);
+  return executor.error();
+}
+
+cudaError_t grad_sums(const GradSumsArgs& args, const StreamingPlan& plan, void* scratch, cudaStream_t stream) {
+  StreamExecutor executor(stream);
+  bnk::sync::grad_sums(args, plan, static_cast<double*>(scratch), executor);
+  return executor.error();
+}
+
+cudaError_t grad_input(const GradInputArgs& args, const StreamingPlan& plan, void* scratch, cudaStream_t stream) {
+  StreamExecutor executor(stream);
+  const Launch join = plan_join(grad_sums_row(args.problem.channels));
+  bnk::sync::grad_input(args, plan, join, static_cast<double*>(scratch), executor);
+  return executor.error();
+}
+
+}  // namespace sync
 }  // namespace bnk::cuda

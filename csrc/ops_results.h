@@ -1,0 +1,52 @@
+// What the ops allocate their results with.
+#pragma once
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+
+#include <tuple>
+
+#include "arguments.h"
+
+namespace bnk {
+
+// Of mean and invstd.
+inline at::TensorOptions statistic_options(const Input& input) {
+  return input.tensor.options().dtype(to_scalar_type(accumulate_dtype(input.problem.dtype)));
+}
+
+inline PerChannel pointer_to(const at::Tensor& statistic, const Input& input) {
+  return {statistic.data_ptr(), accumulate_dtype(input.problem.dtype)};
+}
+
+// What a result is written to: of the input's shape and dtype, dense in its memory format, whatever the strides of its
+// dimensions of size 1.
+inline at::Tensor empty_result(const Input& input) {
+  return at::empty_like(input.tensor, {}, input.tensor.suggest_memory_format());
+}
+
+// The buffers of a functional op: copies, which it changes and returns in their place.
+struct Changed {
+  OptionalTensor running_mean;
+  OptionalTensor running_var;
+  OptionalTensor num_batches_tracked;
+
+  Changed(const OptionalTensor& mean, const OptionalTensor& var, const OptionalTensor& count)
+      : running_mean(copy(mean)), running_var(copy(var)), num_batches_tracked(copy(count)) {}
+
+  // A buffer that is not there is a tensor of size 0 in the results; its other properties are those of `like`.
+  std::tuple<at::Tensor, at::Tensor, at::Tensor> or_empty(const at::Tensor& like) const {
+    const auto or_none = [&](const OptionalTensor& tensor) {
+      return tensor.has_value() ? *tensor : at::empty({0}, like.options());
+    };
+    return {or_none(running_mean), or_none(running_var), or_none(num_batches_tracked)};
+  }
+
+ private:
+  static OptionalTensor copy(const OptionalTensor& tensor) {
+    if (!tensor.has_value() || !tensor->defined()) return std::nullopt;
+    return tensor->clone();
+  }
+};
+
+}  // namespace bnk

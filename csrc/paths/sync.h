@@ -1,0 +1,111 @@
+// The steps of problem_sync.h as sequences of launches, over any executor (as streaming.h is): the streaming path, cut
+// where the ranks exchange.
+#pragma once
+
+#include "../kernels/ranks.cuh"
+#include "streaming.h"
+
+namespace bnk::sync {
+
+// Doubles of scratch memory; its contents are undefined before and after.
+inline int64_t statistics_scratch(const StreamingPlan& plan) { return streaming::forward_train_scratch(plan); }
+inline int64_t grad_sums_scratch(const StreamingPlan& plan) {
+  return kFields<Sums> * plan.walk.chunks * plan.walk.channels;
+}
+inline int64_t grad_input_scratch(const StreamingPlan& plan) { return grad_sums_row(plan.walk.channels); }
+
+template <typename Executor>
+void statistics(const StatisticsArgs& args, const StreamingPlan& plan, double* scratch, Executor& executor) {
+  const StatisticsParams statistics{plan.walk, args.x, scratch, nullptr};
+  const FinishMomentsParams finish{plan.finish, scratch, static_cast<double>(args.problem.elements_per_channel()),
+                                   args.row};
+  streaming::with_types(args.problem, [&](auto type, auto layout) {
+    using T = typename decltype(type)::type;
+    executor.launch(plan.walk_launch, statistics_kernel<T, decltype(layout)::value>, statistics);
+    executor.launch(plan.finish_launch, finish_moments, finish);
+  });
+}
+
+template <typename Executor>
+void join_statistics(const JoinStatisticsArgs& args, Launch launch, Executor& executor) {
+  const JoinStatisticsParams params{
+      .channels = args.channels,
+      .rows = args.rows,
+      .num_batches_tracked = args.num_batches_tracked,
+      .results = {.momentum = args.momentum,
+                  .cumulative = args.cumulative,
+                  .eps = args.eps,
+                  .mean = args.mean,
+                  .invstd = args.invstd,
+                  .running_mean = args.running_mean,
+                  .running_var = args.running_var},
+      .count = args.count,
+  };
+  executor.launch(launch, bnk::join_statistics, params);
+}
+
+template <typename Executor>
+void normalize(const NormalizeArgs& args, const StreamingPlan& plan, Executor& executor) {
+  const NormalizeParams params{
+      .walk = plan.walk,
+      .x = args.x,
+      .y = args.y,
+      .weight = args.weight,
+      .bias = args.bias,
+      .mean = args.mean,
+      .spread = args.invstd,
+      .inference = false,
+      .eps = 0,
+      .mean_out = {},
+      .invstd_out = {},
+  };
+  streaming::with_types(args.problem, [&](auto type, auto layout) {
+    using T = typename decltype(type)::type;
+    executor.launch(plan.walk_launch, normalize_kernel<T, decltype(layout)::value>, params);
+  });
+}
+
+template <typename Executor>
+void grad_sums(const GradSumsArgs& args, const StreamingPlan& plan, double* scratch, Executor& executor) {
+  const GradSumsParams sums{plan.walk, args.grad_y, args.x, args.mean, args.invstd, scratch};
+  const FinishGradSumsParams finish{
+      .finish = plan.finish,
+      .partial = scratch,
+      .elements_per_channel = 1,  // the sums themselves: how many elements there are the ranks only know together
+      .grad_weight = args.grad_weight,
+      .grad_bias = args.grad_bias,
+      .mean_g = {args.row, Dtype::kFloat64},
+      .mean_g_xhat = {args.row + args.problem.channels, Dtype::kFloat64},
+  };
+  streaming::with_types(args.problem, [&](auto type, auto layout) {
+    using T = typename decltype(type)::type;
+    executor.launch(plan.walk_launch, grad_sums_kernel<T, decltype(layout)::value>, sums);
+    executor.launch(plan.finish_launch, finish_grad_sums, finish);
+  });
+}
+
+// `join`: the launch that joins the rows.
+template <typename Executor>
+void grad_input(const GradInputArgs& args, const StreamingPlan& plan, Launch join, double* scratch,
+                Executor& executor) {
+  const JoinGradSumsParams means{args.rows, args.count, scratch};
+  const GradInputParams input{
+      .walk = plan.walk,
+      .grad_y = args.grad_y,
+      .x = args.x,
+      .grad_x = args.grad_x,
+      .weight = args.weight,
+      .mean = args.mean,
+      .invstd = args.invstd,
+      .mean_g = {scratch, Dtype::kFloat64},
+      .mean_g_xhat = {scratch + args.problem.channels, Dtype::kFloat64},
+      .training = true,
+  };
+  executor.launch(join, join_grad_sums, means);
+  streaming::with_types(args.problem, [&](auto type, auto layout) {
+    using T = typename decltype(type)::type;
+    executor.launch(plan.walk_launch, grad_input_kernel<T, decltype(layout)::value>, input);
+  });
+}
+
+}  // namespace bnk::sync
