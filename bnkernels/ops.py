@@ -320,4 +320,8 @@ def _sync_grad_input_fake(
     _check_grad(grad, x)
     _check(x, weight=weight, mean=mean, invstd=invstd)
     _check_rows(rows, 2 * x.shape[1], x.device)
+    if count.dtype != torch.float64 or count.device != x.device:
+        raise RuntimeError(
+            f"sync_batch_norm: expected the count as one double on {x.device}, but got {count.dtype} on {count.device}"
+        )
     return _like(x)

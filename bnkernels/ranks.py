@@ -31,9 +31,10 @@ class Ranks:
         Raises what the backend raises, with the layer named: a RuntimeError or one of its kind. `x`, `what`: the input
         and the part of its computation, for the message.
         """
+        gather = _newest(dist, "all_gather_single", "all_gather_into_tensor")
         rows = row.new_empty(self.size, row.numel())
         try:
-            dist.all_gather_into_tensor(rows.view(-1), row, group=self.group)
+            gather(rows.view(-1), row, group=self.group)
         except RuntimeError as error:
             raise type(error)(
                 f"{self.layer}: {what} of an input of shape {tuple(x.shape)}: rank {dist.get_rank(self.group)} of the "
@@ -49,7 +50,11 @@ def gather_traced(row: Tensor, group_name: str, size: int) -> Tensor:
     # Imported by those who compile alone: not every torch is built with the ops that it registers.
     from torch.distributed import _functional_collectives as collectives
 
-    # The first name is torch 2.13's and later ones'.
-    gather: Any = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
+    gather = _newest(collectives, "all_gather_single", "all_gather_tensor")
     rows: Tensor = gather(row, 0, group_name)
     return rows.view(size, -1)
+
+
+def _newest(module: Any, *names: str) -> Any:
+    """The first of the names that this torch has for one function: others would warn, or are not there."""
+    return next(found for name in names if (found := getattr(module, name, None)) is not None)
