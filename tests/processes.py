@@ -98,6 +98,8 @@ class Pool:
 
 def _serve(pipe: Connection, rank: int, size: int, backend: str, store: str) -> None:
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     torch.distributed.init_process_group(
         backend, rank=rank, world_size=size, init_method=store, timeout=timedelta(seconds=DEADLINE)
     )

@@ -59,8 +59,14 @@ def grad_of(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.grad
 
 
-def call(inputs: Inputs, bounds: tuple[int, ...]) -> Outputs:
+def to(values: Any, device: str) -> Any:
+    """Inputs or Outputs on another device."""
+    return replace(values, **{name: t.to(device) for name, t in vars(values).items() if isinstance(t, Tensor)})
+
+
+def call(inputs: Inputs, bounds: tuple[int, ...], device: str = "cpu") -> Outputs:
     """One forward and backward of this rank's part."""
+    inputs = to(inputs, device)
     layer = layer_of(inputs)
     x = part_of(inputs.x, bounds).detach().requires_grad_()
     with Collectives() as forward:
@@ -70,15 +76,19 @@ def call(inputs: Inputs, bounds: tuple[int, ...]) -> Outputs:
         y.backward(part_of(inputs.grad, bounds))
     assert len(backward.names) == 1, backward.names
     assert x.grad is not None and (x.numel() == 0 or y.stride() == x.grad.stride() == x.stride())
-    return Outputs(
-        y=y.detach(),
-        running_mean=layer.running_mean,
-        running_var=layer.running_var,
-        num_batches_tracked=layer.num_batches_tracked,
-        dx=x.grad,
-        dweight=grad_of(layer.weight),
-        dbias=grad_of(layer.bias),
+    outputs: Outputs = to(
+        Outputs(
+            y=y.detach(),
+            running_mean=layer.running_mean,
+            running_var=layer.running_var,
+            num_batches_tracked=layer.num_batches_tracked,
+            dx=x.grad,
+            dweight=grad_of(layer.weight),
+            dbias=grad_of(layer.bias),
+        ),
+        "cpu",
     )
+    return outputs
 
 
 def joined(parts: list[Outputs]) -> Outputs:

@@ -1,0 +1,69 @@
+"""SyncBatchNorm on GPUs: over NCCL, and over gloo where there is but one. The cases are test_sync.py's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import Pool
+from test_sync import LAYOUTS, PAIRS, RANKS, call, joined, to
+
+from bnkernels.autograd import sync_batch_norm
+from bnkernels.ranks import Ranks
+from bnkernels.testing import Case, Inputs, Outputs, assert_within, judge_call
+
+pytestmark = pytest.mark.cuda
+
+
+def judge(pool: Pool, split: tuple[int, ...], pair: str, layout: str) -> None:
+    shape, memory = LAYOUTS[layout]
+    inputs = Case.parse(f"offset_1e2/{shape}/{pair}/{memory}/normal/normal/train").inputs()
+    try:
+        assert_within(judge_call(inputs, joined(pool.run(call, inputs, split, "cuda"))), f"{split} {pair} {layout}")
+    finally:
+        pool.close()
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_gloo_on_one_gpu(pair: str) -> None:
+    """Two processes on the same GPU: gloo carries CUDA tensors too."""
+    judge(Pool(2, "gloo"), (0, 5, 12), pair, "4-D")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nccl(layout: str) -> None:
+    ranks = min(RANKS, torch.cuda.device_count())
+    if ranks < 2:
+        pytest.skip("needs two CUDA GPUs: NCCL has one rank on each")
+    judge(Pool(ranks, "nccl"), (0, 1, *range(14 - ranks, 13)), "bfloat16+float32", layout)
+
+
+def alone(inputs: Inputs) -> Outputs:
+    """The whole way of several ranks, in a group of one; a wait of the host for the device is an error."""
+    inputs = to(inputs, "cuda")
+    x = inputs.x.detach().requires_grad_()
+    buffers = (inputs.running_mean, inputs.running_var, inputs.num_batches_tracked)
+    assert dist.group.WORLD is not None
+    ranks = Ranks(dist.group.WORLD, 1, "test")
+    ranks.gather(torch.zeros(1, device="cuda"), x, "the start of NCCL")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        y = sync_batch_norm(x, inputs.weight, inputs.bias, *buffers, inputs.momentum, inputs.eps, ranks)
+        y.backward(inputs.grad)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    outputs: Outputs = to(Outputs(y.detach(), None, None, *buffers, x.grad), "cpu")
+    return outputs
+
+
+def test_nccl_on_one_gpu() -> None:
+    """With momentum=None: the count of the batches is read on the device, as the count of values is."""
+    inputs = Case.parse("offset_1e2/12x5x3x7/bfloat16+float32/contiguous/normal/normal/train").inputs()
+    inputs = replace(inputs, momentum=None)
+    pool = Pool(1, "nccl")
+    try:
+        assert_within(judge_call(inputs, pool.run(alone, inputs)[0]), "NCCL")
+    finally:
+        pool.close()
