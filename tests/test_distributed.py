@@ -165,7 +165,7 @@ def refused() -> str:
 
 
 def test_what_ddp_refuses(pair: Pool) -> None:
-    """The reason for bnkernels.DistributedDataParallel is still there; it lets this package's layer pass and no other."""
+    """Why there is a bnkernels.DistributedDataParallel; it lets this package's layer pass and no other."""
     assert pair.run(refused) == ["SyncBatchNorm layers only work with GPU modules"] * 2
 
 

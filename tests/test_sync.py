@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -253,31 +254,37 @@ def test_groups(pool: Pool) -> None:
 # Higher derivatives
 
 
-def gradients_of_gradients(layer: nn.Module, x: Tensor, grad: Tensor, share: float) -> list[Tensor]:
-    """Of a function of the gradients of x, weight and bias: its own with respect to x, the gradient sent, and weight.
-
-    `share`: of the terms that do not depend on the data, so that the ranks' functions add up to one process's.
-    """
-    x, grad = x.clone().requires_grad_(), grad.clone().requires_grad_()
-    dx, dweight, dbias = torch.autograd.grad(layer(x), (x, layer.weight, layer.bias), grad, create_graph=True)
-    numbers = torch.linspace(-1, 2, len(dweight), dtype=x.dtype)
-    loss = (dx.pow(3) + dx * x).sum() + (dweight * numbers).sum() + dbias.sum() + share * layer.weight.sum()
-    return [t.detach() for t in torch.autograd.grad(loss, (x, grad, layer.weight))]
+def function_of_gradients(x: Tensor, dx: Tensor, dweights: list[Tensor], dbias: Tensor) -> Tensor:
+    """`dweights`: the ranks' parts of the weight's gradient; each matters in another way."""
+    numbers = torch.linspace(-1, 2, len(dbias), dtype=x.dtype)
+    weighted = sum((rank + 1) * (dweight * numbers).sum() for rank, dweight in enumerate(dweights))
+    return (dx.pow(3) + dx * x).sum() + weighted + dbias.sum()
 
 
 def twice(x: Tensor, grad: Tensor, bounds: tuple[int, ...]) -> list[Tensor]:
+    """The gradients of the function above with respect to this rank's x and grad, and its part of the weight's."""
     layer = bnk.SyncBatchNorm(x.shape[1]).double()
-    return gradients_of_gradients(layer, part_of(x, bounds), part_of(grad, bounds), 1 / RANKS)
+    x, grad = (part_of(t, bounds).clone().requires_grad_() for t in (x, grad))
+    dx, dweight, dbias = torch.autograd.grad(layer(x), (x, layer.weight, layer.bias), grad, create_graph=True)
+    others = [torch.zeros_like(dweight)] * dist.get_rank()
+    loss = function_of_gradients(x, dx, [*others, dweight], dbias)
+    return [t.detach() for t in torch.autograd.grad(loss, (x, grad, layer.weight))]
 
 
 @pytest.mark.parametrize("bounds", [EVEN, ONE_EMPTY], ids=["even", "one empty"])
 def test_double_backward(pool: Pool, bounds: tuple[int, ...]) -> None:
-    """As one process's torch.nn.BatchNorm."""
+    """As one process's, by torch's own formulas."""
     x, grad = torch.randn(2, 12, 3, 5, dtype=torch.float64)
     parts = pool.run(twice, x, grad, bounds)
-    expected = gradients_of_gradients(nn.BatchNorm1d(3).double(), x, grad, 1.0)
+    layer = nn.BatchNorm1d(3).double()
+    x.requires_grad_()
+    grad.requires_grad_()
+    dx, dbias = torch.autograd.grad(layer(x), (x, layer.bias), grad, create_graph=True)
+    products = grad * nn.functional.batch_norm(x, None, None, training=True, eps=layer.eps)
+    dweights = [products[a:b].sum((0, 2)) for a, b in pairwise(bounds)]
+    expected = torch.autograd.grad(function_of_gradients(x, dx, dweights, dbias), (x, grad, layer.weight))
     found = [torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), sum(p[2] for p in parts)]
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found, list(expected))
 
 
 def transformed(which: str) -> str:

@@ -12,6 +12,7 @@ A test instrument and no backend. What it consists of, lowest first:
     primitives_host.h    the primitives of csrc/kernels/primitives.cuh over all this
     planted.h            small kernels with a fault each, and run_planted.cpp, which runs them
     request.h            what is asked of run_kernels.cpp, a server that runs the real launch sequences
+    sync_steps.h         and of the steps of a batch on several ranks; ranks.py: the whole of them from Python
     build.py             compiles these in three builds: plain, AddressSanitizer + UBSan, ThreadSanitizer
     server.py            run_kernels from Python, on tensors; plans.py: the plans that it is asked for, or tells of
     common.py            what the tests over it share, and fixtures.py; resident_cases.py: of the resident path

@@ -5,7 +5,7 @@
 //   OPERATION key=value ... tensor=NAME:MODE:DTYPE:BYTES:MISALIGNMENT:TAIL ...
 //
 // followed by the bytes of its tensors of mode `in` and `inout`, in order. OPERATION is forward_train, forward_eval or
-// backward, a tensor's NAME that of the field of its arguments (problem.h); what is not named is null. A TAIL that is not
+// backward, or one of sync_steps.h, a tensor's NAME that of the field of its arguments (problem.h); what is not named is null. A TAIL that is not
 // 0 makes the tensor a sparse one, zero but for its last TAIL bytes, which are all of it that is sent. The keys:
 //
 //   outer channels inner dtype           the problem
@@ -47,6 +47,7 @@
 #include "paths/streaming.h"
 #include "simt/engine.h"
 #include "simt/request.h"
+#include "simt/sync_steps.h"
 
 namespace {
 
@@ -177,7 +178,9 @@ void run_sequence(const Request& request, const bnk::StreamingPlan& plan,
                   const std::optional<bnk::ResidentPlan>& resident, simt::Buffer& scratch, simt::Buffer& counters,
                   HostExecutor& executor) {
   scratch.poison();
-  if (request.operation == "forward_train") {
+  if (request.operation.starts_with("sync_")) {
+    simt::run_sync(request, plan, scratch.device<double>(), executor);
+  } else if (request.operation == "forward_train") {
     const bnk::ForwardTrainArgs args{.problem = request.problem(),
                                      .x = request.data("x"),
                                      .y = request.data("y"),
@@ -229,6 +232,7 @@ void run_sequence(const Request& request, const bnk::StreamingPlan& plan,
 
 int64_t scratch_doubles(const Request& request, const bnk::StreamingPlan& plan,
                         const std::optional<bnk::ResidentPlan>& resident) {
+  if (request.operation.starts_with("sync_")) return simt::sync_scratch(request, plan);
   if (request.operation == "forward_train") {
     return resident ? bnk::resident::forward_scratch(*resident) : bnk::streaming::forward_train_scratch(plan);
   }

@@ -16,7 +16,7 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, astuple, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -80,6 +80,8 @@ class Run:
     launches: list[Launch]
     plans: list[Plan]
     """Of each sequence, where `How.limits` asked for one."""
+    results: dict[str, Tensor] = field(default_factory=dict)
+    """All that was written, by its name in problem.h."""
 
 
 class Failure(AssertionError):
@@ -196,6 +198,19 @@ class Server:
         settings = {"outer": outer, "channels": channels, "inner": inner, "dtype": _name(x), **options}
         return self._request(operation, settings, sent, how, False)
 
+    def step(
+        self,
+        operation: str,
+        x: Tensor,
+        tensors: list[tuple[str, str, Tensor]],
+        options: Mapping[str, object],
+        how: How,
+        *,
+        channels_last: bool,
+    ) -> Run:
+        """A step of sync_steps.h, with its tensors by name and mode; `x` tells the problem."""
+        return self._run(operation, x, tensors, options, how, channels_last)
+
     @staticmethod
     def _forward_outputs(inputs: Inputs) -> list[tuple[str, str, Tensor]]:
         channels = inputs.x.shape[1]
@@ -293,11 +308,14 @@ class Server:
             written = {name: int(count) for name, _, count in moved}
             met = tuple(barriers.split(",")[:-1])
             launches.append(Launch(int(grid), int(block), int(switches), met, read, written))
-        outputs = {}
+        written = {}
         for name, like in results:
             data = self._process.stdout.read(like.numel() * like.element_size())
-            outputs[_OUTPUT_NAMES.get(name, name)] = _from_bytes(data, like, channels_last)
-        return Run(Outputs(**outputs), launches, plans)
+            written[name] = _from_bytes(data, like, channels_last)
+        named = {_OUTPUT_NAMES.get(name, name): tensor for name, tensor in written.items()}
+        known = {name.name for name in fields(Outputs)}
+        outputs = Outputs(**{name: tensor for name, tensor in named.items() if name in known})
+        return Run(outputs, launches, plans, written)
 
     def _has_complained(self) -> bool:
         return os.fstat(self._stderr.fileno()).st_size > 0
