@@ -128,7 +128,9 @@ def _batch_norm_inputs(model: nn.Module, given: Tensor | Sequence[int] | Sequenc
         try:
             twin = _twin(model)
             for name, module in twin.named_modules():
-                if isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
+                if isinstance(module, nn.SyncBatchNorm):
+                    module.eval()  # it would exchange statistics that are not there
+                elif isinstance(module, _BatchNorm):
                     module.register_forward_pre_hook(lambda _, args, name=name: seen.append((name, args[0])))
             twin(*inputs)
         except Exception as error:
@@ -152,7 +154,7 @@ def explain_model(
     The inputs are found by running a copy of the model on fake tensors, which have no data, in the mode that the model
     is in. Nothing is computed, no memory is taken, and the model does not change: statistics, counters, mode, hooks.
     A forward pass that looks at values cannot be explained so. torch.nn's layers are explained as if they were
-    converted; SyncBatchNorm is left out, as convert() leaves it.
+    converted; SyncBatchNorm is left out: ranks exchange between its passes, which nothing stays on chip for.
 
     Args:
         model: any module, with torch.nn's BatchNorm layers or this package's.
