@@ -36,7 +36,8 @@ class Ranks:
         try:
             gather(rows.view(-1), row, group=self.group)
         except RuntimeError as error:
-            raise type(error)(
+            kind = type(error) if isinstance(error, dist.DistError) else RuntimeError
+            raise kind(
                 f"{self.layer}: {what} of an input of shape {tuple(x.shape)}: rank {dist.get_rank(self.group)} of the "
                 f"{self.size} in process group '{self.group.group_name}' did not hear from all others. Each of them "
                 "must run this layer, in training, as often as the others and in the same order, forward and backward; "
@@ -55,6 +56,6 @@ def gather_traced(row: Tensor, group_name: str, size: int) -> Tensor:
     return rows.view(size, -1)
 
 
-def _newest(module: Any, *names: str) -> Any:
-    """The first of the names that this torch has for one function: others would warn, or are not there."""
-    return next(found for name in names if (found := getattr(module, name, None)) is not None)
+def _newest(module: Any, name: str, older: str) -> Any:
+    """A function that torch 2.13 has renamed: the old name is not there, or warns, where the new one is."""
+    return getattr(module, name) if hasattr(module, name) else getattr(module, older)

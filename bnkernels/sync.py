@@ -49,19 +49,21 @@ class SyncBatchNorm(ForwardMixin, nn.SyncBatchNorm):
         size = dist.get_world_size(group)
         if size < 2:  # -1: this rank is not in it
             return super().forward(input)
-        tracked = self.track_running_stats
+        running_mean = running_var = num_batches_tracked = None
+        if self.track_running_stats:
+            running_mean, running_var = self.running_mean, self.running_var
+            num_batches_tracked = self.num_batches_tracked
+        momentum = self.momentum
+        if momentum is None and num_batches_tracked is None:
+            momentum = 0.0  # there is nothing to average by, and torch leaves the statistics as they are
+        ranks = Ranks(group, size, self._in_words())
         return sync_batch_norm_tracked(
-            input,
-            self.weight,
-            self.bias,
-            self.running_mean if tracked else None,
-            self.running_var if tracked else None,
-            self.num_batches_tracked if tracked else None,
-            # Without a count there is nothing to average by, and torch leaves the statistics as they are.
-            0.0 if self.momentum is None and not tracked else self.momentum,
-            self.eps,
-            Ranks(group, size, self._in_words()),
+            input, self.weight, self.bias, running_mean, running_var, num_batches_tracked, momentum, self.eps, ranks
         )
+
+    def _slow_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As ForwardMixin's: torch's own, which refuses what it cannot record."""
+        return nn.SyncBatchNorm.forward(self, *args, **kwargs)
 
     def _in_words(self) -> str:
         name = f" '{self.qualified_name}'" if self.qualified_name else ""
