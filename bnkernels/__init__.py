@@ -20,6 +20,7 @@ from .modules import (
     LazyBatchNorm3d,
 )
 from .ops import build_info
+from .tracking import checkpoint_contexts, no_statistics_update
 
 __version__ = "0.1.0"
 
@@ -34,8 +35,10 @@ __all__ = [
     "__version__",
     "batch_norm",
     "build_info",
+    "checkpoint_contexts",
     "convert",
     "explain",
     "explain_model",
+    "no_statistics_update",
     "revert",
 ]

@@ -67,6 +67,7 @@ LAYERS = (
     "autograd",
     "functional",
     "modules",
+    "tracking",
     "convert",
     "explain",
     "__init__",
