@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import compatibility
 import pytest
 from compatibility import Cell, cells
@@ -27,7 +29,8 @@ def test_a_row_runs_for_its_cells_and_no_others() -> None:
 
     (parametrized,) = [mark for mark in test.pytestmark if mark.name == "parametrize"]
     assert parametrized.args == ("cell", some)
-    module = type("module", (), {"__name__": "test_it", "test": test})
+    module = ModuleType("test_it")
+    module.test = test  # type: ignore[attr-defined]
     (row,) = compatibility.rows_of(module)
     assert row.test == "test_it.py::test"
     assert "| feature | channels_last | channels_last |  |  | `test_it.py::test` |" in compatibility.page([row])

@@ -397,6 +397,22 @@ def test_load_error_names_both_versions(cuda: str, tmp_path: Path, monkeypatch: 
     assert "pip install --no-build-isolation" in text
 
 
+@pytest.mark.parametrize(
+    ("built", "running", "reason"),
+    [
+        (("2.15.0+cu132", "13.0"), ("2.15.1", "13.2"), None),
+        (("2.15.0+cpu", None), ("2.15.0+cu132", "13.2"), None),
+        (("2.15.0+cu132", "13.0"), ("2.15.0+cpu", None), None),  # does not load: there is no libc10_cuda
+        (("2.14.1", "13.0"), ("2.15.0", "13.2"), "C\\+\\+ interface"),
+        (("2.15.0+cu132", "13.0"), ("2.15.0+cu128", "12.8"), "CUDA runtime"),
+    ],
+)
+def test_what_does_not_fit(built: tuple[str, str | None], running: tuple[str, str | None], reason: str | None) -> None:
+    """A library that loads beside another torch or CUDA than its own is refused before it can corrupt anything."""
+    said = ops._misfit(dict(zip(("torch", "cuda"), built)), *running)
+    assert said is None if reason is None else re.search(reason, said or "")
+
+
 def test_load_error_without_a_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "__file__", str(tmp_path / "ops.py"))
     text = str(ops._load_error("No module named _C"))
