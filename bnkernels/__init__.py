@@ -21,6 +21,7 @@ from .modules import (
 )
 from .ops import build_info
 from .sync import DistributedDataParallel, SyncBatchNorm
+from .tracking import checkpoint_contexts, no_statistics_update
 
 __version__ = "0.1.0"
 
@@ -37,8 +38,10 @@ __all__ = [
     "__version__",
     "batch_norm",
     "build_info",
+    "checkpoint_contexts",
     "convert",
     "explain",
     "explain_model",
+    "no_statistics_update",
     "revert",
 ]

@@ -5,6 +5,8 @@ convert() turns one into the other by its class alone. Only forward() differs:
 
 - num_batches_tracked is incremented, and momentum=None averages by it, on the device: the host never waits for it.
 - A call that raises leaves the buffers as they were (torch has counted the batch by then).
+
+torch.fx, torch.jit.trace and the exporters record a module of this package as they record torch's.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .functional import batch_norm_tracked
@@ -21,8 +24,10 @@ class ForwardMixin(_BatchNorm):
     """The forward pass of the classes below."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, Tensor):  # a tracer's proxy has no dimensions yet
+        if isinstance(input, Tensor):
             self._check_input_dim(input)
+        elif isinstance(input, Proxy) and self._is_leaf_for(input.tracer):
+            return self._recorded(input)
         # Module.__getattr__ would cost more than all these together. A name is missing here where somebody has put
         # something else in its place: a parametrization, a view into a wrapper's flat parameter.
         try:
@@ -50,6 +55,20 @@ class ForwardMixin(_BatchNorm):
         return batch_norm_tracked(
             input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, self.eps
         )
+
+    def _is_leaf_for(self, tracer: Any) -> bool:
+        """Whether a tracer of torch.fx is to record this module as one call, as it does torch's own.
+
+        Tracers enter what is not of torch.nn, and would then record `training` as it is just now, and no layer. Hooks
+        have been traced already when forward() is called and would run a second time within that call; with them, and
+        as the root of the trace, the module is entered.
+        """
+        hooks = (self._forward_pre_hooks, self._forward_hooks, self._backward_pre_hooks, self._backward_hooks)
+        return self is not tracer.root and not any(hooks)
+
+    def _recorded(self, input: Proxy) -> Proxy:
+        tracer: Any = input.tracer
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
 
     def _slow_forward(self, *args: Any, **kwargs: Any) -> Any:
         """Called in forward()'s place by torch.jit.trace and the older ONNX exporter: they record torch's operator."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Mapping
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -76,14 +77,26 @@ def _release(version: str) -> tuple[str, ...]:
     return tuple(version.split(".")[:2])
 
 
+def _misfit(built: Mapping[str, object], torch_version: str, torch_cuda: str | None) -> str | None:
+    """Why a library that has loaded must not be used, or None."""
+    if _release(str(built["torch"])) != _release(torch_version):
+        # It loaded by luck: the layout of torch's C++ objects may differ, and then memory is silently corrupted.
+        return "torch's C++ interface changes between releases"
+    built_cuda = built["cuda"]
+    if built_cuda is not None and torch_cuda is not None and _release(str(built_cuda))[0] != _release(torch_cuda)[0]:
+        # Two CUDA runtimes in one process: streams and errors of the one mean nothing to the other.
+        return "the CUDA runtime changes between major versions"
+    return None
+
+
 try:
     from bnkernels import _C
 except ImportError as error:
     _refuse(_load_error(error), error)
 
-if _release(str(_C.build_info()["torch"])) != _release(torch.__version__):
-    # It loaded by luck: the layout of torch's C++ objects may differ, and then memory is silently corrupted.
-    _refuse(_load_error("torch's C++ interface changes between releases"))
+_reason = _misfit(_C.build_info(), torch.__version__, torch.version.cuda)
+if _reason is not None:
+    _refuse(_load_error(_reason))
 
 forward_train = _C.forward_train
 forward_eval = _C.forward_eval

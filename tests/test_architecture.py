@@ -68,6 +68,7 @@ LAYERS = (
     "autograd",
     "functional",
     "modules",
+    "tracking",
     "sync",
     "convert",
     "explain",

@@ -347,36 +347,6 @@ def test_functional_call() -> None:
     assert ours.num_batches_tracked == 0
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_fx_trace(training: bool) -> None:
-    theirs, ours = pair(nn.BatchNorm2d)
-    graph = torch.fx.symbolic_trace(nn.Sequential(ours).train(training))
-    x = torch.randn(4, 3, 2, 2)
-    torch.testing.assert_close(graph(x), theirs.train(training)(x))
-    assert_same_state(ours, theirs)
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_jit_trace(training: bool) -> None:
-    theirs, ours = pair(nn.BatchNorm2d)
-    x = torch.randn(4, 3, 2, 2)
-    traced = torch.jit.trace(nn.Sequential(ours).train(training), x, check_trace=False)
-    assert "aten::batch_norm" in str(traced.inlined_graph)
-    ours.load_state_dict(theirs.state_dict())
-    torch.testing.assert_close(traced(x), theirs.train(training)(x))
-    assert_same_state(ours, theirs)
-
-
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_export(training: bool) -> None:
-    theirs, ours = pair(nn.BatchNorm2d)
-    x = torch.randn(4, 3, 2, 2)
-    exported = torch.export.export(nn.Sequential(ours).train(training), (x,)).module()
-    torch.testing.assert_close(exported(x), theirs.train(training)(x))
-    torch.testing.assert_close(dict(exported.named_buffers()), {f"0.{n}": b for n, b in theirs.named_buffers()})
-
-
 def test_tensor_subclass() -> None:
     """The result of a subclass is of it, as torch's; its overrides see the call."""
     seen = []

@@ -1,4 +1,4 @@
-"""The ops as torch sees them: registration, fakes, mutation, argument checks by both doors, loading, compilation."""
+"""The ops as torch sees them: registration, fakes, mutation, argument checks by both doors, loading."""
 
 from __future__ import annotations
 
@@ -397,6 +397,22 @@ def test_load_error_names_both_versions(cuda: str, tmp_path: Path, monkeypatch: 
     assert "pip install --no-build-isolation" in text
 
 
+@pytest.mark.parametrize(
+    ("built", "running", "reason"),
+    [
+        (("2.15.0+cu132", "13.0"), ("2.15.1", "13.2"), None),
+        (("2.15.0+cpu", None), ("2.15.0+cu132", "13.2"), None),
+        (("2.15.0+cu132", "13.0"), ("2.15.0+cpu", None), None),  # does not load: there is no libc10_cuda
+        (("2.14.1", "13.0"), ("2.15.0", "13.2"), "C\\+\\+ interface"),
+        (("2.15.0+cu132", "13.0"), ("2.15.0+cu128", "12.8"), "CUDA runtime"),
+    ],
+)
+def test_what_does_not_fit(built: tuple[str, str | None], running: tuple[str, str | None], reason: str | None) -> None:
+    """A library that loads beside another torch or CUDA than its own is refused before it can corrupt anything."""
+    said = ops._misfit(dict(zip(("torch", "cuda"), built)), *running)
+    assert said is None if reason is None else re.search(reason, said or "")
+
+
 def test_load_error_without_a_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "__file__", str(tmp_path / "ops.py"))
     text = str(ops._load_error("No module named _C"))
@@ -407,57 +423,3 @@ def test_the_tag_is_in_the_library() -> None:
     """What the message is read from is really there, and says what the library says."""
     built, info = ops._built_against(), bnk.build_info()
     assert built["torch"] == info["torch"] and built["cuda"] == (info["cuda"] or "none")
-
-
-# Compilation
-
-
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("momentum", [0.1, None])
-@pytest.mark.parametrize("channels_last", [False, True], ids=["channels_first", "channels_last"])
-def test_compile(training: bool, momentum: float | None, channels_last: bool, device: str) -> None:
-    """One graph without a break; outputs, gradients and buffers as eager's, over several steps."""
-    torch.compiler.reset()
-    models = []
-    for _ in range(2):
-        torch.manual_seed(0)
-        conv = torch.nn.Conv2d(3, 6, 3)
-        models.append(torch.nn.Sequential(conv, bnk.BatchNorm2d(6, momentum=momentum), torch.nn.ReLU()).to(device))
-    eager, other = (model.train(training) for model in models)
-    compiled = torch.compile(other, backend="aot_eager", fullgraph=True)
-    for _ in range(3):
-        x = torch.randn(4, 3, 7, 7, device=device)
-        if channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
-        results, strides = [], []
-        for model in (compiled, eager):
-            x_in = x.clone().requires_grad_()
-            y = model(x_in)
-            y.square().sum().backward()
-            results.append([y.detach(), x_in.grad])
-            strides.append((y.stride(), x_in.grad.stride()))
-        torch.testing.assert_close(results[0], results[1])
-        assert strides[0] == strides[1]
-        torch.testing.assert_close(dict(other.state_dict()), dict(eager.state_dict()))
-    torch.testing.assert_close([p.grad for p in other.parameters()], [p.grad for p in eager.parameters()])
-
-
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("transform", ["grad", "vmap"])
-def test_compile_of_a_transform(training: bool, transform: str, device: str) -> None:
-    """A compiler that traces torch.func sees plain formulas: it would lose the backward of anything else."""
-    torch.compiler.reset()
-    x = torch.randn(2, 4, 3, 5, device=device)
-    mean, var = torch.rand(3, device=device), torch.rand(3, device=device) + 0.5
-    statistics = (None, None) if training else (mean, var)
-
-    def loss(x: Tensor, weight: Tensor) -> Tensor:
-        return bnk.batch_norm(x, *statistics, weight, None, training).pow(3).sum()
-
-    def call(x: Tensor, weight: Tensor) -> Any:
-        gradient = torch.func.grad(loss, (0, 1))
-        return gradient(x[0], weight) if transform == "grad" else torch.func.vmap(gradient, (0, None))(x, weight)
-
-    weight = torch.rand(3, device=device) + 0.5
-    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x, weight), call(x, weight))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PAPERS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md"]
+PAPERS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md", "docs/compatibility.md"]
 
 
 def text(*names: str) -> str:
@@ -28,6 +28,15 @@ def test_every_make_target_that_is_named_exists() -> None:
     named = set(re.findall(r"(?:`|^)make ([a-z]+)", text(*PAPERS), re.MULTILINE))
     assert {"demo", "test"} <= named
     assert named - targets == set()
+
+
+def test_the_workflow_runs_what_there_is() -> None:
+    """Targets of make, and options of the check."""
+    workflow = text(".github/workflows/ci.yml")
+    named = set(re.findall(r"\bmake ([a-z]+)", workflow))
+    assert {"lint", "test", "gpu"} <= named <= set(re.findall(r"^([a-z]+):", text("Makefile"), re.MULTILINE))
+    options = set(re.findall(r"bnkernels\.check (--[a-z]+)", workflow))
+    assert {f"--{name}" for name in ("env", "quick")} == options
 
 
 def test_make_alone_tells_every_target() -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, is_grad_enabled
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
 from torch.compiler import is_compiling
+from torch.onnx import is_in_onnx_export
 
 from bnkernels import ops
 
@@ -53,8 +54,12 @@ def batch_norm(
     ):
         raise RuntimeError("batch_norm is not differentiable with respect to running_mean and running_var.")
     if is_compiling():
-        # A compiler drops the backward of a Function inside a transform of torch.func (torch 2.13: zeros, silently).
-        traced = formulas.forward if _transforms_active() else _traced
+        traced = _traced
+        if is_in_onnx_export():
+            traced = _exported_to_onnx
+        elif _transforms_active():
+            # A compiler drops the backward of a Function in a transform of torch.func (torch 2.13: zeros, silently).
+            traced = formulas.forward
         return traced(x, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps)
     if _transforms_active() or forward_ad._current_level >= 0:
         outputs: tuple[Tensor, ...] = Transformable.apply(
@@ -195,6 +200,24 @@ def _traced(
         if buffer is not None:
             buffer.copy_(updated)
     return outputs[0]
+
+
+def _exported_to_onnx(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+) -> Tensor:
+    """batch_norm() for ONNX: its own BatchNormalization, as which it knows torch's operator; in training, formulas."""
+    if training:
+        buffers = (running_mean, running_var, num_batches_tracked)
+        return formulas.forward(x, weight, bias, *buffers, training, momentum, eps)
+    return torch.nn.functional.batch_norm(x, running_mean, running_var, weight, bias, eps=eps)
 
 
 class Traced(Function):

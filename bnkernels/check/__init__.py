@@ -5,6 +5,8 @@ through bnkernels.batch_norm and autograd, and is held to the float64 reference.
 for comparison only.
 
 Exit code: 0 all within bounds, 1 something out of bounds, 2 could not run.
+
+With --env it checks nothing, and prints what a report of a bug should say of the machine and the installation.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import torch
 import bnkernels
 
 from ..testing import Case, cases
-from . import progress, report
+from . import environment, progress, report
 from .runner import Result, is_out_of_memory, run_case
 
 WITHIN, OUT_OF_BOUNDS, COULD_NOT_RUN = 0, 1, 2
@@ -44,6 +46,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         ("huge", "over 2^31 elements: needs 100 GB of memory and a 16 GB device"),
     ):
         tier.add_argument(f"--{name}", dest="tier", action="store_const", const=name, help=text)
+    tier.add_argument(
+        "--env", action="store_true", help="check nothing; print what a bug report needs, and exit with 0"
+    )
     tier.add_argument("--case", action="append", metavar="NAME", help="only this case, in detail; may be repeated")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: every backend of this installation)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results to FILE; - for standard output")
@@ -95,7 +100,19 @@ def _run(chosen: list[Case], device: torch.device) -> report.Backend:
     return report.Backend(device, _device_name(device), tuple(results), time.monotonic() - start, stopped)
 
 
+def _tell_environment(file: Path | None) -> int:
+    found = environment.environment()
+    text = environment.as_text(found) if file is None else json.dumps(found, indent=1)
+    if file is None or str(file) == "-":
+        print(text)
+    else:
+        file.write_text(text + "\n")
+    return WITHIN
+
+
 def _check(arguments: argparse.Namespace) -> int:
+    if arguments.env:
+        return _tell_environment(arguments.json)
     tier = arguments.tier or "quick"
     try:
         chosen = [Case.parse(name) for name in arguments.case] if arguments.case else list(cases(tier))

@@ -1,0 +1,209 @@
+"""torch's tools do on a converted model what they do on torch's: tracing, changing it, storing and watching it."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from compatibility import Cell, cells, row
+from torch import Tensor, nn
+from torch.nn.utils import fusion, parametrize, prune
+from torch.optim import swa_utils
+
+import bnkernels as bnk
+from bnkernels import testing
+
+TRACE, CHANGE, STORE, WATCH = "Tracing", "Tools that change a model", "Storing", "Watching"
+EAGER = cells(compiled=(False,))
+
+
+def pair(device: str = "cpu") -> tuple[nn.Module, nn.Module]:
+    """A converted model, and torch's with the same parameters and statistics that are not a fresh layer's."""
+    conv, first, second = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4, momentum=None)
+    theirs = nn.Sequential(conv, first, nn.ReLU(), second).to(device)
+    theirs(torch.rand(4, 3, 6, 6, device=device))
+    return bnk.convert(copy.deepcopy(theirs)), theirs
+
+
+def x_for(cell: Cell) -> Tensor:
+    return cell.laid_out(torch.randn(4, 3, 6, 5))
+
+
+def assert_as_torchs(cell: Cell, ours: nn.Module, theirs: nn.Module) -> None:
+    """Results, gradients and buffers, over two steps; and what is called is compiled where the cell says so."""
+    mine, torchs = cell.prepared(ours), cell.eager.prepared(theirs)
+    for _ in range(2):
+        x = x_for(cell)
+        results = []
+        for model, module in ((mine, ours), (torchs, theirs)):
+            module.zero_grad()
+            y = model(x)
+            y.square().mean().backward()
+            grads = {name: parameter.grad for name, parameter in module.named_parameters()}
+            results.append({"y": y.detach(), **grads, **dict(module.named_buffers())})
+        torch.testing.assert_close(*results)
+
+
+# Tracing
+
+
+@row(
+    TRACE,
+    "torch.fx.symbolic_trace",
+    cells(),
+    "a layer is one call_module, as torch's; one with hooks is entered, as every module is that is not torch's own.",
+)
+def test_fx(cell: Cell) -> None:
+    """The graph holds the layers themselves, so that train() and eval() after the trace are obeyed."""
+    ours, theirs = pair()
+    graph = torch.fx.symbolic_trace(ours.train(not cell.training))
+    called = [node.target for node in graph.graph.nodes if node.op == "call_module"]
+    assert called == ["0", "1", "2", "3"]
+    assert_as_torchs(cell, graph, theirs)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_fx_runs_hooks_once(training: bool) -> None:
+    """A hook that is traced must not run again within a call of the module."""
+    ours, theirs = pair()
+    for model in (ours, theirs):
+        model[1].register_forward_hook(lambda module, inputs, y: 2 * y)  # type: ignore[index]
+        model[3].register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,))  # type: ignore[index]
+        model.train(training)
+    x = torch.randn(4, 3, 6, 5)
+    torch.testing.assert_close(torch.fx.symbolic_trace(ours)(x), theirs(x))
+    torch.testing.assert_close(dict(ours.named_buffers()), dict(theirs.named_buffers()))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_fx_of_a_layer_alone(training: bool) -> None:
+    """As the root of a trace it has no name by which it could be called."""
+    layer = bnk.BatchNorm2d(3).train(training)
+    other = copy.deepcopy(layer)
+    x = torch.randn(4, 3, 2, 2)
+    assert testing.same_bits(torch.fx.symbolic_trace(layer)(x), other(x))
+    assert testing.same_bits(layer.running_mean, other.running_mean)
+
+
+@row(TRACE, "torchvision's create_feature_extractor", EAGER)
+def test_feature_extractor(cell: Cell) -> None:
+    """Nodes are named by layers, a BatchNorm's among them; train() and eval() choose between two graphs."""
+    extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    ours, theirs = pair()
+    extracted = [extraction.create_feature_extractor(model, {"1": "norm", "3": "last"}) for model in (ours, theirs)]
+    x = x_for(cell)
+    mine, torchs = (cell.prepared(model)(x) for model in extracted)
+    torch.testing.assert_close(mine, torchs)
+    torch.testing.assert_close(dict(extracted[0].named_buffers()), dict(extracted[1].named_buffers()))
+
+
+@row(TRACE, "torch.jit.trace", EAGER, "records torch's operator: the program needs no bnkernels.")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_jit_trace(cell: Cell) -> None:
+    ours, theirs = (bnk.BatchNorm2d(3), nn.BatchNorm2d(3))
+    x = cell.laid_out(torch.randn(4, 3, 2, 2))
+    traced = torch.jit.trace(nn.Sequential(ours).train(cell.training), x, check_trace=False)
+    assert "aten::batch_norm" in str(traced.inlined_graph)
+    ours.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(traced(x), theirs.train(cell.training)(x))
+    torch.testing.assert_close(dict(ours.state_dict()), dict(theirs.state_dict()))
+
+
+# Tools that change a model
+
+
+@row(CHANGE, "optim.swa_utils.update_bn", cells(training=(True,)))
+def test_update_bn(cell: Cell) -> None:
+    """Statistics of all batches, averaged, in place of the ones that were there."""
+    ours, theirs = pair()
+    batches = [x_for(cell) for _ in range(4)]
+    for model, way in ((ours, cell.prepared(ours)), (theirs, cell.eager.prepared(theirs))):
+        model[1].momentum = 0.3  # type: ignore[index]
+        swa_utils.update_bn(batches, way)
+        assert model[1].momentum == 0.3 and model[1].num_batches_tracked == 4  # type: ignore[index]
+    torch.testing.assert_close(dict(ours.state_dict()), dict(theirs.state_dict()))
+
+
+@row(CHANGE, "optim.swa_utils.AveragedModel with its buffers", cells(training=(True,), compiled=(False,)))
+def test_averaged_model(cell: Cell) -> None:
+    ours, theirs = pair()
+    averages = [swa_utils.AveragedModel(model, use_buffers=True) for model in (ours, theirs)]
+    for _ in range(3):
+        x = x_for(cell)
+        for model, average in zip((ours, theirs), averages):
+            cell.prepared(model)(x)
+            average.update_parameters(model)
+    torch.testing.assert_close(dict(averages[0].state_dict()), dict(averages[1].state_dict()))
+
+
+@row(CHANGE, "nn.utils.fusion.fuse_conv_bn_eval", cells(training=(False,)))
+def test_fuse_conv_bn(cell: Cell) -> None:
+    ours, theirs = (model.eval() for model in pair())
+    fused, expected = (fusion.fuse_conv_bn_eval(model[0], model[1]) for model in (ours, theirs))  # type: ignore[index]
+    torch.testing.assert_close(dict(fused.state_dict()), dict(expected.state_dict()), rtol=0, atol=0)
+    x = x_for(cell)
+    torch.testing.assert_close(cell.prepared(fused)(x), ours[:2](x))  # type: ignore[index]
+
+
+@row(CHANGE, "func.replace_all_batch_norm_modules_", cells())
+def test_replace_all_batch_norms(cell: Cell) -> None:
+    """No statistics from here on, as torch.func wants it."""
+    ours, theirs = pair()
+    for model in (ours, theirs):
+        torch.func.replace_all_batch_norm_modules_(model)
+        assert model[1].running_mean is None and not model[1].track_running_stats  # type: ignore[index]
+    assert_as_torchs(cell, ours, theirs)
+
+
+@row(CHANGE, "nn.SyncBatchNorm.convert_sync_batchnorm", cells(compiled=(False,)))
+def test_convert_sync_batchnorm(cell: Cell) -> None:
+    """torch's SyncBatchNorm, with the parameters and buffers of ours; alone, it computes as a BatchNorm does."""
+    ours, theirs = pair()
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(ours)
+    assert [type(synchronised[i]) for i in (1, 3)] == [nn.SyncBatchNorm] * 2  # type: ignore[index]
+    if not cell.training:  # torch's takes CPU tensors in inference only
+        assert_as_torchs(cell, synchronised, theirs)
+    torch.testing.assert_close(dict(synchronised.state_dict()), dict(theirs.state_dict()), rtol=0, atol=0)
+
+
+class Positive(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return nn.functional.softplus(weight)
+
+
+CHANGES: dict[str, Callable[[nn.Module], object]] = {
+    "parametrize": lambda layer: parametrize.register_parametrization(layer, "weight", Positive()),
+    "prune": lambda layer: prune.l1_unstructured(layer, "weight", amount=2),
+    "pruned for good": lambda layer: prune.remove(prune.l1_unstructured(layer, "weight", amount=2), "weight"),
+}
+
+
+@row(CHANGE, "nn.utils.parametrize, nn.utils.prune of a layer's weight", cells())
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_changed_weights(cell: Cell, change: Callable[[nn.Module], object]) -> None:
+    """`weight` is then no parameter of its own, and its gradient goes where it comes from."""
+    ours, theirs = pair()
+    for model in (ours, theirs):
+        with torch.no_grad():
+            model[1].weight.copy_(torch.tensor([1.0, -0.1, 0.2, 2.0]))  # type: ignore[index]
+        change(model[1])  # type: ignore[index]
+    assert_as_torchs(cell, ours, theirs)
+
+
+# Storing
+
+
+def through_a_file(value: Any, **options: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, **options)
+
+
+def whole(model: nn.Module) -> nn.Module:
+    return through_a_file(model, weights_only=False)
