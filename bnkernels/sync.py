@@ -6,6 +6,7 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _LazyNormBase
 
 from .functional import sync_batch_norm_tracked
@@ -40,7 +41,9 @@ class SyncBatchNorm(ForwardMixin, nn.SyncBatchNorm):
     """The path in its model, for errors; set by the functions that convert models, "" where unknown."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, Tensor):  # a tracer's proxy has no dimensions yet
+        if isinstance(input, Proxy) and self._is_leaf_for(input.tracer):
+            return self._recorded(input)
+        if isinstance(input, Tensor):  # a proxy has no dimensions yet
             self._check_input_dim(input)
             self._check_non_zero_input_channels(input)
         if not (self.training and dist.is_available() and dist.is_initialized()):

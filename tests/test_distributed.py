@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as checkpoint
 import torch.nn.functional as F
+from compatibility import cells, row
 from processes import Pool
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
@@ -26,6 +27,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import bnkernels as bnk
 from bnkernels.testing import same_bits
+
+PROCESSES = "Several processes"
+TRAINING = cells(training=(True,), compiled=(False,), channels_last=(False,))
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -131,6 +135,7 @@ def curve(name: str, broadcast: bool, converted_before: bool) -> tuple[list[floa
     return losses, full(ddp)
 
 
+@row(PROCESSES, "DistributedDataParallel with SyncBatchNorm, buffers broadcast or not", TRAINING)
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(("broadcast", "converted_before"), [(True, True), (False, False)])
 def test_the_curve_of_one_process(pair: Pool, name: str, broadcast: bool, converted_before: bool) -> None:
@@ -186,6 +191,7 @@ def two_forwards(broadcast: bool, converted: bool, backward: bool) -> tuple[list
     return [p.grad for p in model.parameters() if p.grad is not None], full(ddp)
 
 
+@row(PROCESSES, "DistributedDataParallel with BatchNorm, two forwards before one backward", TRAINING)
 @pytest.mark.parametrize("broadcast", [True, False], ids=["broadcast", "own buffers"])
 def test_two_forwards_before_one_backward(pool: Pool, broadcast: bool) -> None:
     """The gradients do not depend on the buffers, whoever writes to them; the buffers are as torch's layers have them.
@@ -221,6 +227,7 @@ def train_sharded(kind: str) -> tuple[list[float], dict[str, Tensor]]:
     return of_this_rank(model, batches(3, 8)), full(model)
 
 
+@row(PROCESSES, "FSDP2 (fully_shard), with BatchNorm and with SyncBatchNorm", TRAINING)
 def test_fsdp(pool: Pool) -> None:
     """fully_shard: BatchNorm as torch's under the same; and with SyncBatchNorm as one process on the whole batch."""
     ours, torchs, synchronised = (pool.run(train_sharded, kind) for kind in ("ours", "torchs", "synchronised"))
@@ -257,6 +264,7 @@ def load(path: str) -> tuple[dict[str, Tensor], list[float]]:
     return loaded, of_this_rank(ddp, batches(4, 8)[2:])
 
 
+@row(PROCESSES, "torch.distributed.checkpoint, from FSDP2 to DDP", TRAINING)
 def test_checkpoint(pool: Pool, tmp_path: Path) -> None:
     """torch.distributed.checkpoint: saved from FSDP2, loaded whole; parameters, buffers and counter to the bit."""
     saved = pool.run(save, str(tmp_path))

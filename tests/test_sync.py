@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from compatibility import cells, row
 from processes import Broken, Collectives, Pool
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
@@ -22,6 +23,7 @@ import bnkernels as bnk
 from bnkernels.testing import Case, Inputs, Outputs, assert_within, judge_call, same_bits
 
 RANKS = 4
+PROCESSES = "Several processes"
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +119,12 @@ PAIRS = ("float32", "float64", "bfloat16+float32", "float16+float32")
 LAYOUTS = {"2-D": ("12x5", "contiguous"), "4-D": ("12x5x3x7", "contiguous"), "nhwc": ("12x16x4x4", "channels_last")}
 
 
+@row(
+    PROCESSES,
+    "SyncBatchNorm, four processes: even, uneven and empty batches",
+    cells(training=(True,), compiled=(False,)),
+    "inference is BatchNorm's.",
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize("split", SPLITS)
@@ -398,6 +406,14 @@ def test_without_processes() -> None:
     assert same_bits(bnk.SyncBatchNorm(3)(x), bnk.BatchNorm2d(3)(x))
 
 
+def test_fx_records_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where there are processes to exchange with: what is traced once runs on each of them."""
+    for name, value in (("is_initialized", True), ("get_world_size", 2)):
+        monkeypatch.setattr(dist, name, lambda *_, value=value: value)
+    graph = torch.fx.symbolic_trace(nn.Sequential(bnk.SyncBatchNorm(3, process_group=object())))
+    assert [node.op for node in graph.graph.nodes] == ["placeholder", "call_module", "output"]
+
+
 def test_converting() -> None:
     """Every kind of layer, with its parameters, buffers and flags; each layer knows its name."""
     group = object()
@@ -461,6 +477,9 @@ def compiled(inputs: Inputs) -> tuple[Outputs, list[Outputs], int]:
     return outputs(eager, eager), found, gathers
 
 
+@row(
+    PROCESSES, "SyncBatchNorm, torch.compile(fullgraph=True)", cells((True,), compiled=(True,), channels_last=(False,))
+)
 def test_compiled(pool: Pool) -> None:
     """torch.compile(fullgraph=True): the bits of eager, in the results, the gradients and the buffers; two gathers."""
     inputs = Case.parse("offset_1e2/12x5x3/float32/contiguous/normal/normal/train").inputs()
