@@ -1,7 +1,7 @@
 // Layout: how a problem is cut, and the arithmetic on one piece of it.
 //
 // A problem is cut into blocks (of neighbouring channels) x chunks (of each channel's elements). A piece is computed by
-// one thread; the statistics of a channel are those of its chunks, merged in order. Chunks, and the tiles inside of
+// one thread; the statistics of a channel are those of its chunks, merged in pairs. Chunks, and the tiles inside of
 // them, follow from the problem alone: how many threads there are, and how wide a block is, cannot change a bit.
 #pragma once
 
@@ -33,8 +33,6 @@ constexpr int64_t kMapBytes = 65536;
 
 class Layout {
  public:
-  static constexpr int kMaxBlockChannels = kMaxColumns;
-
   int64_t blocks() const { return blocks_; }
   int64_t chunks() const { return chunks_; }
   int64_t first_channel(int64_t block) const { return block * block_channels_; }
