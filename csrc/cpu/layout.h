@@ -149,6 +149,8 @@ class Columns final : public Layout {
   template <typename Merge>
   void by_channel(int64_t block, const double* first, const double* second, Partial* partials, Merge merge) const;
 
+  // After statistics chunks come in reverse (schedule.h), and memory is walked in one direction through all of them.
+  bool backwards_;
   int64_t fold_;          // rows of the problem in a row of columns
   int64_t rows_;          // whole rows
   int64_t rest_columns_;  // of the incomplete row after them
