@@ -54,7 +54,7 @@ class Layout {
                         int64_t chunk) const = 0;
 
  protected:
-  // `tensors`: how many of the problem's size are read and written.
+  // `tensors`: how many of the problem's size should be in the cache together.
   Layout(const Problem& problem, int tensors)
       : problem_(problem),
         kernels_(kernels(problem.dtype)),
