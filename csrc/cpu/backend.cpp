@@ -63,7 +63,9 @@ Problem normal_form(Problem problem) {
   return problem;
 }
 
-// Calls f(layout) with the layout of the problem. `tensors`: how many of its size are read and written.
+// Calls f(layout, bytes of a block) with the layout of the problem. `tensors`: how many of its size should be in the cache
+// together, which with statistics are all that are read and written, and without them the result alone: nothing else is
+// used again.
 template <typename F>
 void with_layout(const Problem& problem, int tensors, bool has_partials, const F& f) {
   const int64_t channel_bytes = problem.elements_per_channel() * size_of(problem.dtype) * tensors;
@@ -179,7 +181,7 @@ void forward_eval(const ForwardEvalArgs& args) {
   const Coefficients weight(args.weight, 1, problem);
   const Coefficients bias(args.bias, 0, problem);
   const AffineVectors affine{args.mean.data, args.invstd.data, weight.data(), bias.data()};
-  with_layout(problem, 2, false, [&](const Layout& layout, int64_t block_bytes) {
+  with_layout(problem, 1, false, [&](const Layout& layout, int64_t block_bytes) {
     run(layout, EvalForward{args, layout, affine}, problem.elements(), block_bytes);
   });
 }
@@ -198,7 +200,7 @@ void backward(const BackwardArgs& args) {
     }
   }
   const GradientVectors vectors{args.mean.data, scale.data(), mean_g.data(), slope.data()};
-  with_layout(problem, 3, has_partials, [&](const Layout& layout, int64_t block_bytes) {
+  with_layout(problem, has_partials ? 3 : 1, has_partials, [&](const Layout& layout, int64_t block_bytes) {
     const Backward work{args,           layout,        vectors,
                         mean_g.space(), slope.space(), static_cast<double>(problem.elements_per_channel()),
                         has_partials,   has_apply};

@@ -33,11 +33,11 @@ BNK_INLINE Span span_of(int64_t columns, int s) {
   return {begin, static_cast<int>(s * kCount - begin), static_cast<int>(kCount)};
 }
 
-// What a strip further on reads: the next one, or as many as make `least` bytes.
+// Bytes from a strip to what is asked for meanwhile: the next one, or as many as make `least` bytes.
 template <int64_t kRows, typename T>
-BNK_INLINE void read_strip_ahead(const T* here, int64_t stride, int64_t least = kReadAhead) {
+BNK_INLINE int64_t strip_ahead(int64_t stride, int64_t least) {
   const int64_t strip = kRows * stride * static_cast<int64_t>(sizeof(T));
-  read_ahead(here, strip > least ? strip : least);
+  return strip > least ? strip : least;
 }
 
 template <bool kWhole, typename T>
@@ -69,16 +69,21 @@ struct Coefficients {
   }
 };
 
-// Calls strip(span number, span, first row, rows) over the tile, strip by strip.
+// Calls strip(span number, span, first row, rows) over the tile, strip by strip; backwards, the last span of the last first.
 template <typename A, int64_t kRows, typename Strip>
-BNK_INLINE void visit_strips(const Tile& tile, Strip& strip) {
+BNK_INLINE void visit_strips(const Tile& tile, Strip& strip, bool backwards = false) {
   const int spans = spans_of<A>(tile.length);
-  for (int64_t row = 0; row < tile.rows; row += kRows) {
+  const int64_t strips = (tile.rows + kRows - 1) / kRows;
+  for (int64_t i = 0; i < strips; ++i) {
+    const int64_t row = (backwards ? strips - 1 - i : i) * kRows;
     const int64_t rows = tile.rows - row < kRows ? tile.rows - row : kRows;
     if (tile.length < Lanes<A>::kCount) {
       strip.template run<false>(0, span_of<A>(tile.length, 0), row, rows);
-    } else {
-      for (int s = 0; s < spans; ++s) strip.template run<true>(s, span_of<A>(tile.length, s), row, rows);
+      continue;
+    }
+    for (int j = 0; j < spans; ++j) {
+      const int s = backwards ? spans - 1 - j : j;
+      strip.template run<true>(s, span_of<A>(tile.length, s), row, rows);
     }
   }
 }
@@ -96,7 +101,7 @@ struct ColumnSum {
   BNK_INLINE void run(int s, const Span& span, int64_t row, int64_t rows) const {
     Lanes<A> total = sum[s];
     for (const T* from = x + row * stride + span.begin; rows > 0; --rows, from += stride) {
-      read_strip_ahead<kSumRows>(from, stride, kSumsAhead);
+      read_ahead(from, strip_ahead<kSumRows, T>(stride, kSumsAhead));
       total = total + load_span<kWhole>(from, span);
     }
     sum[s] = total;
@@ -200,9 +205,10 @@ struct ColumnGradientSums {
   BNK_INLINE void run(int s, const Span& span, int64_t row, int64_t rows) const {
     const Lanes<A> m = mean[s], scale = invstd[s];
     Lanes<A> s1 = sum_g[s], s2 = sum_gx[s];
+    const int64_t ahead = strip_ahead<kSumRows, T>(stride, kSumsAhead);
     for (int64_t at = row * stride + span.begin; rows > 0; --rows, at += stride) {
-      read_strip_ahead<kSumRows>(g + at, stride, kSumsAhead);
-      read_strip_ahead<kSumRows>(x + at, stride, kSumsAhead);
+      read_ahead(g + at, ahead);
+      read_ahead(x + at, ahead);
       const Lanes<A> gradient = load_span<kWhole>(g + at, span);
       s1 = s1 + gradient;
       s2 = s2 + gradient * ((load_span<kWhole>(x + at, span) - m) * scale);
@@ -254,11 +260,18 @@ void column_sums(const void* g_data, const void* x_data, Tile tile, const void* 
 // ---- elementwise ----
 
 // Where rows follow each other, memory is read and written from end to end: it may come from beyond the caches.
-template <typename Strip>
-BNK_INLINE void visit_map(const Tile& tile, const Strip& strip) {
+template <int64_t kRows, typename Strip>
+BNK_INLINE void visit_map(const Tile& tile, bool backwards, const Strip& strip) {
   using A = typename Strip::A;
-  if (tile.stride == tile.length) return visit_strips<A, 1>(tile, strip);
-  visit_strips<A, kMapRows>(tile, strip);
+  if (tile.stride == tile.length) return visit_strips<A, 1>(tile, strip, backwards);
+  visit_strips<A, kRows>(tile, strip, backwards);
+}
+
+// In the direction of the walk.
+template <int64_t kRows, typename T>
+BNK_INLINE int64_t map_ahead(const Tile& tile, bool backwards) {
+  const int64_t ahead = strip_ahead<kRows, T>(tile.stride, kReadAhead);
+  return backwards ? -ahead : ahead;
 }
 
 // Writes an operation's rows of a span, past the cache if that is asked for and every row's span is aligned.
@@ -281,12 +294,12 @@ template <typename T>
 struct NormalizeSpan {
   using A = Accumulate<T>;
   const T* x;
-  int64_t stride;
+  int64_t ahead;  // bytes
   const Lanes<A> mean, invstd, weight, bias;
 
   template <bool kWhole>
   BNK_INLINE Lanes<A> at(int64_t at, const Span& span) const {
-    read_strip_ahead<kMapRows>(x + at, stride);
+    read_ahead(x + at, ahead);
     return (load_span<kWhole>(x + at, span) - mean) * invstd * weight + bias;
   }
 };
@@ -297,27 +310,29 @@ struct NormalizeColumns {
   const T* x;
   T* y;
   int64_t stride;
+  int64_t ahead;  // bytes
   bool streamed;
   const Coefficients<T> mean, invstd, weight, bias;
 
   template <bool kWhole>
   BNK_INLINE void run(int s, const Span& span, int64_t row, int64_t rows) const {
-    const NormalizeSpan<T> normalize{x, stride, mean.of_span[s], invstd.of_span[s], weight.of_span[s], bias.of_span[s]};
+    const NormalizeSpan<T> normalize{x, ahead, mean.of_span[s], invstd.of_span[s], weight.of_span[s], bias.of_span[s]};
     write_span<kWhole>(streamed, y, row * stride + span.begin, rows, stride, span, normalize);
   }
 };
 
 template <typename T>
-void column_normalize(const void* x, void* y, Tile tile, const AffineVectors& affine, bool streamed) {
+void column_normalize(const void* x, void* y, Tile tile, const AffineVectors& affine, bool streamed, bool backwards) {
   const NormalizeColumns<T> normalize{static_cast<const T*>(x),
                                       static_cast<T*>(y),
                                       tile.stride,
+                                      map_ahead<kMapRows, T>(tile, backwards),
                                       streamed,
                                       {affine.mean, tile.length},
                                       {affine.invstd, tile.length},
                                       {affine.weight, tile.length},
                                       {affine.bias, tile.length}};
-  visit_map(tile, normalize);
+  visit_map<kMapRows>(tile, backwards, normalize);
 }
 
 template <typename T>
@@ -325,13 +340,13 @@ struct GradientSpan {
   using A = Accumulate<T>;
   const T* g;
   const T* x;
-  int64_t stride;
+  int64_t ahead;  // bytes
   const Lanes<A> mean, scale, mean_g, slope;
 
   template <bool kWhole>
   BNK_INLINE Lanes<A> at(int64_t at, const Span& span) const {
-    read_strip_ahead<kGradientRows>(g + at, stride);
-    read_strip_ahead<kGradientRows>(x + at, stride);
+    read_ahead(g + at, ahead);
+    read_ahead(x + at, ahead);
     const Lanes<A> projection = (load_span<kWhole>(x + at, span) - mean) * slope;
     return scale * (load_span<kWhole>(g + at, span) - mean_g - projection);
   }
@@ -339,17 +354,18 @@ struct GradientSpan {
 
 template <typename T>
 struct GradientColumns {
+  using A = Accumulate<T>;
   const T* g;
   const T* x;
   T* grad_x;
   int64_t stride;
+  int64_t ahead;  // bytes
   bool streamed;
   const Coefficients<T> mean, scale, mean_g, slope;
 
   template <bool kWhole>
   BNK_INLINE void run(int s, const Span& span, int64_t row, int64_t rows) const {
-    const GradientSpan<T> gradient{
-        g, x, stride, mean.of_span[s], scale.of_span[s], mean_g.of_span[s], slope.of_span[s]};
+    const GradientSpan<T> gradient{g, x, ahead, mean.of_span[s], scale.of_span[s], mean_g.of_span[s], slope.of_span[s]};
     write_span<kWhole>(streamed, grad_x, row * stride + span.begin, rows, stride, span, gradient);
   }
 };
@@ -358,12 +374,12 @@ template <typename T>
 struct ScaledSpan {
   using A = Accumulate<T>;
   const T* g;
-  int64_t stride;
+  int64_t ahead;  // bytes
   const Lanes<A> scale;
 
   template <bool kWhole>
   BNK_INLINE Lanes<A> at(int64_t at, const Span& span) const {
-    read_strip_ahead<kMapRows>(g + at, stride);
+    read_ahead(g + at, ahead);
     return scale * load_span<kWhole>(g + at, span);
   }
 };
@@ -374,34 +390,36 @@ struct ScaledColumns {
   const T* g;
   T* grad_x;
   int64_t stride;
+  int64_t ahead;  // bytes
   bool streamed;
   const Coefficients<T> scale;
 
   template <bool kWhole>
   BNK_INLINE void run(int s, const Span& span, int64_t row, int64_t rows) const {
     write_span<kWhole>(streamed, grad_x, row * stride + span.begin, rows, stride, span,
-                       ScaledSpan<T>{g, stride, scale.of_span[s]});
+                       ScaledSpan<T>{g, ahead, scale.of_span[s]});
   }
 };
 
 template <typename T>
 void column_gradient(const void* g_data, const void* x, void* grad_x_data, Tile tile, const GradientVectors& gradient,
-                     bool streamed) {
-  using A = Accumulate<T>;
+                     bool streamed, bool backwards) {
   const T* g = static_cast<const T*>(g_data);
   T* grad_x = static_cast<T*>(grad_x_data);
   if (x == nullptr) {
-    const ScaledColumns<T> scaled{g, grad_x, tile.stride, streamed, {gradient.scale, tile.length}};
-    return visit_map(tile, scaled);
+    const int64_t ahead = map_ahead<kMapRows, T>(tile, backwards);
+    const ScaledColumns<T> scaled{g, grad_x, tile.stride, ahead, streamed, {gradient.scale, tile.length}};
+    return visit_map<kMapRows>(tile, backwards, scaled);
   }
   const GradientColumns<T> result{g,
                                   static_cast<const T*>(x),
                                   grad_x,
                                   tile.stride,
+                                  map_ahead<kGradientRows, T>(tile, backwards),
                                   streamed,
                                   {gradient.mean, tile.length},
                                   {gradient.scale, tile.length},
                                   {gradient.mean_g, tile.length},
                                   {gradient.slope, tile.length}};
-  visit_strips<A, kGradientRows>(tile, result);
+  visit_map<kGradientRows>(tile, backwards, result);
 }

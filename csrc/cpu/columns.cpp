@@ -25,7 +25,8 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 
-Columns::Columns(const Problem& problem, int tensors, bool has_partials, int threads) : Layout(problem, tensors) {
+Columns::Columns(const Problem& problem, int tensors, bool has_partials, int threads)
+    : Layout(problem, tensors), backwards_(has_partials) {
   const int64_t columns = problem.channels * problem.inner;
   fold_ = columns < kFoldBelow && problem.outer >= kFold ? kFold : 1;
   rows_ = problem.outer / fold_;
@@ -169,7 +170,7 @@ void Columns::normalize(const void* x, void* y, const AffineVectors& affine, int
                               by_column(affine.weight, block, space[2]), by_column(affine.bias, block, space[3])};
   for (const Piece& part : {rest(block, chunk), body(block, chunk)}) {
     if (part.tile.length == 0) continue;
-    kernels_.column_normalize(at(x, part.offset), at(y, part.offset), part.tile, columns, streamed_);
+    kernels_.column_normalize(at(x, part.offset), at(y, part.offset), part.tile, columns, streamed_, backwards_);
   }
   if (streamed_) kernels_.end_of_stream();
 }
@@ -186,7 +187,7 @@ void Columns::gradient(const void* g, const void* x, void* grad_x, const Gradien
   for (const Piece& part : {rest(block, chunk), body(block, chunk)}) {
     if (part.tile.length == 0) continue;
     kernels_.column_gradient(at(g, part.offset), x == nullptr ? nullptr : at(x, part.offset), at(grad_x, part.offset),
-                             part.tile, columns, streamed_);
+                             part.tile, columns, streamed_, backwards_);
   }
   if (streamed_) kernels_.end_of_stream();
 }

@@ -59,12 +59,14 @@ struct Kernels {
   // At most kMaxColumns columns. Vectors start with the first of them.
   // merges the tile into the moments of `before` rows
   void (*column_moments)(const void* x, Tile tile, double floor, int64_t before, double* mean, double* squares);
-  void (*column_normalize)(const void* x, void* y, Tile tile, const AffineVectors& affine, bool streamed);
+  // `backwards`: results from the tile's end to its beginning.
+  void (*column_normalize)(const void* x, void* y, Tile tile, const AffineVectors& affine, bool streamed,
+                           bool backwards);
   // adds the tile's sums
   void (*column_sums)(const void* g, const void* x, Tile tile, const void* mean, const void* invstd, double* sum_g,
                       double* sum_gx);
   void (*column_gradient)(const void* g, const void* x, void* grad_x, Tile tile, const GradientVectors& gradient,
-                          bool streamed);
+                          bool streamed, bool backwards);
 
   // After results were written past the cache (streamed), before another thread may read them.
   void (*end_of_stream)();

@@ -1,7 +1,7 @@
 // Layout: how a problem is cut, and the arithmetic on one piece of it.
 //
 // A problem is cut into blocks (of neighbouring channels) x chunks (of each channel's elements). A piece is computed by
-// one thread; the statistics of a channel are those of its chunks, merged in order. Chunks, and the tiles inside of
+// one thread; the statistics of a channel are those of its chunks, merged in pairs. Chunks, and the tiles inside of
 // them, follow from the problem alone: how many threads there are, and how wide a block is, cannot change a bit.
 #pragma once
 
@@ -33,8 +33,6 @@ constexpr int64_t kMapBytes = 65536;
 
 class Layout {
  public:
-  static constexpr int kMaxBlockChannels = kMaxColumns;
-
   int64_t blocks() const { return blocks_; }
   int64_t chunks() const { return chunks_; }
   int64_t first_channel(int64_t block) const { return block * block_channels_; }
@@ -56,7 +54,7 @@ class Layout {
                         int64_t chunk) const = 0;
 
  protected:
-  // `tensors`: how many of the problem's size are read and written.
+  // `tensors`: how many of the problem's size should be in the cache together.
   Layout(const Problem& problem, int tensors)
       : problem_(problem),
         kernels_(kernels(problem.dtype)),
@@ -151,6 +149,8 @@ class Columns final : public Layout {
   template <typename Merge>
   void by_channel(int64_t block, const double* first, const double* second, Partial* partials, Merge merge) const;
 
+  // After statistics chunks come in reverse (schedule.h), and memory is walked in one direction through all of them.
+  bool backwards_;
   int64_t fold_;          // rows of the problem in a row of columns
   int64_t rows_;          // whole rows
   int64_t rest_columns_;  // of the incomplete row after them

@@ -1,7 +1,7 @@
 // Schedule: which thread computes which piece of a layout, and when.
 //
-// Three steps: the statistics of every chunk; a channel's chunks merged in order and its coefficients set; the result,
-// chunks in reverse, so that what was read last is still in the cache. Two ways, with the same bits:
+// Three steps: the statistics of every chunk; a channel's chunks merged and its coefficients set; the result, chunks in
+// reverse, so that what was read last is still in the cache. Two ways, with the same bits:
 //
 //   owned   a thread takes whole blocks of channels through all three steps: nothing is shared, no thread waits
 //   shared  all threads work on the chunks of a group of blocks, as many as the cache holds: few channels, or large ones
@@ -47,6 +47,36 @@ void over_pieces_reversed(int threads, int64_t pieces, const F& f) {
   });
 }
 
+// The statistics of some chunks, by channel, and how many elements of each channel they are of.
+struct Merged {
+  Partial* partials;
+  double count;
+};
+
+// Chunks [first, last) merged in pairs: rounding errors grow with the depth of the tree, not with the number of chunks.
+// The tree follows from that number alone. leaf(chunk, depth) gives a chunk's partials, which may be overwritten; they are
+// needed until another leaf of the same depth, or of less, is asked for.
+template <typename Work, typename Leaf>
+Merged merge_chunks(const Layout& layout, const Work& work, int64_t channels, int64_t first, int64_t last, int depth,
+                    const Leaf& leaf) {
+  if (last - first == 1) return {leaf(first, depth), layout.count(first)};
+  int64_t half = 1;
+  while (2 * half < last - first) half *= 2;
+  const Merged left = merge_chunks(layout, work, channels, first, first + half, depth, leaf);
+  const Merged right = merge_chunks(layout, work, channels, first + half, last, depth + 1, leaf);
+  for (int64_t c = 0; c < channels; ++c) {
+    work.merge(&left.partials[c], left.count, right.partials[c], right.count);
+  }
+  return {left.partials, left.count + right.count};
+}
+
+// Depths that merge_chunks asks leaves for.
+inline int merge_depths(int64_t chunks) {
+  int depths = 1;
+  for (int64_t merged = 1; merged < chunks; merged *= 2) ++depths;
+  return depths;
+}
+
 // Work has: partials(block, chunk, Partial*), merge(Partial* into, double before, const Partial&, double count),
 // finish(channel, const Partial&), apply(block, chunk) and two flags, has_partials and has_apply.
 // block_bytes: what a block reads and writes.
@@ -65,19 +95,15 @@ void run(const Layout& layout, const Work& work, int64_t elements, int64_t block
   const bool balanced = 5 * blocks >= 4 * rounds * threads;
   if (threads == 1 || (balanced && block_bytes * threads <= kCacheBytes)) {
     over_pieces(threads, blocks, [&](int64_t block) {
-      Partial total[Layout::kMaxBlockChannels];
-      Partial next[Layout::kMaxBlockChannels];
       const int64_t first = layout.first_channel(block);
       const int64_t channels = layout.last_channel(block) - first;
-      work.partials(block, 0, total);
-      double before = layout.count(0);
-      for (int64_t chunk = 1; chunk < chunks; ++chunk) {
-        const double count = layout.count(chunk);
-        work.partials(block, chunk, next);
-        for (int64_t c = 0; c < channels; ++c) work.merge(&total[c], before, next[c], count);
-        before += count;
-      }
-      for (int64_t c = 0; c < channels; ++c) work.finish(first + c, total[c]);
+      const std::unique_ptr<Partial[]> by_depth(new Partial[static_cast<size_t>(merge_depths(chunks) * channels)]);
+      const Merged all = merge_chunks(layout, work, channels, 0, chunks, 0, [&](int64_t chunk, int depth) {
+        Partial* partials = by_depth.get() + depth * channels;
+        work.partials(block, chunk, partials);
+        return partials;
+      });
+      for (int64_t c = 0; c < channels; ++c) work.finish(first + c, all.partials[c]);
       if (!work.has_apply) return;
       for (int64_t chunk = chunks; chunk-- > 0;) work.apply(block, chunk);
     });
@@ -96,15 +122,9 @@ void run(const Layout& layout, const Work& work, int64_t elements, int64_t block
       Partial* of_block = partials.get() + block * chunks * width;
       const int64_t first = layout.first_channel(base + block);
       const int64_t channels = layout.last_channel(base + block) - first;
-      double before = layout.count(0);
-      for (int64_t chunk = 1; chunk < chunks; ++chunk) {
-        const double count = layout.count(chunk);
-        for (int64_t c = 0; c < channels; ++c) {
-          work.merge(&of_block[c], before, of_block[chunk * width + c], count);
-        }
-        before += count;
-      }
-      for (int64_t c = 0; c < channels; ++c) work.finish(first + c, of_block[c]);
+      const Merged all = merge_chunks(layout, work, channels, 0, chunks, 0,
+                                      [&](int64_t chunk, int) { return of_block + chunk * width; });
+      for (int64_t c = 0; c < channels; ++c) work.finish(first + c, all.partials[c]);
     });
     if (!work.has_apply) continue;
     over_pieces_reversed(threads, here * chunks,
