@@ -64,8 +64,8 @@ Problem normal_form(Problem problem) {
 }
 
 // Calls f(layout, bytes of a block) with the layout of the problem. `tensors`: how many of its size should be in the cache
-// together, which with statistics are all that are read and written, and without them the result alone: nothing else is
-// used again.
+// together. Where there are statistics, in this call or one before it, these are all that are read and written; otherwise
+// the result alone, as nothing else is used again.
 template <typename F>
 void with_layout(const Problem& problem, int tensors, bool has_partials, const F& f) {
   const int64_t channel_bytes = problem.elements_per_channel() * size_of(problem.dtype) * tensors;
