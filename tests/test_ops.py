@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from compatibility import cells, row
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -81,6 +82,7 @@ def opcheck(op: Any, arguments: Arguments) -> None:
     torch.library.opcheck(op, tuple(arguments.values()))
 
 
+@row("torch.compile", "torch.library.opcheck of every op", cells(compiled=(True,)))
 @each_op
 @pytest.mark.parametrize(("shape", "dtype", "layout", "changes"), INPUTS.values(), ids=INPUTS)
 def test_opcheck(
