@@ -166,4 +166,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(TESTS.parent))  # the package of this repository, installed or not
     main()
