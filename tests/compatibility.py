@@ -161,7 +161,6 @@ from the tests, `python tests/compatibility.py > docs/compatibility.md`, and a t
 
 
 def main() -> None:
-    sys.path.insert(0, str(TESTS.parent))  # as a program it is run from a checkout, installed or not
     sys.stdout.write(page(rows()))
 
 
