@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import bnkernels
+from bnkernels.check.ranks import call_in_ranks
 from bnkernels.testing import (
     DTYPE_PAIRS,
     LAYOUTS,
@@ -85,6 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         inputs = case.inputs(options.device)
         with poisoned_allocations():
             verdicts = run_case(inputs)
+            if case.training:  # the kernels of SyncBatchNorm: one rank without data, and two that share the rest
+                half = case.shape[0] // 2
+                verdicts += judge_call(inputs, call_in_ranks(inputs, (0, 0, half, case.shape[0])))
         count += 1
         outside += [f"{case}: {verdict}" for verdict in verdicts if not verdict.ok]
     print(f"{count} calls, forward and backward, on {options.device}: {len(outside)} results outside the bound")

@@ -17,35 +17,28 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from bnkernels import ops, testing
+from bnkernels.check.ranks import call_in_ranks
 from bnkernels.testing import Case, Inputs, Outputs, assert_within, cases, judge_call, same_bits
 
 Arguments = dict[str, Any]
 
 
 def several(inputs: Inputs, bounds: list[int]) -> Outputs:
-    """The whole forward and backward, of ranks that have x[bounds[0]:bounds[1]] and so on."""
-    parts = [(inputs.x[a:b], inputs.grad[a:b]) for a, b in pairwise(bounds)]
-    weight, bias = inputs.weight, inputs.bias
-    buffers = [b if b is None else b.clone() for b in (inputs.running_mean, inputs.running_var)]
-    counter = None if inputs.num_batches_tracked is None else inputs.num_batches_tracked.clone()
-    rows = torch.stack([ops.sync_statistics(x, inputs.eps) for x, _ in parts])
-    mean, invstd, count = ops.sync_join(rows, *buffers, counter, inputs.momentum, inputs.eps, inputs.x.dtype)
-    assert count.item() == inputs.x.numel() // inputs.x.shape[1]
-    y = [ops.sync_normalize(x, weight, bias, mean, invstd) for x, _ in parts]
-    sums = [ops.sync_grad_sums(grad, x, weight, mean, invstd, True, True) for x, grad in parts]
-    rows = torch.stack([row for row, _, _ in sums])
-    dx = [ops.sync_grad_input(grad, x, weight, mean, invstd, rows, count) for x, grad in parts]
-    # The ranks' own gradients are rounded to the parameters' dtype; their sum is judged as the rows have it.
-    dbias, dweight = rows.sum(0).to(mean.dtype).view(2, -1)
-    for row, of_weight, of_bias in sums:
-        channels = len(row) // 2
-        for rounded, exact in ((of_weight, row[channels:]), (of_bias, row[:channels])):
+    """call_in_ranks(), where the ranks' own gradients are what they exchange, rounded to the parameters' dtype."""
+    outputs = call_in_ranks(inputs, bounds)
+    assert outputs.mean is not None and outputs.invstd is not None
+    for start, end in pairwise(bounds):
+        row, *of_rank = ops.sync_grad_sums(
+            inputs.grad[start:end], inputs.x[start:end], inputs.weight, outputs.mean, outputs.invstd, True, True
+        )
+        of_bias, of_weight = row.view(2, -1)
+        for rounded, exact in zip(of_rank, (of_weight, of_bias)):
             limits = torch.finfo(rounded.dtype)
-            assert rounded.numel() == (channels if weight is not None or rounded is of_bias else 0)
+            assert rounded.numel() == (exact.numel() if inputs.weight is not None or rounded is of_rank[1] else 0)
             if rounded.numel() > 0:  # once or twice
                 exact = exact.to(rounded.dtype)
                 torch.testing.assert_close(rounded, exact, rtol=limits.eps, atol=limits.tiny, equal_nan=True)
-    return Outputs(torch.cat(y), mean, invstd, *buffers, counter, torch.cat(dx), dweight, dbias)
+    return outputs
 
 
 def splits(n: int) -> list[list[int]]:

@@ -1,0 +1,32 @@
+"""What SyncBatchNorm computes, in one process: the rows of several ranks are made one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+
+from .. import ops
+from ..testing import Inputs, Outputs
+
+
+def call_in_ranks(inputs: Inputs, bounds: Sequence[int]) -> Outputs:
+    """Forward and backward in training, of ranks that have x[bounds[0]:bounds[1]] and so on, put together again.
+
+    The ranks' own gradients of weight and bias are rounded to the parameters' dtype; those returned are the sums of
+    what they exchange, in the statistics' dtype.
+    """
+    parts = [(inputs.x[a:b], inputs.grad[a:b]) for a, b in pairwise(bounds)]
+    weight, bias = inputs.weight, inputs.bias
+    buffers = (inputs.running_mean, inputs.running_var, inputs.num_batches_tracked)
+    running_mean, running_var, counter = (None if buffer is None else buffer.clone() for buffer in buffers)
+    rows = torch.stack([ops.sync_statistics(x, inputs.eps) for x, _ in parts])
+    mean, invstd, count = ops.sync_join(
+        rows, running_mean, running_var, counter, inputs.momentum, inputs.eps, inputs.x.dtype
+    )
+    y = [ops.sync_normalize(x, weight, bias, mean, invstd) for x, _ in parts]
+    rows = torch.stack([ops.sync_grad_sums(grad, x, weight, mean, invstd, True, True)[0] for x, grad in parts])
+    dx = [ops.sync_grad_input(grad, x, weight, mean, invstd, rows, count) for x, grad in parts]
+    dbias, dweight = rows.sum(0).to(mean.dtype).view(2, -1)
+    return Outputs(torch.cat(y), mean, invstd, running_mean, running_var, counter, torch.cat(dx), dweight, dbias)
