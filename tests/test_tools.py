@@ -13,6 +13,8 @@ from compatibility import Cell, cells, row
 from torch import Tensor, nn
 from torch.nn.utils import fusion, parametrize, prune
 from torch.optim import swa_utils
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 import bnkernels as bnk
 from bnkernels import testing
@@ -206,4 +208,74 @@ def through_a_file(value: Any, **options: Any) -> Any:
 
 
 def whole(model: nn.Module) -> nn.Module:
-    return through_a_file(model, weights_only=False)
+    loaded: nn.Module = through_a_file(model, weights_only=False)
+    return loaded
+
+
+def states(model: nn.Module) -> nn.Module:
+    other = pair()[0]
+    other.load_state_dict(through_a_file(model.state_dict(), weights_only=True))
+    return other
+
+
+DUPLICATES = {"deepcopy": copy.deepcopy, "whole model": whole, "state_dict": states}
+
+
+@row(STORE, "copy.deepcopy, torch.save of a model and of its state_dict", cells())
+@pytest.mark.parametrize("duplicate", DUPLICATES.values(), ids=DUPLICATES)
+def test_duplicates(cell: Cell, duplicate: Callable[[nn.Module], nn.Module]) -> None:
+    """What comes back is this package's, computes the same, and shares nothing."""
+    ours, theirs = pair()
+    other = duplicate(ours)
+    assert type(other[1]) is bnk.BatchNorm2d  # type: ignore[index]
+    before = copy.deepcopy(ours.state_dict())
+    assert_as_torchs(cell, other, theirs)
+    torch.testing.assert_close(dict(ours.state_dict()), dict(before), rtol=0, atol=0)
+
+
+# Watching
+
+
+@row(WATCH, "forward hooks and pre-hooks; eager, full backward hooks and pre-hooks too", cells())
+def test_hooks(cell: Cell) -> None:
+    """In torch's order, with the values that it gives them; what they return is used."""
+    ours, theirs = pair()
+    calls: list[list[tuple[str, Tensor]]] = []
+    for model in (ours, theirs):
+        seen: list[tuple[str, Tensor]] = []
+        layer: nn.Module = model[1]  # type: ignore[index]
+        layer.register_forward_pre_hook(lambda m, inputs, seen=seen: seen.append(("before", inputs[0].detach())))
+        layer.register_forward_hook(lambda m, inputs, y, seen=seen: seen.append(("after", y.detach())))
+        layer.register_forward_hook(lambda m, inputs, y: 2 * y)
+        if not cell.compiled:
+            layer.register_full_backward_pre_hook(lambda m, grads, seen=seen: seen.append(("backward", grads[0])))
+            layer.register_full_backward_hook(lambda m, gi, go, seen=seen: seen.append(("done", gi[0])))
+        calls.append(seen)
+    assert_as_torchs(cell, ours, theirs)
+    mine, torchs = calls
+    assert [name for name, _ in mine] == [name for name, _ in torchs] != []
+    torch.testing.assert_close([value for _, value in mine], [value for _, value in torchs])
+
+
+@row(WATCH, "torch.profiler: the ops by name", cells())
+def test_profiler(cell: Cell) -> None:
+    ours, _ = pair()
+    model = cell.prepared(ours)
+    model(x_for(cell))
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        model(x_for(cell)).sum().backward()
+    counts = {event.key: event.count for event in profiled.key_averages()}
+    forward = "batch_norm_train" if cell.training else "batch_norm_eval"
+    forward += "_functional" if cell.compiled and cell.training else ""
+    assert counts[f"bnkernels::{forward}"] == counts["bnkernels::batch_norm_backward"] == 2
+
+
+@row(WATCH, "torch.utils.flop_counter", cells(compiled=(False,)), "a BatchNorm counts nothing, torch's nor this one.")
+def test_flop_counter(cell: Cell) -> None:
+    """The same totals, module by module."""
+    totals = []
+    for model in pair():
+        with FlopCounterMode(display=False) as counter:
+            cell.prepared(model)(x_for(cell)).sum().backward()
+        totals.append({name: dict(counts) for name, counts in counter.get_flop_counts().items()})
+    assert totals[0] == totals[1] and sum(totals[0]["Global"].values()) > 0
