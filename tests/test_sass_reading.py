@@ -263,7 +263,7 @@ def test_functions_of_the_source_are_told_by_line():
         return function_at(source, line)
 
     assert at("add(element, values[element] - pivot[element % kColumns]);") == "add_tile"
-    assert at("load_tile<Reuse::kAgain>(x, windows, bits);") == "sum_deviations"
+    assert at("load_tile(x, windows, bits, HintedLoads{evict_last()});") == "sum_deviations"
     assert at("keep_tile(kept, window, residence.kept - window, bits);") == "resident_forward_kernel"
 
 
