@@ -19,8 +19,9 @@ namespace py = pybind11;
 namespace bnk {
 namespace {
 
-// What this library was built with, to be found in the file itself: a library that does not load cannot be asked.
-const char kBuildTag[] = "bnkernels-build torch=" BNK_BUILD_TORCH " cuda=" BNK_BUILD_CUDA;
+// What this library was built with, to be found in the file itself: a library that does not load cannot be asked. Volatile,
+// so that a compiler does not copy the text in pieces and leave the whole out.
+const char* const volatile kBuildTag = "bnkernels-build torch=" BNK_BUILD_TORCH " cuda=" BNK_BUILD_CUDA;
 
 // Gradients are the business of the caller, bnkernels/autograd.py: the ops have none of their own to record.
 using BelowAutograd = at::AutoDispatchBelowADInplaceOrView;
@@ -58,7 +59,7 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> backward(const at::Te
 
 py::dict build_info() {
   py::dict info;
-  info["tag"] = kBuildTag;
+  info["tag"] = static_cast<const char*>(kBuildTag);
   info["torch"] = BNK_BUILD_TORCH;
 #ifdef BNK_WITH_CUDA
   info["with_cuda"] = true;
