@@ -191,9 +191,7 @@ ThreeTensors batch_norm_backward(const at::Tensor& grad, const at::Tensor& x, co
 }
 
 TORCH_LIBRARY(bnkernels, library) {
-  // flexible_layout: any strides are right, and results follow them. Without it a compiler that has made a model
-  // channels_last would bring every input back to the strides that it was traced with, and every result.
-  const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag, at::Tag::flexible_layout};
+  const std::vector<at::Tag> tags = op_tags();
   library.def(
       "batch_norm_train(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
       "Tensor(c!)? num_batches_tracked, float? momentum, float eps) -> (Tensor y, Tensor mean, Tensor invstd)",

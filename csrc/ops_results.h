@@ -1,14 +1,19 @@
-// What the ops allocate their results with.
+// What the ops have in common: their tags, and what they allocate their results with.
 #pragma once
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
 #include <tuple>
+#include <vector>
 
 #include "arguments.h"
 
 namespace bnk {
+
+// Of every op. flexible_layout: any strides are right, and results follow them. Without it a compiler that has made a model
+// channels_last would bring every input back to the strides that it was traced with, and every result.
+inline std::vector<at::Tag> op_tags() { return {at::Tag::pt2_compliant_tag, at::Tag::flexible_layout}; }
 
 // Of mean and invstd.
 inline at::TensorOptions statistic_options(const Input& input) {

@@ -184,7 +184,7 @@ at::Tensor grad_input(const at::Tensor& grad, const at::Tensor& x, const Optiona
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(bnkernels, library) {
-  const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
+  const std::vector<at::Tag> tags = op_tags();
   library.def("sync_batch_norm_statistics(Tensor x, float eps) -> Tensor row", tags);
   library.def(
       "sync_batch_norm_join(Tensor rows, Tensor(a!)? running_mean, Tensor(b!)? running_var, "

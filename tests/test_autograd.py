@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
+from derivatives import SHAPES, Function, arguments, images, pair, trainings
 from torch import Tensor, nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.autograd.graph import saved_tensors_hooks
@@ -16,24 +17,6 @@ from torch.utils.checkpoint import checkpoint
 
 import bnkernels as bnk
 from bnkernels import ops
-
-trainings = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-
-
-def pair(device: str, dtype: torch.dtype = torch.float64) -> tuple[nn.BatchNorm2d, nn.BatchNorm2d]:
-    """torch's module and ours with the same, not trivial, parameters and statistics."""
-    theirs = nn.BatchNorm2d(3, device=device, dtype=dtype)
-    with torch.no_grad():
-        for tensor in [*theirs.parameters(), *theirs.buffers()]:
-            if tensor.is_floating_point():
-                tensor.uniform_(0.5, 1.5)
-    ours = bnk.BatchNorm2d(3, device=device, dtype=dtype)
-    ours.load_state_dict(theirs.state_dict())
-    return theirs, ours
-
-
-def images(device: str, dtype: torch.dtype = torch.float64, *, requires_grad: bool = True) -> Tensor:
-    return torch.randn(4, 3, 5, 2, device=device, dtype=dtype, requires_grad=requires_grad)
 
 
 def gradients(output: Tensor, module: nn.Module, x: Tensor, seed: int = 1) -> tuple[Tensor, ...]:
@@ -243,9 +226,7 @@ def test_bias_without_weight_keeps_its_dtype(device: str) -> None:
 # Higher orders, other modes
 
 
-Function = Callable[..., Tensor]
 CONFIGURATIONS = ["affine", "no_bias", "no_weight", "plain"]
-SHAPES = {"2-D": (5, 3), "4-D": (2, 3, 2, 2), "channels_last": (2, 3, 2, 2)}
 
 
 def function(configuration: str, training: bool, device: str) -> tuple[Function, list[str]]:
@@ -257,14 +238,6 @@ def function(configuration: str, training: bool, device: str) -> tuple[Function,
         return bnk.batch_norm(x, mean.clone(), var.clone(), **dict(zip(names, parameters)), training=training, eps=0.1)
 
     return call, names
-
-
-def arguments(shape: str, names: list[str], device: str) -> tuple[Tensor, ...]:
-    x = torch.randn(SHAPES[shape], dtype=torch.float64, device=device)
-    if shape == "channels_last":
-        x = x.contiguous(memory_format=torch.channels_last)
-    vectors = [torch.randn(3, dtype=torch.float64, device=device) for _ in names]
-    return tuple(t.requires_grad_() for t in (x, *vectors))
 
 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)

@@ -20,7 +20,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code, run_fw_bw_and_get_code
 
 import bnkernels as bnk
-from bnkernels import ops, testing
+from bnkernels import testing
 
 SECTION = "torch.compile"
 COMPILED = cells(compiled=(True,))
@@ -256,9 +256,12 @@ def test_no_layout_is_undone(training: bool) -> None:
 
 
 def test_the_ops_take_any_layout() -> None:
-    """What the above comes from."""
-    for op in (ops.train_op, ops.train_functional, ops.eval_op, ops.backward_op):
-        assert torch.Tag.flexible_layout in op.tags
+    """What the above comes from: all that are registered, those of several ranks too."""
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("bnkernels::")]
+    assert {"bnkernels::batch_norm_train", "bnkernels::sync_batch_norm_normalize"} <= set(names)
+    for name in names:
+        op = getattr(torch.ops.bnkernels, name.partition("::")[2]).default
+        assert torch.Tag.flexible_layout in op.tags, name
 
 
 def test_errors_are_eagers() -> None:

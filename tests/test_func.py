@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from compatibility import cells, row
-from test_autograd import Function, arguments, images, pair, trainings
+from derivatives import Function, arguments, images, pair, trainings
 from torch import Tensor
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 

@@ -28,7 +28,7 @@ from bnkernels import ops
 
 from . import batching, formulas
 
-_transforms_active = torch._C._are_functorch_transforms_active
+transforms_active = torch._C._are_functorch_transforms_active
 
 
 def batch_norm(
@@ -57,11 +57,11 @@ def batch_norm(
         traced = _traced
         if is_in_onnx_export():
             traced = _exported_to_onnx
-        elif _transforms_active():
+        elif transforms_active():
             # A compiler drops the backward of a Function in a transform of torch.func (torch 2.13: zeros, silently).
             traced = formulas.forward
         return traced(x, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps)
-    if _transforms_active() or forward_ad._current_level >= 0:
+    if transforms_active() or forward_ad._current_level >= 0:
         outputs: tuple[Tensor, ...] = Transformable.apply(
             x, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps
         )
@@ -108,7 +108,7 @@ class Eager(Function):
         training, eps = ctx.call
         need_input, need_weight, need_bias, _ = ctx.needs_input_grad
         # Where there is no weight, autograd itself casts the bias's gradient to the bias's dtype.
-        if is_grad_enabled() or _transforms_active() or forward_ad._current_level >= 0:
+        if is_grad_enabled() or transforms_active() or forward_ad._current_level >= 0:
             grads = Backward.apply(grad, x, weight, mean, invstd, training, eps, need_input, need_weight, need_bias)
         else:
             grads = ops.backward(grad, x, weight, mean, invstd, training, need_input, need_weight, need_bias)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import Function, once_differentiable
@@ -26,8 +25,7 @@ from bnkernels import ops
 from bnkernels.ranks import Ranks, gather_traced
 
 from . import formulas
-
-_transforms_active = torch._C._are_functorch_transforms_active
+from .functions import transforms_active
 
 
 def sync_batch_norm(
@@ -45,7 +43,7 @@ def sync_batch_norm(
 
     Every rank calls it, in the same order; x may be empty. Arguments otherwise as batch_norm's.
     """
-    if _transforms_active() or forward_ad._current_level >= 0:
+    if transforms_active() or forward_ad._current_level >= 0:
         raise NotImplementedError(
             f"{ranks.layer}: transforms of torch.func and forward-mode AD are not supported where statistics are "
             "synchronised between ranks; in eval mode, or without a process group, they are"

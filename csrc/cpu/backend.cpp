@@ -80,20 +80,25 @@ void with_layout(const Problem& problem, int tensors, bool has_partials, const F
 // An element's share in a sum of squares under which float's underflow would count beside eps: none for any usual eps.
 double underflow_floor(double eps) { return eps < 1e-36 ? 1e-30 : 0; }
 
-struct TrainForward {
-  const ForwardTrainArgs& args;
+// Mean and sum of squared deviations of x.
+struct MomentsOf {
   const Layout& layout;
-  AffineVectors affine;
-  double factor;
+  const void* x;
   double floor;
-  double n;
-  static constexpr bool has_partials = true;
-  static constexpr bool has_apply = true;
 
-  void partials(int64_t block, int64_t chunk, Partial* out) const { layout.moments(args.x, floor, block, chunk, out); }
+  void partials(int64_t block, int64_t chunk, Partial* out) const { layout.moments(x, floor, block, chunk, out); }
   void merge(Partial* into, double before, const Partial& from, double count) const {
     merge_moments(into, before, from, count);
   }
+};
+
+struct TrainForward : MomentsOf {
+  const ForwardTrainArgs& args;
+  AffineVectors affine;
+  double factor;
+  double n;
+  static constexpr bool has_apply = true;
+
   void finish(int64_t c, const Partial& total) const {
     const double mean = total.first;
     write(args.mean, c, mean);
@@ -110,26 +115,12 @@ struct TrainForward {
   void apply(int64_t block, int64_t chunk) const { layout.normalize(args.x, args.y, affine, block, chunk); }
 };
 
-struct EvalForward {
-  const ForwardEvalArgs& args;
-  const Layout& layout;
-  AffineVectors affine;
-  static constexpr bool has_partials = false;
-  static constexpr bool has_apply = true;
-
-  void partials(int64_t, int64_t, Partial*) const {}
-  void merge(Partial*, double, const Partial&, double) const {}
-  void finish(int64_t, const Partial&) const {}
-  void apply(int64_t block, int64_t chunk) const { layout.normalize(args.x, args.y, affine, block, chunk); }
-};
-
 struct Backward {
   const BackwardArgs& args;
   const Layout& layout;
   GradientVectors vectors;
   PerChannel mean_g, slope;
   double n;
-  bool has_partials;
   bool has_apply;
 
   void partials(int64_t block, int64_t chunk, Partial* out) const {
@@ -151,6 +142,20 @@ struct Backward {
   }
 };
 
+// y from the mean and invstd that are there. `tensors`: see with_layout.
+template <typename Args>
+void normalize_given(const Args& args, int tensors) {
+  const Problem problem = normal_form(args.problem);
+  prefer_huge_pages(args.y, bytes_of(problem));
+  const Coefficients weight(args.weight, 1, problem);
+  const Coefficients bias(args.bias, 0, problem);
+  const AffineVectors affine{args.mean.data, args.invstd.data, weight.data(), bias.data()};
+  with_layout(problem, tensors, false, [&](const Layout& layout, int64_t) {
+    run_apply(layout, problem.elements(),
+              [&](int64_t block, int64_t chunk) { layout.normalize(args.x, args.y, affine, block, chunk); });
+  });
+}
+
 }  // namespace
 
 void forward_train(const ForwardTrainArgs& args) {
@@ -165,25 +170,21 @@ void forward_train(const ForwardTrainArgs& args) {
   const Coefficients bias(args.bias, 0, problem);
   const AffineVectors affine{args.mean.data, args.invstd.data, weight.data(), bias.data()};
   with_layout(problem, 2, true, [&](const Layout& layout, int64_t block_bytes) {
-    const TrainForward work{
-        args, layout, affine, factor, underflow_floor(args.eps), static_cast<double>(problem.elements_per_channel())};
+    const TrainForward work{{layout, args.x, underflow_floor(args.eps)},
+                            args,
+                            affine,
+                            factor,
+                            static_cast<double>(problem.elements_per_channel())};
     run(layout, work, problem.elements(), block_bytes);
   });
 }
 
 void forward_eval(const ForwardEvalArgs& args) {
-  const Problem problem = normal_form(args.problem);
-  for (int64_t c = 0; c < problem.channels; ++c) {
+  for (int64_t c = 0; c < args.problem.channels; ++c) {
     write(args.mean, c, read(args.running_mean, c));
     write(args.invstd, c, 1 / std::sqrt(read(args.running_var, c) + args.eps));
   }
-  prefer_huge_pages(args.y, bytes_of(problem));
-  const Coefficients weight(args.weight, 1, problem);
-  const Coefficients bias(args.bias, 0, problem);
-  const AffineVectors affine{args.mean.data, args.invstd.data, weight.data(), bias.data()};
-  with_layout(problem, 1, false, [&](const Layout& layout, int64_t block_bytes) {
-    run(layout, EvalForward{args, layout, affine}, problem.elements(), block_bytes);
-  });
+  normalize_given(args, 1);
 }
 
 void backward(const BackwardArgs& args) {
@@ -203,8 +204,12 @@ void backward(const BackwardArgs& args) {
   with_layout(problem, has_partials ? 3 : 1, has_partials, [&](const Layout& layout, int64_t block_bytes) {
     const Backward work{args,           layout,        vectors,
                         mean_g.space(), slope.space(), static_cast<double>(problem.elements_per_channel()),
-                        has_partials,   has_apply};
-    run(layout, work, problem.elements(), block_bytes);
+                        has_apply};
+    if (has_partials) {
+      run(layout, work, problem.elements(), block_bytes);
+    } else {
+      run_apply(layout, problem.elements(), [&](int64_t block, int64_t chunk) { work.apply(block, chunk); });
+    }
   });
 }
 
@@ -212,50 +217,15 @@ void backward(const BackwardArgs& args) {
 
 namespace {
 
-struct StatisticsOfRank {
+struct StatisticsOfRank : MomentsOf {
   const StatisticsArgs& args;
-  const Layout& layout;
-  double floor;
-  static constexpr bool has_partials = true;
   static constexpr bool has_apply = false;
 
-  void partials(int64_t block, int64_t chunk, Partial* out) const { layout.moments(args.x, floor, block, chunk, out); }
-  void merge(Partial* into, double before, const Partial& from, double count) const {
-    merge_moments(into, before, from, count);
-  }
   void finish(int64_t c, const Partial& total) const {
     args.row[c] = total.first;
     args.row[args.problem.channels + c] = total.second;
   }
   void apply(int64_t, int64_t) const {}
-};
-
-struct Normalize {
-  const NormalizeArgs& args;
-  const Layout& layout;
-  AffineVectors affine;
-  static constexpr bool has_partials = false;
-  static constexpr bool has_apply = true;
-
-  void partials(int64_t, int64_t, Partial*) const {}
-  void merge(Partial*, double, const Partial&, double) const {}
-  void finish(int64_t, const Partial&) const {}
-  void apply(int64_t block, int64_t chunk) const { layout.normalize(args.x, args.y, affine, block, chunk); }
-};
-
-struct GradInput {
-  const GradInputArgs& args;
-  const Layout& layout;
-  GradientVectors vectors;
-  static constexpr bool has_partials = false;
-  static constexpr bool has_apply = true;
-
-  void partials(int64_t, int64_t, Partial*) const {}
-  void merge(Partial*, double, const Partial&, double) const {}
-  void finish(int64_t, const Partial&) const {}
-  void apply(int64_t block, int64_t chunk) const {
-    layout.gradient(args.grad_y, args.x, args.grad_x, vectors, block, chunk);
-  }
 };
 
 }  // namespace
@@ -264,20 +234,12 @@ void statistics(const StatisticsArgs& args) {
   const Problem problem = normal_form(args.problem);
   args.row[2 * problem.channels] = static_cast<double>(problem.elements_per_channel());
   with_layout(problem, 1, true, [&](const Layout& layout, int64_t block_bytes) {
-    run(layout, StatisticsOfRank{args, layout, underflow_floor(args.eps)}, problem.elements(), block_bytes);
+    const StatisticsOfRank work{{layout, args.x, underflow_floor(args.eps)}, args};
+    run(layout, work, problem.elements(), block_bytes);
   });
 }
 
-void normalize(const NormalizeArgs& args) {
-  const Problem problem = normal_form(args.problem);
-  prefer_huge_pages(args.y, bytes_of(problem));
-  const Coefficients weight(args.weight, 1, problem);
-  const Coefficients bias(args.bias, 0, problem);
-  const AffineVectors affine{args.mean.data, args.invstd.data, weight.data(), bias.data()};
-  with_layout(problem, 2, false, [&](const Layout& layout, int64_t block_bytes) {
-    run(layout, Normalize{args, layout, affine}, problem.elements(), block_bytes);
-  });
-}
+void normalize(const NormalizeArgs& args) { normalize_given(args, 2); }
 
 void grad_input(const GradInputArgs& args) {
   const Problem problem = normal_form(args.problem);
@@ -291,8 +253,10 @@ void grad_input(const GradInputArgs& args) {
     write(slope.space(), c, invstd * (total.second / *args.count));
   }
   const GradientVectors vectors{args.mean.data, scale.data(), mean_g.data(), slope.data()};
-  with_layout(problem, 3, false, [&](const Layout& layout, int64_t block_bytes) {
-    run(layout, GradInput{args, layout, vectors}, problem.elements(), block_bytes);
+  with_layout(problem, 3, false, [&](const Layout& layout, int64_t) {
+    run_apply(layout, problem.elements(), [&](int64_t block, int64_t chunk) {
+      layout.gradient(args.grad_y, args.x, args.grad_x, vectors, block, chunk);
+    });
   });
 }
 

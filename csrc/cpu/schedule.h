@@ -77,19 +77,22 @@ inline int merge_depths(int64_t chunks) {
   return depths;
 }
 
+// Results without statistics: apply(block, chunk) for all of them.
+template <typename Apply>
+void run_apply(const Layout& layout, int64_t elements, const Apply& apply) {
+  const int64_t blocks = layout.blocks();
+  over_pieces(threads_for(elements), blocks * layout.chunks(),
+              [&](int64_t piece) { apply(piece % blocks, piece / blocks); });
+}
+
 // Work has: partials(block, chunk, Partial*), merge(Partial* into, double before, const Partial&, double count),
-// finish(channel, const Partial&), apply(block, chunk) and two flags, has_partials and has_apply.
+// finish(channel, const Partial&), apply(block, chunk) and a flag, has_apply.
 // block_bytes: what a block reads and writes.
 template <typename Work>
 void run(const Layout& layout, const Work& work, int64_t elements, int64_t block_bytes) {
   const int threads = threads_for(elements);
   const int64_t blocks = layout.blocks();
   const int64_t chunks = layout.chunks();
-
-  if (!work.has_partials) {
-    over_pieces(threads, blocks * chunks, [&](int64_t piece) { work.apply(piece % blocks, piece / blocks); });
-    return;
-  }
 
   const int64_t rounds = (blocks + threads - 1) / threads;
   const bool balanced = 5 * blocks >= 4 * rounds * threads;

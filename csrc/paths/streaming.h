@@ -36,7 +36,8 @@ void with_types(const Problem& problem, const Body& body) {
   });
 }
 
-inline StatisticsResults results_of(const ForwardTrainArgs& args) {
+template <typename Args>
+StatisticsResults results_of(const Args& args) {
   return {
       .momentum = args.momentum,
       .cumulative = args.cumulative,
@@ -48,16 +49,10 @@ inline StatisticsResults results_of(const ForwardTrainArgs& args) {
   };
 }
 
-template <typename Executor>
-void forward_train(const ForwardTrainArgs& args, const StreamingPlan& plan, double* scratch, Executor& executor) {
-  const StatisticsParams statistics{plan.walk, args.x, scratch, args.num_batches_tracked};
-  const FinishStatisticsParams finish{
-      .finish = plan.finish,
-      .partial = scratch,
-      .num_batches_tracked = args.num_batches_tracked,
-      .results = results_of(args),
-  };
-  const NormalizeParams normalize{
+// By the mean and invstd of a batch.
+template <typename Args>
+NormalizeParams normalize_by(const Args& args, const StreamingPlan& plan) {
+  return {
       .walk = plan.walk,
       .x = args.x,
       .y = args.y,
@@ -70,6 +65,35 @@ void forward_train(const ForwardTrainArgs& args, const StreamingPlan& plan, doub
       .mean_out = {},
       .invstd_out = {},
   };
+}
+
+template <typename Args>
+GradInputParams grad_input_by(const Args& args, const StreamingPlan& plan, PerChannel mean_g, PerChannel mean_g_xhat,
+                              bool training) {
+  return {
+      .walk = plan.walk,
+      .grad_y = args.grad_y,
+      .x = args.x,
+      .grad_x = args.grad_x,
+      .weight = args.weight,
+      .mean = args.mean,
+      .invstd = args.invstd,
+      .mean_g = mean_g,
+      .mean_g_xhat = mean_g_xhat,
+      .training = training,
+  };
+}
+
+template <typename Executor>
+void forward_train(const ForwardTrainArgs& args, const StreamingPlan& plan, double* scratch, Executor& executor) {
+  const StatisticsParams statistics{plan.walk, args.x, scratch, args.num_batches_tracked};
+  const FinishStatisticsParams finish{
+      .finish = plan.finish,
+      .partial = scratch,
+      .num_batches_tracked = args.num_batches_tracked,
+      .results = results_of(args),
+  };
+  const NormalizeParams normalize = normalize_by(args, plan);
   with_types(args.problem, [&](auto type, auto layout) {
     using T = typename decltype(type)::type;
     constexpr Layout kLayout = decltype(layout)::value;
@@ -120,18 +144,7 @@ void backward(const BackwardArgs& args, const StreamingPlan& plan, double* scrat
       .mean_g = mean_g,
       .mean_g_xhat = mean_g_xhat,
   };
-  const GradInputParams input{
-      .walk = plan.walk,
-      .grad_y = args.grad_y,
-      .x = args.x,
-      .grad_x = args.grad_x,
-      .weight = args.weight,
-      .mean = args.mean,
-      .invstd = args.invstd,
-      .mean_g = mean_g,
-      .mean_g_xhat = mean_g_xhat,
-      .training = args.training,
-  };
+  const GradInputParams input = grad_input_by(args, plan, mean_g, mean_g_xhat, args.training);
   with_types(args.problem, [&](auto type, auto layout) {
     using T = typename decltype(type)::type;
     constexpr Layout kLayout = decltype(layout)::value;

@@ -32,13 +32,7 @@ void join_statistics(const JoinStatisticsArgs& args, Launch launch, Executor& ex
       .channels = args.channels,
       .rows = args.rows,
       .num_batches_tracked = args.num_batches_tracked,
-      .results = {.momentum = args.momentum,
-                  .cumulative = args.cumulative,
-                  .eps = args.eps,
-                  .mean = args.mean,
-                  .invstd = args.invstd,
-                  .running_mean = args.running_mean,
-                  .running_var = args.running_var},
+      .results = streaming::results_of(args),
       .count = args.count,
   };
   executor.launch(launch, bnk::join_statistics, params);
@@ -46,19 +40,7 @@ void join_statistics(const JoinStatisticsArgs& args, Launch launch, Executor& ex
 
 template <typename Executor>
 void normalize(const NormalizeArgs& args, const StreamingPlan& plan, Executor& executor) {
-  const NormalizeParams params{
-      .walk = plan.walk,
-      .x = args.x,
-      .y = args.y,
-      .weight = args.weight,
-      .bias = args.bias,
-      .mean = args.mean,
-      .spread = args.invstd,
-      .inference = false,
-      .eps = 0,
-      .mean_out = {},
-      .invstd_out = {},
-  };
+  const NormalizeParams params = streaming::normalize_by(args, plan);
   streaming::with_types(args.problem, [&](auto type, auto layout) {
     using T = typename decltype(type)::type;
     executor.launch(plan.walk_launch, normalize_kernel<T, decltype(layout)::value>, params);
@@ -89,18 +71,9 @@ template <typename Executor>
 void grad_input(const GradInputArgs& args, const StreamingPlan& plan, Launch join, double* scratch,
                 Executor& executor) {
   const JoinGradSumsParams means{args.rows, args.count, scratch};
-  const GradInputParams input{
-      .walk = plan.walk,
-      .grad_y = args.grad_y,
-      .x = args.x,
-      .grad_x = args.grad_x,
-      .weight = args.weight,
-      .mean = args.mean,
-      .invstd = args.invstd,
-      .mean_g = {scratch, Dtype::kFloat64},
-      .mean_g_xhat = {scratch + args.problem.channels, Dtype::kFloat64},
-      .training = true,
-  };
+  const PerChannel mean_g{scratch, Dtype::kFloat64};
+  const PerChannel mean_g_xhat{scratch + args.problem.channels, Dtype::kFloat64};
+  const GradInputParams input = streaming::grad_input_by(args, plan, mean_g, mean_g_xhat, true);
   executor.launch(join, join_grad_sums, means);
   streaming::with_types(args.problem, [&](auto type, auto layout) {
     using T = typename decltype(type)::type;
