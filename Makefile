@@ -2,6 +2,8 @@
 #
 #   make demo     trains a small residual network on real images with nn.BatchNorm2d and with bnkernels, side by side
 #   make test     builds and runs all tests
+#   make examples the studies of what the papers claim: a few minutes; plots and reports in out/examples, exit code 0 if
+#                 all is as docs/why.md tells (make why: writes what was measured into docs/why.md)
 #   make lint     ruff, mypy, clang-format (make format: lets them write)
 #   make bench    the benchmark harness (CPU, and the GPU where there is one)
 #   make gpu      on a machine with a GPU: build, tests marked cuda, compute-sanitizer, bench, in one go, without network
@@ -58,16 +60,24 @@ CPP_FILES = $(shell git ls-files -co --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 
     'tests/simt/*.h' 'tests/simt/*.cpp' 'tests/simt/*.cuh' 'tests/simt/*.cu' 2>/dev/null || \
     find csrc tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
+STUDIES = $(filter-out study digits,$(patsubst examples/%.py,%,$(wildcard examples/*.py)))
+
 # The one installed beside the interpreter.
 CLANG_FORMAT = "$$(dirname "$$($(PY) -c 'import sys; print(sys.executable)')")/clang-format"
 
-.PHONY: help demo test lint format bench gpu ptxas sass build clean distclean
+.PHONY: help demo examples why test lint format bench gpu ptxas sass build clean distclean
 
 help:
 	@sed -n '1,/^$$/{/^#/!d;s/^# \{0,1\}//;p}' Makefile
 
 demo: $(call environment,demo)
 	$(PY) examples/digits.py
+
+examples: $(call environment,demo)
+	@for study in $(STUDIES); do echo "== examples/$$study.py"; $(PY) "examples/$$study.py" --out out/examples; done
+
+why: examples
+	$(PY) examples/study.py out/examples docs/why.md
 
 test: $(call environment,dev)
 	$(PY) -m pytest $(PYTEST_ARGS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,8 +11,6 @@ import torch
 pytest.importorskip("sklearn", reason="the demo's extra is not installed")
 pytest.importorskip("matplotlib", reason="the demo's extra is not installed")
 pytest.importorskip("tqdm", reason="the demo's extra is not installed")
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 import digits
 
