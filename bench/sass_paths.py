@@ -242,12 +242,22 @@ def in_flight(path: FastPath) -> int:
 
 def read_too_early(path: FastPath) -> list[Instruction]:
     """Instructions that read what a wide load brings before anything waited for it: there is none unless the scheduling
-    words are misread."""
-    pending: dict[int, int | None] = {}
+    words are misread.
+
+    Loads of shared memory end in the order in which they were issued, so that a wait for one is for all before it:
+    ptxas gives such a load no scoreboard of its own where a later one is waited for anyway.
+    """
+    pending: list[Instruction] = []
     early = []
     for instruction in path.instructions:
-        pending = {register: board for register, board in pending.items() if board not in instruction.waits}
-        early += [instruction] * any(register in pending for register in instruction.reads)
+        waited = [load.sets in instruction.waits for load in pending]
+        shared = [at for at, load in enumerate(pending) if load.is_shared and waited[at]]
+        pending = [
+            load
+            for at, load in enumerate(pending)
+            if not waited[at] and not (load.is_shared and shared and at < shared[-1])
+        ]
+        early += [instruction] * any(register in load.writes for load in pending for register in instruction.reads)
         if instruction.is_load and is_wide(instruction):
-            pending.update(dict.fromkeys(instruction.writes, instruction.sets))
+            pending.append(instruction)
     return early

@@ -31,8 +31,9 @@ constexpr int64_t kLeastKept = 16;  // one in so many
 // As in plan_streaming.cpp.
 constexpr int64_t kMaxWindowsPerThreadFloat64 = 128;
 
-// The resident kernels count slabs in 32 bits, and may step past the last once.
+// The resident kernels count slabs, and a row's elements, in 32 bits, and may step past the last once.
 constexpr int64_t kMaxSlabs = int64_t{1} << 30;
+constexpr int64_t kMaxResidentRow = int64_t{1} << 30;
 
 // Vectors of a packed row that are walked side by side, at least: runs of several cache lines.
 constexpr int64_t kMinPackedLanes = 16;
@@ -52,7 +53,7 @@ int64_t step_of(const Shape& shape) {
 }
 
 // The threads of a block that walks `units` units of each of `lanes` lanes.
-Shape shape_of(const Problem& problem, Layout layout, int64_t lanes, int64_t units) {
+Shape shape_of(Layout layout, int64_t lanes, int64_t units) {
   const int64_t rows = std::min(units, resident_threads(layout) / lanes);
   return {layout, static_cast<int>(lanes), static_cast<int>(round_up(lanes * rows, kPlanWarp))};
 }
@@ -61,12 +62,12 @@ template <typename Visit>
 void each_shape(const Problem& problem, bool aligned, const Visit& visit) {
   if (problem.channels_last()) {
     const int widest = widest_lanes(problem);
-    visit(shape_of(problem, Layout::kChannelsLast, widest, problem.outer));
-    if (widest == kMaxLanes) visit(shape_of(problem, Layout::kChannelsLast, widest / 2, problem.outer));
+    visit(shape_of(Layout::kChannelsLast, widest, problem.outer));
+    if (widest == kMaxLanes) visit(shape_of(Layout::kChannelsLast, widest / 2, problem.outer));
     return;
   }
   const int64_t units = slab_units(problem, Layout::kChannelsFirst, aligned);
-  visit(shape_of(problem, Layout::kChannelsFirst, 1, units));
+  visit(shape_of(Layout::kChannelsFirst, 1, units));
   const int64_t vector = vector_elements(problem.dtype);
   if (!aligned || problem.inner < vector || problem.channels * problem.inner % vector != 0) return;
   // So many channels begin and end on a vector.
@@ -76,7 +77,7 @@ void each_shape(const Problem& problem, bool aligned, const Visit& visit) {
     const int64_t lanes = channels * problem.inner / vector;
     if (lanes > kMaxPackedLanes) return;
     if (lanes < kMinPackedLanes && 2 * channels <= most) continue;
-    visit(shape_of(problem, Layout::kPacked, lanes, problem.outer));
+    visit(shape_of(Layout::kPacked, lanes, problem.outer));
   }
 }
 
@@ -141,7 +142,7 @@ Candidate candidate(const Problem& problem, Pass pass, bool aligned, const Shape
   const int64_t windows = ceil_div(walk.chunk_size, step_of(shape));  // of a thread
   const int64_t kept = std::min<int64_t>(windows, room.kept);
   if (kept * kLeastKept < windows) return {{}, -1};
-  if (walk.slabs.value > kMaxSlabs) return {{}, -1};
+  if (walk.slabs.value > kMaxSlabs || problem.inner > kMaxResidentRow) return {{}, -1};
   if (problem.dtype == Dtype::kFloat64 && windows > kMaxWindowsPerThreadFloat64) return {{}, -1};
   const int64_t groups = std::min(groups_at_once(room, group, walk.chunks), walk.slabs.value);
   if (groups == 0) return {{}, -1};

@@ -316,3 +316,11 @@ def test_more_slabs_than_a_kernel_counts_are_streamed(pass_: str) -> None:
     few, many = (Problem(1, channels, 2, "float32", aligned=False) for channels in (2**30, 2**30 + 1))
     assert few.plan(pass_, DEVICES["h200"])["path"] == "resident"
     assert many.plan(pass_, DEVICES["h200"])["path"] == "streaming"
+
+
+@pytest.mark.parametrize("pass_", TRAINING)
+def test_longer_rows_than_a_kernel_counts_are_streamed(pass_: str) -> None:
+    """Their elements are counted in 32 bits. No device keeps enough of such a row yet: this one has memory for it."""
+    limits = replace(DEVICES["h200"], shared_per_multiprocessor=1 << 32, shared_per_block=1 << 32)
+    for inner, path in ((1 << 30, "resident"), ((1 << 30) + 8, "streaming")):
+        assert Problem(1, 1, inner, "bfloat16").plan(pass_, limits)["path"] == path

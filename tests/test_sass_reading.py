@@ -233,6 +233,19 @@ def test_loads_that_share_a_scoreboard_are_waited_for_together():
     assert read_too_early(FastPath(path.blocks, (path.instructions[0], unwaited))) == [unwaited]
 
 
+def test_loads_of_shared_memory_end_in_their_order():
+    """Waiting for the second is waiting for the first, which has no scoreboard; a third is still under way."""
+    body = (
+        "LDS.128 R12, [R6]\nLDS.128 R16, [R7] ; sets=1\nLDS.128 R20, [R8]\nFADD R1, R1, R16 ; waits=1\nFADD R2, R2, R12"
+    )
+    known = parse(body).instructions
+    assert read_too_early(FastPath((0,), known)) == []
+    third = parse("FADD R3, R3, R20").instructions[0]
+    assert read_too_early(FastPath((0,), (*known, third))) == [third]
+    unwaited = parse("FADD R2, R2, R12").instructions[0]
+    assert read_too_early(FastPath((0,), (*known[:3], unwaited))) == [unwaited]
+
+
 def known_after(text: str, state: State) -> State:
     for instruction in parse(text).instructions:
         step(instruction, state)
@@ -264,7 +277,7 @@ def test_functions_of_the_source_are_told_by_line():
 
     assert at("add(element, values[element] - pivot[element % kColumns]);") == "add_tile"
     assert at("load_tile(x, windows, bits, HintedLoads{evict_last()});") == "sum_deviations"
-    assert at("keep_tile(kept, window, residence.kept - window, bits);") == "resident_forward_kernel"
+    assert at("keep_tile(kept, windows, first, bits);") == "resident_forward_kernel"
 
 
 def test_disassembler_that_is_missing_is_told_with_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

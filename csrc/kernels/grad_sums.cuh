@@ -37,6 +37,7 @@ grad_sums_kernel(GradSumsParams params) {
   const T* grad = static_cast<const T*>(params.grad_y);
   const View<const T, kLayout> x{lead, elements_of(params.walk), Walker_::is_wide(params.walk, lead, lead)};
   const View<const T, kLayout> g{grad, elements_of(params.walk), Walker_::is_wide(params.walk, grad, lead)};
+  const bool whole = Walker_::is_whole(params.walk) && x.wide && g.wide;
 
   for (int64_t index = block_rank(); index < shares_of(params.walk); index += grid_blocks()) {
     const Share share = share_at(params.walk, index);
@@ -51,11 +52,9 @@ grad_sums_kernel(GradSumsParams params) {
       invstd[column] = static_cast<Real>(read(params.invstd, walker.channel(column)));
     }
 
-    while (walker.more()) {
-      Window windows[kGradSumsTile];
+    visit_tiles<kGradSumsTile>(walker, whole, [&](const auto& windows, int /*number*/) {
       Vector<T> x_bits[kGradSumsTile], g_bits[kGradSumsTile];
       Real xs[kGradSumsTile][Walker_::kElements], gs[kGradSumsTile][Walker_::kElements];
-      next_tile(walker, windows);
       load_tile<Reuse::kAgain>(x, windows, x_bits);
       load_tile<Reuse::kAgain>(g, windows, g_bits);
       unpack_tile(x_bits, windows, xs);
@@ -77,7 +76,7 @@ grad_sums_kernel(GradSumsParams params) {
       for (int column = 0; column < kColumns; ++column) {
         join(total[column], {static_cast<double>(tile_g[column]), static_cast<double>(tile_g_xhat[column])});
       }
-    }
+    });
 
     store_share(params.partial, params.walk, share, total, slots);
   }

@@ -38,6 +38,7 @@ normalize_kernel(NormalizeParams params) {
   T* out = static_cast<T*>(params.y);
   const View<const T, kLayout> x{lead, elements_of(params.walk), Walker_::is_wide(params.walk, lead, lead)};
   const View<T, kLayout> y{out, elements_of(params.walk), Walker_::is_wide(params.walk, out, lead)};
+  const bool whole = Walker_::is_whole(params.walk) && x.wide && y.wide;
 
   for (int64_t index = block_rank(); index < shares_of(params.walk); index += grid_blocks()) {
     const Share share = share_at(params.walk, index);
@@ -59,10 +60,8 @@ normalize_kernel(NormalizeParams params) {
       }
     }
 
-    while (walker.more()) {
-      Window windows[kNormalizeTile];
+    visit_tiles<kNormalizeTile>(walker, whole, [&](const auto& windows, int /*number*/) {
       Vector<T> bits[kNormalizeTile];
-      next_tile(walker, windows);
       load_tile<Reuse::kLast>(x, windows, bits);
 #pragma unroll
       for (int i = 0; i < kNormalizeTile; ++i) {
@@ -76,7 +75,7 @@ normalize_kernel(NormalizeParams params) {
         }
         store_window(y, windows[i], values);
       }
-    }
+    });
   }
 }
 

@@ -2,6 +2,8 @@
 // group (ResidentPlan, in plan.h).
 #pragma once
 
+#include <type_traits>
+
 #include "moments.cuh"
 #include "partials.cuh"
 #include "slab_reduce.cuh"
@@ -46,6 +48,10 @@ BNK_DEVICE Accumulator* slots_of(double* slots) {
 
 // Slabs whose partials a member of a hardware cluster holds: one that others may still read, and the next.
 inline constexpr int kToldSlabs = 2;
+
+// A plan that keeps a part of each row on chip counts rows in 32 bits (kMaxResidentRow, in plan_resident.cpp).
+template <typename T, Layout kLayout>
+using ResidentWalker = Walker<T, kLayout, int>;
 
 // This block's place.
 struct Member {
@@ -117,44 +123,49 @@ struct Kept {
   }
 };
 
-// A tile of kept windows: the `count` first of those from `window` on.
-template <typename T, int kTile>
-BNK_DEVICE void fetch_tile(const Kept<T>& kept, int window, int count, Vector<T> (&bits)[kTile]) {
+// A tile of kept windows, of which `first` is the first.
+template <typename T, typename Window_, int kTile>
+BNK_DEVICE void fetch_tile(const Kept<T>& kept, const Window_ (&windows)[kTile], int first, Vector<T> (&bits)[kTile]) {
 #pragma unroll
   for (int i = 0; i < kTile; ++i) {
-    if (i < count) bits[i] = kept[window + i];
+    if (windows[i].size() > 0) bits[i] = kept[first + i];
   }
 }
 
-template <typename T, int kTile>
-BNK_DEVICE void keep_tile(const Kept<T>& kept, int window, int count, const Vector<T> (&bits)[kTile]) {
+template <typename T, typename Window_, int kTile>
+BNK_DEVICE void keep_tile(const Kept<T>& kept, const Window_ (&windows)[kTile], int first,
+                          const Vector<T> (&bits)[kTile]) {
 #pragma unroll
   for (int i = 0; i < kTile; ++i) {
-    if (i < count) kept[window + i] = bits[i];
+    if (windows[i].size() > 0) kept[first + i] = bits[i];
   }
 }
 
-// Visits a thread's windows tile by tile: those not kept first, the last of them before the others, as what was read last is
-// likeliest still in L2. Calls visit(windows, first, kept): a tile's windows, the number of the first, and how many of
-// them are kept: 0, or all that are there.
+// Visits a thread's windows tile by tile (visit_tiles): those not kept first, the last of them before the others, as what was
+// read last is likeliest still in L2. Calls visit(windows, number, is_kept), where is_kept.value is a constant.
 template <int kTile, typename Walker, typename Visit>
-BNK_DEVICE void visit_again(Walker& walker, int kept, const Visit& visit) {
-  Window windows[kTile];
+BNK_DEVICE void visit_again(Walker& walker, int kept, bool whole, const Visit& visit) {
+  const auto again = [&](const auto& windows, int first) { visit(windows, first, std::false_type{}); };
+#pragma unroll 1
   for (int tile = (walker.windows() - kept + kTile - 1) / kTile; tile-- > 0;) {
-    walker.seek(kept + tile * kTile);
-    next_tile(walker, windows);
-    visit(windows, kept + tile * kTile, 0);
+    const int first = kept + tile * kTile;
+    walker.seek(first);
+    if (whole && has_tile<kTile>(walker, first)) {
+      auto way = walker.whole();
+      visit_whole<kTile, typename Walker::Element>(way, first, again);
+    } else {
+      visit_any<kTile>(walker, first, kTile, again);
+    }
   }
-  walker.seek(0);
-  for (int first = 0; first < kept && walker.more(); first += kTile) {
-    next_tile(walker, windows, kept - first);
-    visit(windows, first, kept - first);
-  }
+  visit_tiles<kTile>(walker, 0, kept, whole,
+                     [&](const auto& windows, int first) { visit(windows, first, std::true_type{}); });
 }
+
+BNK_DEVICE int64_t first_channel(const Walk& walk, int slab) { return int64_t{slab} * walk.slab_channels; }
 
 // Channels of a slab; the last one may have fewer.
 BNK_DEVICE int channels_of(const Walk& walk, int slab) {
-  const int64_t rest = walk.channels - int64_t{slab} * walk.slab_channels;
+  const int64_t rest = walk.channels - first_channel(walk, slab);
   return rest < walk.slab_channels ? static_cast<int>(rest) : walk.slab_channels;
 }
 
@@ -162,8 +173,8 @@ BNK_DEVICE int channels_of(const Walk& walk, int slab) {
 // sums the thread's windows from `first` on, at(element) are the sums; those of the block, of all chains, are added up in
 // totals[local], and are there for all when it returns.
 template <typename T, Layout kLayout, typename Sum, typename At>
-BNK_DEVICE void sum_share(const Walk& walk, Walker<T, kLayout>& walker, int slab, int kept, Sums* slots, Sums* totals,
-                          const Sum& sum, const At& at) {
+BNK_DEVICE void sum_share(const Walk& walk, ResidentWalker<T, kLayout>& walker, int slab, int kept, Sums* slots,
+                          Sums* totals, const Sum& sum, const At& at) {
   const int all = walker.most_windows();
   int count = kept;
   for (int first = 0; first < all; first += count) {
@@ -216,7 +227,7 @@ BNK_DEVICE void exchange_on_chip(const Residence& residence, int channels, Accum
 template <typename Accumulator, typename Mine, typename Finish_, typename Recall>
 BNK_DEVICE void exchange_in_memory(const Residence& residence, const Walk& walk, const Member& member, int slab,
                                    Accumulator* slots, const Mine& mine, const Finish_& finish, const Recall& recall) {
-  const int64_t first = int64_t{slab} * walk.slab_channels;
+  const int64_t first = first_channel(walk, slab);
   const int channels = channels_of(walk, slab);
   const Finish partials{walk.channels, walk.chunks, residence.join_lanes};
   unsigned* counter = counter_of(residence, member.group);

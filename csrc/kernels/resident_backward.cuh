@@ -4,7 +4,8 @@
 //
 //   1. loads g and x, keeps them on chip, and sums g and g*(x - mean)
 //   2. exchanges the sums (resident.cuh):  grad_bias = sum(g),  grad_weight = sum(g*(x - mean)) * invstd
-//   3. writes  grad_x = (g - mean(g) - xhat * mean(g*xhat)) * (weight * invstd)  from what it kept
+//   3. writes  grad_x = (g - mean(g) - (x - mean) * slope) * scale  from what it kept, where slope = mean(g*xhat) * invstd
+//      and scale = weight * invstd
 //
 // What a block could not keep is read in step 1 and, last first, in step 3.
 #pragma once
@@ -42,8 +43,8 @@ struct Products : WindowSums<T> {
   }
 
   // kFull: all elements of all windows are there. One that is not there adds nothing, whatever the channel's statistics.
-  template <bool kFull, int kTile>
-  BNK_DEVICE void add_tile(const Window (&windows)[kTile], const Vector<T> (&x_bits)[kTile],
+  template <bool kFull, typename Window_, int kTile>
+  BNK_DEVICE void add_tile(const Window_ (&windows)[kTile], const Vector<T> (&x_bits)[kTile],
                            const Vector<T> (&g_bits)[kTile], const Real (&mean)[kColumns]) {
 #pragma unroll
     for (int i = 0; i < kTile; ++i) {
@@ -76,8 +77,8 @@ struct Products : WindowSums<T> {
 // Sums a thread's windows first .. first + count - 1 again, to the elements that are rescued.
 template <typename T, Layout kLayout, int kColumns>
 BNK_DEVICE void sum_rescued(const View<const T, kLayout>& x, const View<const T, kLayout>& g,
-                            Walker<T, kLayout>& walker, int first, int count, const Compute<T> (&mean)[kColumns],
-                            Products<T, kColumns>& sums) {
+                            ResidentWalker<T, kLayout>& walker, int first, int count,
+                            const Compute<T> (&mean)[kColumns], Products<T, kColumns>& sums) {
   walker.seek(first);
   for (int number = first; number < first + count && walker.more(); ++number) {
     const Window window = walker.next();
@@ -88,7 +89,7 @@ BNK_DEVICE void sum_rescued(const View<const T, kLayout>& x, const View<const T,
 template <typename T, Layout kLayout>
 BNK_KERNEL_BESIDE(resident_threads(kLayout), kResidentBlocks)
 resident_backward_kernel(ResidentBackwardParams params) {
-  using Walker_ = Walker<T, kLayout>;
+  using Walker_ = ResidentWalker<T, kLayout>;
   using Real = Compute<T>;
   constexpr int kTile = kResidentTile;
   constexpr int kColumns = Walker_::kColumns;
@@ -97,12 +98,11 @@ resident_backward_kernel(ResidentBackwardParams params) {
   BNK_SHARED(double, slots, (kResidentSlots<T, kLayout>));
   BNK_SHARED(Sums, totals, kSlabChannels);
   BNK_SHARED(Sums, told, kToldSlabs * kSlabChannels);
-  BNK_SHARED(Real, invstds, kSlabChannels);
   BNK_SHARED(Real, scales, kSlabChannels);
   BNK_SHARED(Real, means_g, kSlabChannels);
-  BNK_SHARED(Real, means_g_xhat, kSlabChannels);
+  BNK_SHARED(Real, slopes, kSlabChannels);
   BNK_DYNAMIC_SHARED(Vector<T>, dynamic);
-  static_assert(sizeof slots + sizeof totals + sizeof told + 4 * sizeof scales <= resident_overhead(kLayout));
+  static_assert(sizeof slots + sizeof totals + sizeof told + 3 * sizeof scales <= resident_overhead(kLayout));
 
   const Walk& walk = params.walk;
   const Residence& residence = params.residence;
@@ -115,9 +115,10 @@ resident_backward_kernel(ResidentBackwardParams params) {
   const View<const T, kLayout> x{lead, elements_of(walk), Walker_::is_wide(walk, lead, lead)};
   const View<const T, kLayout> g{grad, elements_of(walk), Walker_::is_wide(walk, grad, lead)};
   const View<T, kLayout> grad_x{out, elements_of(walk), Walker_::is_wide(walk, out, lead)};
+  const bool whole = Walker_::is_whole(walk) && x.wide && g.wide && grad_x.wide;
 
   for (int slab = member.group; slab < walk.slabs.value; slab += residence.groups) {
-    const int64_t first_channel = int64_t{slab} * walk.slab_channels;
+    const auto channel_of = [&](int local) { return first_channel(walk, slab) + local; };
     Walker_ walker(walk, {slab, member.rank}, lead);
     Real mean[kColumns];
 #pragma unroll
@@ -132,38 +133,34 @@ resident_backward_kernel(ResidentBackwardParams params) {
       const bool keeps = first == 0;
       const HintedLoads loads{keeps ? evict_first() : evict_last()};
       sums.clear();
-      walker.seek(first);
-      for (int done = 0; done < count && walker.more(); done += kTile) {
-        Window windows[kTile];
+      visit_tiles<kTile>(walker, first, count, whole, [&](const auto& windows, int number) {
         Vector<T> x_bits[kTile], g_bits[kTile];
-        next_tile(walker, windows, count - done);
         load_tile(x, windows, x_bits, loads);
         load_tile(g, windows, g_bits, loads);
         if (keeps) {
-          keep_tile(kept_x, done, count - done, x_bits);
-          keep_tile(kept_g, done, count - done, g_bits);
+          keep_tile(kept_x, windows, number, x_bits);
+          keep_tile(kept_g, windows, number, g_bits);
         }
         if (all_full(windows, kElements)) {
           sums.template add_tile<true>(windows, x_bits, g_bits, mean);
         } else {
           sums.template add_tile<false>(windows, x_bits, g_bits, mean);
         }
-      }
+      });
       if (sums.needs_rescue()) sum_rescued(x, g, walker, first, count, mean, sums);
     };
     sum_share(walk, walker, slab, residence.kept, slots_of<Sums>(slots), totals, sum, sums);
 
     // 2. Of the whole channel.
     const auto set = [&](int local, double mean_g, double mean_g_xhat) {
-      const int64_t channel = first_channel + local;
+      const int64_t channel = channel_of(local);
       const double invstd = read(params.invstd, channel);
-      invstds[local] = static_cast<Real>(invstd);
       scales[local] = static_cast<Real>(read_or(params.weight, channel, 1) * invstd);
       means_g[local] = static_cast<Real>(mean_g);
-      means_g_xhat[local] = static_cast<Real>(mean_g_xhat);
+      slopes[local] = static_cast<Real>(mean_g_xhat * invstd);
     };
     const auto finish = [&](int local, const Sums& all) {
-      const int64_t channel = first_channel + local;
+      const int64_t channel = channel_of(local);
       const double sum_g_xhat = all.second * read(params.invstd, channel);
       const double mean_g = all.first / params.elements_per_channel;
       const double mean_g_xhat = sum_g_xhat / params.elements_per_channel;
@@ -177,27 +174,26 @@ resident_backward_kernel(ResidentBackwardParams params) {
     };
     const auto mine = [&](int local) { return totals[local]; };
     const auto recall = [&](int local) {
-      const int64_t channel = first_channel + local;
+      const int64_t channel = channel_of(local);
       set(local, read(params.mean_g, channel), read(params.mean_g_xhat, channel));
     };
     exchange<kLayout>(residence, walk, member, slab, told, slots_of<Sums>(slots), mine, finish, recall);
 
     // 3. The result.
-    Real invstd[kColumns], scale[kColumns], mean_g[kColumns], mean_g_xhat[kColumns];
+    Real scale[kColumns], mean_g[kColumns], slope[kColumns];
 #pragma unroll
     for (int column = 0; column < kColumns; ++column) {
       if (!walker.has_channel(column)) continue;
       const int local = walker.local(column);
-      invstd[column] = invstds[local];
       scale[column] = scales[local];
       mean_g[column] = means_g[local];
-      mean_g_xhat[column] = means_g_xhat[local];
+      slope[column] = slopes[local];
     }
-    visit_again<kTile>(walker, residence.kept, [&](const Window(&windows)[kTile], int first, int count) {
+    visit_again<kTile>(walker, residence.kept, whole, [&](const auto& windows, int first, auto is_kept) {
       Vector<T> x_bits[kTile], g_bits[kTile];
-      if (count > 0) {
-        fetch_tile(kept_x, first, count, x_bits);
-        fetch_tile(kept_g, first, count, g_bits);
+      if constexpr (is_kept.value) {
+        fetch_tile(kept_x, windows, first, x_bits);
+        fetch_tile(kept_g, windows, first, g_bits);
       } else {
         load_tile<Reuse::kLast>(x, windows, x_bits);
         load_tile<Reuse::kLast>(g, windows, g_bits);
@@ -210,9 +206,9 @@ resident_backward_kernel(ResidentBackwardParams params) {
 #pragma unroll
         for (int element = 0; element < kElements; ++element) {
           const int column = element % kColumns;
-          const Real xhat = (xs[element] - mean[column]) * invstd[column];
+          const Real deviation = xs[element] - mean[column];
           const Real centered = gs[element] - mean_g[column];
-          gs[element] = fused_multiply_add(-xhat, mean_g_xhat[column], centered) * scale[column];
+          gs[element] = fused_multiply_add(-deviation, slope[column], centered) * scale[column];
         }
         store_window(grad_x, windows[i], gs);
       }

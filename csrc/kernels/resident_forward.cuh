@@ -41,8 +41,8 @@ struct Deviations : WindowSums<T> {
   }
 
   // kFull: all elements of all windows are there.
-  template <bool kFull, int kTile>
-  BNK_DEVICE void add_tile(const Window (&windows)[kTile], const Vector<T> (&bits)[kTile],
+  template <bool kFull, typename Window_, int kTile>
+  BNK_DEVICE void add_tile(const Window_ (&windows)[kTile], const Vector<T> (&bits)[kTile],
                            const Real (&pivot)[kColumns]) {
 #pragma unroll
     for (int i = 0; i < kTile; ++i) {
@@ -71,8 +71,8 @@ struct Deviations : WindowSums<T> {
 
 // Sums a thread's windows first .. first + count - 1 again, to the elements that are rescued.
 template <bool kIsKept, typename T, Layout kLayout, int kColumns>
-BNK_DEVICE void sum_rescued(const View<const T, kLayout>& x, Walker<T, kLayout>& walker, const Kept<T>& kept, int first,
-                            int count, const Compute<T> (&pivot)[kColumns], Deviations<T, kColumns>& sums) {
+BNK_DEVICE void sum_rescued(const View<const T, kLayout>& x, ResidentWalker<T, kLayout>& walker, const Kept<T>& kept,
+                            int first, int count, const Compute<T> (&pivot)[kColumns], Deviations<T, kColumns>& sums) {
   walker.seek(first);
   for (int number = first; number < first + count && walker.more(); ++number) {
     const Window window = walker.next();
@@ -82,18 +82,15 @@ BNK_DEVICE void sum_rescued(const View<const T, kLayout>& x, Walker<T, kLayout>&
 
 // Of a thread's windows first .. first + count - 1, which are kept or not.
 template <bool kIsKept, typename T, Layout kLayout, int kColumns>
-BNK_DEVICE void sum_deviations(const View<const T, kLayout>& x, Walker<T, kLayout>& walker, const Kept<T>& kept,
-                               int first, int count, const Compute<T> (&pivot)[kColumns],
+BNK_DEVICE void sum_deviations(const View<const T, kLayout>& x, ResidentWalker<T, kLayout>& walker, bool whole,
+                               const Kept<T>& kept, int first, int count, const Compute<T> (&pivot)[kColumns],
                                Deviations<T, kColumns>& sums) {
   constexpr int kTile = kResidentTile;
   sums.clear();
-  walker.seek(first);
-  for (int done = 0; done < count && walker.more(); done += kTile) {
-    Window windows[kTile];
+  visit_tiles<kTile>(walker, first, count, whole, [&](const auto& windows, int number) {
     Vector<T> bits[kTile];
-    next_tile(walker, windows, count - done);
     if constexpr (kIsKept) {
-      fetch_tile(kept, first + done, count - done, bits);
+      fetch_tile(kept, windows, number, bits);
     } else {
       load_tile(x, windows, bits, HintedLoads{evict_last()});
     }
@@ -102,14 +99,14 @@ BNK_DEVICE void sum_deviations(const View<const T, kLayout>& x, Walker<T, kLayou
     } else {
       sums.template add_tile<false>(windows, bits, pivot);
     }
-  }
+  });
   if (sums.needs_rescue()) sum_rescued<kIsKept>(x, walker, kept, first, count, pivot, sums);
 }
 
 template <typename T, Layout kLayout>
 BNK_KERNEL_BESIDE(resident_threads(kLayout), kResidentBlocks)
 resident_forward_kernel(ResidentForwardParams params) {
-  using Walker_ = Walker<T, kLayout>;
+  using Walker_ = ResidentWalker<T, kLayout>;
   using Real = Compute<T>;
   constexpr int kTile = kResidentTile;
   constexpr int kColumns = Walker_::kColumns;
@@ -134,20 +131,19 @@ resident_forward_kernel(ResidentForwardParams params) {
   T* out = static_cast<T*>(params.y);
   const View<const T, kLayout> x{lead, elements_of(walk), Walker_::is_wide(walk, lead, lead)};
   const View<T, kLayout> y{out, elements_of(walk), Walker_::is_wide(walk, out, lead)};
+  const bool whole = Walker_::is_whole(walk) && x.wide && y.wide;
 
   for (int slab = member.group; slab < walk.slabs.value; slab += residence.groups) {
-    const int64_t first_channel = int64_t{slab} * walk.slab_channels;
+    const auto channel_of = [&](int local) { return first_channel(walk, slab) + local; };
     Walker_ walker(walk, {slab, member.rank}, lead);
 
     // 1. The share, and the pivots.
     Deviations<T, kColumns> sums;
     sums.clear();
-    for (int window = 0; window < residence.kept && walker.more(); window += kTile) {
-      Window windows[kTile];
+    visit_tiles<kTile>(walker, 0, residence.kept, whole, [&](const auto& windows, int first) {
       Vector<T> bits[kTile];
-      next_tile(walker, windows, residence.kept - window);
       load_tile<Reuse::kLast>(x, windows, bits);
-      keep_tile(kept, window, residence.kept - window, bits);
+      keep_tile(kept, windows, first, bits);
 #pragma unroll
       for (int i = 0; i < kTile; ++i) {
         Real values[kElements];
@@ -155,7 +151,7 @@ resident_forward_kernel(ResidentForwardParams params) {
 #pragma unroll
         for (int element = 0; element < kElements; ++element) sums.first[element] += values[element];
       }
-    }
+    });
     const Real zero[kColumns] = {};
     if (sums.needs_rescue()) sum_rescued<true>(x, walker, kept, 0, residence.kept, zero, sums);
     const auto sum_of = [&](int element) { return sums(element).first; };
@@ -164,23 +160,23 @@ resident_forward_kernel(ResidentForwardParams params) {
     });
 
     // 2. The deviations from them.
-    Real pivot[kColumns];
-#pragma unroll
-    for (int column = 0; column < kColumns; ++column) {
-      pivot[column] = walker.has_channel(column) ? pivots[walker.local(column)] : Real(0);
-    }
     const auto sum = [&](int first, int count) {
+      Real pivot[kColumns];
+#pragma unroll
+      for (int column = 0; column < kColumns; ++column) {
+        pivot[column] = walker.has_channel(column) ? pivots[walker.local(column)] : Real(0);
+      }
       if (first == 0) {
-        sum_deviations<true>(x, walker, kept, first, count, pivot, sums);
+        sum_deviations<true>(x, walker, whole, kept, first, count, pivot, sums);
       } else {
-        sum_deviations<false>(x, walker, kept, first, count, pivot, sums);
+        sum_deviations<false>(x, walker, whole, kept, first, count, pivot, sums);
       }
     };
     sum_share(walk, walker, slab, residence.kept, slots_of<Sums>(slots), totals, sum, sums);
 
     // 3. The statistics.
     const auto set = [&](int local, double mean, double invstd) {
-      const int64_t channel = first_channel + local;
+      const int64_t channel = channel_of(local);
       means[local] = static_cast<Real>(mean);
       invstds[local] = static_cast<Real>(invstd);
       weights[local] = static_cast<Real>(read_or(params.weight, channel, 1));
@@ -190,7 +186,7 @@ resident_forward_kernel(ResidentForwardParams params) {
       set(local, all.mean, invstd_of(params.results, all));
       if (residence.divided || member.rank == 0) {
         const int64_t batches = params.results.cumulative ? load(params.num_batches_tracked) + 1 : 0;
-        write_statistics(params.results, first_channel + local, all, running_factor(params.results, batches));
+        write_statistics(params.results, channel_of(local), all, running_factor(params.results, batches));
       }
     };
     const auto mine = [&](int local) {
@@ -201,7 +197,7 @@ resident_forward_kernel(ResidentForwardParams params) {
       return Moments{count, static_cast<double>(pivots[local]) + shift, m2 < 0 ? 0 : m2};
     };
     const auto recall = [&](int local) {
-      const int64_t channel = first_channel + local;
+      const int64_t channel = channel_of(local);
       set(local, read(params.results.mean, channel), read(params.results.invstd, channel));
     };
     exchange<kLayout>(residence, walk, member, slab, told, slots_of<Moments>(slots), mine, finish, recall);
@@ -216,10 +212,10 @@ resident_forward_kernel(ResidentForwardParams params) {
       weight[column] = weights[walker.local(column)];
       bias[column] = biases[walker.local(column)];
     }
-    visit_again<kTile>(walker, residence.kept, [&](const Window(&windows)[kTile], int first, int count) {
+    visit_again<kTile>(walker, residence.kept, whole, [&](const auto& windows, int first, auto is_kept) {
       Vector<T> bits[kTile];
-      if (count > 0) {
-        fetch_tile(kept, first, count, bits);
+      if constexpr (is_kept.value) {
+        fetch_tile(kept, windows, first, bits);
       } else {
         load_tile<Reuse::kLast>(x, windows, bits);
       }

@@ -27,8 +27,8 @@ BNK_DEVICE Accumulator join_warp(Accumulator mine) {
 // Calls done(local, joined) once for each channel that the slab has, from one thread each. at(element) is the calling
 // thread's accumulator of one of its windows' elements. Every thread of the block calls it; what done() wrote to shared
 // memory is there for all when it returns, and `slots` may be used again.
-template <typename T, typename Accumulator, typename At, typename Done>
-BNK_DEVICE void reduce_slab(const Walk& walk, const Walker<T, Layout::kChannelsFirst>& /*walker*/, int /*slab*/,
+template <typename T, typename InRow, typename Accumulator, typename At, typename Done>
+BNK_DEVICE void reduce_slab(const Walk& walk, const Walker<T, Layout::kChannelsFirst, InRow>& /*walker*/, int /*slab*/,
                             const At& at, Accumulator* slots, const Done& done) {
   Accumulator mine = at(0);
 #pragma unroll
@@ -36,8 +36,8 @@ BNK_DEVICE void reduce_slab(const Walk& walk, const Walker<T, Layout::kChannelsF
   reduce_block<1>([&](int) { return mine; }, walk.lanes, slots, done);
 }
 
-template <typename T, typename Accumulator, typename At, typename Done>
-BNK_DEVICE void reduce_slab(const Walk& walk, const Walker<T, Layout::kChannelsLast>& /*walker*/, int slab,
+template <typename T, typename InRow, typename Accumulator, typename At, typename Done>
+BNK_DEVICE void reduce_slab(const Walk& walk, const Walker<T, Layout::kChannelsLast, InRow>& /*walker*/, int slab,
                             const At& at, Accumulator* slots, const Done& done) {
   const int64_t rest = walk.channels - int64_t{slab} * walk.slab_channels;
   reduce_block<kVectorElements<T>>(at, walk.lanes, slots, [&](int column, const Accumulator& joined) {
@@ -45,8 +45,8 @@ BNK_DEVICE void reduce_slab(const Walk& walk, const Walker<T, Layout::kChannelsL
   });
 }
 
-template <typename T, typename Accumulator, typename At, typename Done>
-BNK_DEVICE void reduce_slab(const Walk& walk, const Walker<T, Layout::kPacked>& walker, int slab, const At& at,
+template <typename T, typename InRow, typename Accumulator, typename At, typename Done>
+BNK_DEVICE void reduce_slab(const Walk& walk, const Walker<T, Layout::kPacked, InRow>& walker, int slab, const At& at,
                             Accumulator* slots, const Done& done) {
   constexpr int kElements = kVectorElements<T>;
   const int first = walker.local(0);

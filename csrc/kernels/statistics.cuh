@@ -27,8 +27,8 @@ struct StatisticsParams {
   int64_t* num_batches_tracked;  // or null
 };
 
-template <typename T, int kTile>
-BNK_DEVICE void join_windows(Moments (&total)[1], const Window (&windows)[kTile],
+template <typename T, typename Window_, int kTile>
+BNK_DEVICE void join_windows(Moments (&total)[1], const Window_ (&windows)[kTile],
                              const Compute<T> (&values)[kTile][kVectorElements<T>]) {
   constexpr int kElements = kVectorElements<T>;
   int count = 0;
@@ -37,14 +37,14 @@ BNK_DEVICE void join_windows(Moments (&total)[1], const Window (&windows)[kTile]
   if (count == 0) return;
   const auto at = [&](int i) { return values[i / kElements][i % kElements]; };
   const auto has = [&](int i) {
-    const Window& window = windows[i / kElements];
+    const Window_& window = windows[i / kElements];
     return i % kElements >= window.begin && i % kElements < window.end;
   };
   join_tile<Compute<T>>(total[0], tile_moments<kTile * kElements>(count, at, has));
 }
 
-template <typename T, int kTile>
-BNK_DEVICE void join_windows(Moments (&total)[kVectorElements<T>], const Window (&windows)[kTile],
+template <typename T, typename Window_, int kTile>
+BNK_DEVICE void join_windows(Moments (&total)[kVectorElements<T>], const Window_ (&windows)[kTile],
                              const Compute<T> (&values)[kTile][kVectorElements<T>]) {
   int rows = 0;
 #pragma unroll
@@ -72,19 +72,18 @@ statistics_kernel(StatisticsParams params) {
 
   const T* data = static_cast<const T*>(params.x);
   const View<const T, kLayout> x{data, elements_of(params.walk), Walker_::is_wide(params.walk, data, data)};
+  const bool whole = Walker_::is_whole(params.walk) && x.wide;
   for (int64_t index = block_rank(); index < shares_of(params.walk); index += grid_blocks()) {
     const Share share = share_at(params.walk, index);
     Walker_ walker(params.walk, share, data);
     Moments total[Walker_::kColumns] = {};
-    while (walker.more()) {
-      Window windows[kTile];
+    visit_tiles<kTile>(walker, whole, [&](const auto& windows, int /*number*/) {
       Vector<T> bits[kTile];
       Compute<T> values[kTile][Walker_::kElements];
-      next_tile(walker, windows);
       load_tile<Reuse::kAgain>(x, windows, bits);
       unpack_tile(bits, windows, values);
       join_windows<T>(total, windows, values);
-    }
+    });
 
     store_share(params.partial, params.walk, share, total, slots);
   }

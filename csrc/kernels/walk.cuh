@@ -11,12 +11,25 @@
 namespace bnk {
 
 struct Window {
+  static constexpr bool kWhole = false;
   int64_t offset;  // of its element 0, in elements from the tensor's start; that element itself may lie outside
   int begin;
   int end;
 
   BNK_DEVICE int size() const { return end > begin ? end - begin : 0; }
   BNK_DEVICE bool is_full(int elements) const { return begin == 0 && end == elements; }
+};
+
+// A window of which it is known when the kernel is compiled that it is full, and its tensors wide (View).
+template <typename T>
+struct WholeWindow {
+  static constexpr bool kWhole = true;
+  static constexpr int begin = 0;
+  static constexpr int end = kVectorElements<T>;
+  int64_t offset;
+
+  BNK_DEVICE static constexpr int size() { return end; }
+  BNK_DEVICE static constexpr bool is_full(int /*elements*/) { return true; }
 };
 
 // One block's work: share s of a walk is chunk s / slabs of slab s % slabs, so that blocks which run side by side read
@@ -48,7 +61,7 @@ BNK_DEVICE int phase_of(const T* data) {
   return static_cast<int>((reinterpret_cast<uintptr_t>(data) / sizeof(T)) % kVectorElements<T>);
 }
 
-// A tensor as a kernel sees it. wide: the walk's windows lie on 16-byte boundaries of this tensor.
+// A tensor as a kernel sees it. wide: the walk's windows lie on 16-byte boundaries of it, and it is not smaller than one.
 template <typename T, Layout kLayout>
 struct View {
   T* data;
@@ -64,7 +77,8 @@ struct View {
 template <typename T, Layout kLayout>
 BNK_DEVICE bool is_inside(const View<const T, kLayout>& view, const Window& window) {
   if constexpr (kLayout != Layout::kChannelsFirst) return true;  // whole columns of vectors, if they are wide
-  return window.offset >= 0 && window.offset <= view.elements - kVectorElements<T>;
+  // In one comparison: an offset below 0 is a large one.
+  return static_cast<uint64_t>(window.offset) <= static_cast<uint64_t>(view.elements - kVectorElements<T>);
 }
 
 template <typename Loads, typename T, Layout kLayout>
@@ -112,33 +126,35 @@ BNK_DEVICE Vector<T> load_window(const View<const T, kLayout>& view, const Windo
 }
 
 // The elements of a window; those that are not there are 0.
-template <typename T>
-BNK_DEVICE void unpack_window(const Vector<T>& bits, const Window& window, Compute<T> (&out)[kVectorElements<T>]) {
+template <typename T, typename Window_>
+BNK_DEVICE void unpack_window(const Vector<T>& bits, const Window_& window, Compute<T> (&out)[kVectorElements<T>]) {
   widen_vector(bits, out);
-  if (window.is_full(kVectorElements<T>)) return;
+  if constexpr (!Window_::kWhole) {
+    if (window.is_full(kVectorElements<T>)) return;
 #pragma unroll
-  for (int i = 0; i < kVectorElements<T>; ++i) {
-    if (i < window.begin || i >= window.end) out[i] = 0;
+    for (int i = 0; i < kVectorElements<T>; ++i) {
+      if (i < window.begin || i >= window.end) out[i] = 0;
+    }
   }
 }
 
 // Writes the elements that are there, and no others. Results are not read again by the kernel that makes them.
-template <typename T, Layout kLayout>
-BNK_DEVICE void store_window(const View<T, kLayout>& view, const Window& window,
+template <typename T, Layout kLayout, typename Window_>
+BNK_DEVICE void store_window(const View<T, kLayout>& view, const Window_& window,
                              const Compute<T> (&values)[kVectorElements<T>]) {
   T* start = view.data + window.offset;
-  if (view.wide && window.is_full(kVectorElements<T>)) {
+  if (Window_::kWhole || (view.wide && window.is_full(kVectorElements<T>))) {
     store_vector<Reuse::kLast>(start, narrow_vector<T>(values));
-    return;
-  }
+  } else if constexpr (!Window_::kWhole) {
 #pragma unroll
-  for (int i = 0; i < kVectorElements<T>; ++i) {
-    if (i >= window.begin && i < window.end) store<Reuse::kLast>(start + i, narrow<T>(values[i]));
+    for (int i = 0; i < kVectorElements<T>; ++i) {
+      if (i >= window.begin && i < window.end) store<Reuse::kLast>(start + i, narrow<T>(values[i]));
+    }
   }
 }
 
-template <int kTile>
-BNK_DEVICE bool all_full(const Window (&windows)[kTile], int elements) {
+template <typename Window_, int kTile>
+BNK_DEVICE bool all_full(const Window_ (&windows)[kTile], int elements) {
   bool full = true;
 #pragma unroll
   for (int i = 0; i < kTile; ++i) full &= windows[i].is_full(elements);
@@ -146,31 +162,34 @@ BNK_DEVICE bool all_full(const Window (&windows)[kTile], int elements) {
 }
 
 // A tile of windows. All its loads are issued one behind the other, unless one is not of a vector, which is rare.
-template <typename Loads, typename T, Layout kLayout, int kTile>
-BNK_DEVICE void load_tile(const View<const T, kLayout>& view, const Window (&windows)[kTile], Vector<T> (&bits)[kTile],
+template <typename Loads, typename T, Layout kLayout, typename Window_, int kTile>
+BNK_DEVICE void load_tile(const View<const T, kLayout>& view, const Window_ (&windows)[kTile], Vector<T> (&bits)[kTile],
                           const Loads& loads) {
-  bool vectors = view.wide;
+  bool vectors = true;
+  if constexpr (!Window_::kWhole) {
+    vectors = view.wide;
 #pragma unroll
-  for (int i = 0; i < kTile; ++i) vectors &= windows[i].size() == 0 || is_inside(view, windows[i]);
+    for (int i = 0; i < kTile; ++i) vectors &= windows[i].size() == 0 || is_inside(view, windows[i]);
+  }
   if (vectors) {
 #pragma unroll
     for (int i = 0; i < kTile; ++i) {
       bits[i] = windows[i].size() > 0 ? loads.vector(view.data + windows[i].offset) : Vector<T>{};
     }
-  } else {
+  } else if constexpr (!Window_::kWhole) {
 #pragma unroll
     for (int i = 0; i < kTile; ++i) bits[i] = load_window(view, windows[i], loads);
   }
 }
 
-template <Reuse kReuse, typename T, Layout kLayout, int kTile>
-BNK_DEVICE void load_tile(const View<const T, kLayout>& view, const Window (&windows)[kTile],
+template <Reuse kReuse, typename T, Layout kLayout, typename Window_, int kTile>
+BNK_DEVICE void load_tile(const View<const T, kLayout>& view, const Window_ (&windows)[kTile],
                           Vector<T> (&bits)[kTile]) {
   load_tile(view, windows, bits, Loads<kReuse>{});
 }
 
-template <typename T, int kTile>
-BNK_DEVICE void unpack_tile(const Vector<T> (&bits)[kTile], const Window (&windows)[kTile],
+template <typename T, typename Window_, int kTile>
+BNK_DEVICE void unpack_tile(const Vector<T> (&bits)[kTile], const Window_ (&windows)[kTile],
                             Compute<T> (&values)[kTile][kVectorElements<T>]) {
 #pragma unroll
   for (int i = 0; i < kTile; ++i) unpack_window(bits[i], windows[i], values[i]);

@@ -1,0 +1,69 @@
+"""The kernels' loops over whole windows, run thread by thread on the host (tests/simt).
+
+Where rows begin and end on vectors of 16 bytes, tiles of windows are visited without looking at them (visit_tiles, in
+csrc/kernels/walkers.cuh). Every kernel goes through such tiles here, with others behind them, under 20 seeds and the
+sanitizers; most shapes of the other files are cut too often to come there.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from simt.common import BUILDS, PAIRS, SEEDS, Servers, judge, make
+from simt.plans import Resident
+from simt.resident_cases import ALONE, DIVIDED, RESIDENT_LAYOUTS, plan, share_windows, vector
+from simt.server import How
+
+from bnkernels.testing import DTYPES
+
+pytest_plugins = ["simt.fixtures"]
+
+# The windows of the largest tile, kStatisticsTile.
+TILE = 8
+BLOCK = 32
+
+# Rows of 33 vectors of 16-bit elements, which end between two threads; and slabs of all lanes.
+STREAMING = {"channels_first": (8, 3, 264), "channels_last": (140, 16)}
+RESIDENT = {"channels_first": (7, 3, 304), "channels_last": (25, 64, 3), "packed": (61, 6, 12)}
+KEPT, ALL = 4, 32
+
+
+def windows(layout: str, shape: tuple[int, ...], dtype: str) -> int:
+    """Of a thread of the streaming kernels, in a slab of one chunk."""
+    vectors = math.prod(shape) // shape[1] // (vector(DTYPES[dtype]) if layout == "channels_first" else 1)
+    lanes = 1 if layout == "channels_first" else shape[1] // vector(DTYPES[dtype])
+    return vectors * lanes // BLOCK
+
+
+@pytest.mark.parametrize("name", BUILDS)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("layout", STREAMING)
+@pytest.mark.parametrize("pair", PAIRS)
+def test_streaming(servers: Servers, pair: tuple[str, str], layout: str, training: bool, name: str) -> None:
+    shape = STREAMING[layout]
+    assert windows(layout, shape, pair[0]) >= TILE
+    inputs = make(shape, pair, training)
+    how = How(block=BLOCK, chunks=1, finish_block=64, grid=2, seeds=SEEDS)
+    judge(inputs, servers(name).call(inputs, how, channels_last=layout == "channels_last"), (shape, pair))
+
+
+@pytest.mark.parametrize("name", BUILDS)
+@pytest.mark.parametrize("layout", RESIDENT_LAYOUTS)
+@pytest.mark.parametrize("pair", PAIRS)
+def test_resident(servers: Servers, pair: tuple[str, str], layout: str, name: str) -> None:
+    """Tiles that are kept, tiles that are not, and a last one that is no whole tile."""
+    shape = RESIDENT[layout]
+    inputs = make(shape, pair)
+
+    def run(resident: Resident) -> None:
+        how = How(resident=resident, seeds=SEEDS)
+        judge(inputs, servers(name).call(inputs, how, channels_last=layout == "channels_last"), resident)
+
+    alone = plan(layout, shape, pair[0], 1, 2, kept=KEPT, block=BLOCK, **ALONE)
+    assert share_windows(alone, shape, pair[0]) >= KEPT + 4
+    run(alone)
+    # All that two have is kept.
+    both = plan(layout, shape, pair[0], 2, 1, kept=ALL, block=BLOCK, **DIVIDED)
+    assert 4 <= share_windows(both, shape, pair[0]) <= ALL
+    run(both)
