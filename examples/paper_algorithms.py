@@ -249,6 +249,7 @@ def plot(runs: Sequence[Measured]) -> Figure:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(parser(__doc__), argv)
+    torch.set_num_threads(1)  # so small networks gain nothing by more, and wait long for each other on a busy machine
     report = Report("paper_algorithms", args)
     runs = [measure(seed, args.device, 1 if args.quick else 10) for seed in bar(range(args.seeds), "seeds")]
     report.claims += claims(runs)

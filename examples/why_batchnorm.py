@@ -301,6 +301,7 @@ def power(value: float) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(parser(__doc__), argv)
+    torch.set_num_threads(1)  # so small networks gain nothing by more, and wait long for each other on a busy machine
     report = Report("why_batchnorm", args)
     runs = [measure(seed, args.device, QUICK if args.quick else Plan()) for seed in range(args.seeds)]
     report.claims += claims(runs)
