@@ -335,10 +335,11 @@ def draw(seeds: Sequence[Seed], steps: int) -> Figure:
             smooth = seed.looked_at[kind].smooth
             curves.semilogy(range(WINDOW, WINDOW + len(smooth)), smooth, color=kind.colour, linewidth=1.2)
         curves.plot([], [], color=kind.colour, label=kind.name)
-        reached = dict(zip(RATES, race(seeds, kind)))
-        needed.plot(RATES, list(reached.values()), color=kind.colour, marker="o", label=kind.name)
-        failed = [rate for rate, count in reached.items() if math.isinf(count)]
-        needed.plot(failed, [steps] * len(failed), "x", color=kind.colour, markersize=10, clip_on=False)
+        counts = race(seeds, kind)
+        needed.plot(RATES, counts, color=kind.colour, marker="o", label=kind.name)
+        for rate, count in zip(RATES, counts):
+            if math.isinf(count):
+                needed.plot(rate, steps, color=kind.colour, marker="x", markersize=10)
         run = seeds[0].looked_at[kind]
         for moment, style in enumerate(("-", ":")):
             moved = [one[moment] for one in run.shifts]
@@ -346,10 +347,10 @@ def draw(seeds: Sequence[Seed], steps: int) -> Figure:
             shift.semilogy(run.looked, moved, color=kind.colour, linestyle=style, label=label)
         band(range_, run, kind, [one.losses for one in run.landscapes])
         band(change, run, kind, [one.changes for one in run.landscapes])
-        beta.semilogy(run.looked, [one.beta for one in run.landscapes], color=kind.colour, label=kind.name)
+        beta.plot(run.looked, [one.beta for one in run.landscapes], color=kind.colour, label=kind.name)
     curves.axhline(REACHED, color="grey", linestyle="--", linewidth=1)
     curves.set(ylabel=f"loss (mean of {WINDOW} batches)", title=f"Training at {COMMON_RATE}, each seed")
-    needed.set(xscale="log", xticks=RATES, xticklabels=RATES, ylim=(0, steps))
+    needed.set(xscale="log", xticks=RATES, xticklabels=RATES, ylim=(0, 1.05 * steps))
     needed.minorticks_off()
     needed.set(ylabel=f"steps to a loss of {REACHED}", title=f"Medians over the seeds (x: not in {steps} steps)")
     shift.set(ylabel="change from step to step, mean over channels", title="Stability of the layers' inputs")
@@ -362,8 +363,9 @@ def draw(seeds: Sequence[Seed], steps: int) -> Figure:
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     figure.suptitle(
-        "Loss landscape and layer inputs of a VGG on handwritten digits, with and without batch normalisation "
-        f"(below and upper right: one seed; steps of {STRETCH[0]:g} to {STRETCH[-1]:g} times the learning rate)"
+        "A VGG on handwritten digits, with and without batch normalisation: training, stability, and loss landscape\n"
+        f"(upper right and below: one seed, learning rate {COMMON_RATE}; "
+        f"bands over steps of {STRETCH[0]:g} to {STRETCH[-1]:g} times the learning rate along the gradient)"
     )
     return figure
 
