@@ -74,9 +74,14 @@ demo: $(call environment,demo)
 	$(PY) examples/digits.py
 
 examples: $(call environment,demo)
-	@for study in $(STUDIES); do echo "== examples/$$study.py"; $(PY) "examples/$$study.py" --out out/examples; done
+	@news=; for study in $(STUDIES); do \
+	  echo "== examples/$$study.py"; $(PY) "examples/$$study.py" --out out/examples || news="$$news $$study"; \
+	done; \
+	if [ -n "$$news" ]; then echo "== not as docs/why.md tells:$$news"; exit 1; fi
 
-why: examples
+# Also where something is not as it tells: then the text around the reports has to follow.
+why:
+	-$(MAKE) examples
 	$(PY) examples/study.py out/examples docs/why.md
 
 test: $(call environment,dev)

@@ -84,9 +84,13 @@ def test_transforms(transform: Callable[..., Any], training: bool, device: str) 
     "K models are one BatchNorm over K*C channels; each has its statistics and its count.",
 )
 @pytest.mark.parametrize("momentum", [0.3, None])
+@pytest.mark.parametrize("x_dim", [None, 0, 1, -1], ids=["one input", "an input each", "dimension 1", "at the end"])
 @trainings
-def test_ensemble(momentum: float | None, training: bool, device: str) -> None:
-    """vmap over stacked models: each has its own statistics, in place, and its own count."""
+def test_ensemble(x_dim: int | None, momentum: float | None, training: bool, device: str) -> None:
+    """vmap over stacked models: each has its own statistics, in place, and its own count.
+
+    All may have the same input, as the first layer of an ensemble, or each its own, as every layer after that.
+    """
     models = [bnk.BatchNorm2d(3, momentum=momentum, device=device, dtype=torch.float64) for _ in range(3)]
     for index, model in enumerate(models):
         for _ in range(index):  # so that the counts differ
@@ -94,12 +98,13 @@ def test_ensemble(momentum: float | None, training: bool, device: str) -> None:
         model.train(training)
     parameters, buffers = torch.func.stack_module_state(models)
     x = images(device, requires_grad=False)
+    each = [x] * 3 if x_dim is None else [x, x.sin() + 1, 2 * x]
 
     def call(parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor) -> Tensor:
         return functional_call(models[0], (parameters, buffers), (x,))
 
-    y = vmap(call, (0, 0, None))(parameters, buffers, x)
-    torch.testing.assert_close(y, torch.stack([model(x) for model in models]))
+    y = vmap(call, (0, 0, x_dim))(parameters, buffers, x if x_dim is None else torch.stack(each, x_dim))
+    torch.testing.assert_close(y, torch.stack([model(x) for model, x in zip(models, each)]))
     for name, buffer in buffers.items():
         torch.testing.assert_close(buffer, torch.stack([dict(m.named_buffers())[name] for m in models]))
 

@@ -69,12 +69,12 @@ def forward(
         )
     # The batch's own statistics, unbiased variance and all, arrive in empty buffers with momentum 1, and are then
     # averaged into the real ones, whose momentum may differ from example to example.
-    channels = batch * x.shape[1]
+    folded = _fold_channels(x, x_dim, batch)
     fresh_mean, fresh_var = (
-        None if buffer is None else buffer.new_zeros(channels) for buffer in (running_mean, running_var)
+        None if buffer is None else buffer.new_zeros(folded.shape[1]) for buffer in (running_mean, running_var)
     )
     outputs = apply(
-        _fold_channels(x, x_dim, batch),
+        folded,
         _fold_vector(weight, weight_dim, batch),
         _fold_vector(bias, bias_dim, batch),
         fresh_mean,
