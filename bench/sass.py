@@ -186,10 +186,15 @@ class Kernel:
             if not kept:  # an element goes through one of them
                 found |= {f"{windows}, {number}": [loop] for number, loop in enumerate(others)}
                 continue
-            found[f"{windows}, kept"] = kept
+            found[f"{windows}, kept"] = largest(kept)
             if others and whole:  # one loop writes whole windows that are not kept, and others
-                found[f"{windows}, not kept"] = others
+                found[f"{windows}, not kept"] = largest(others)
         return found
+
+
+def largest(loops: Iterable[MainLoop]) -> list[MainLoop]:
+    """Of those that do the same with fewer or more windows a turn, the one with the most: where most elements go."""
+    return list({loop.role: loop for loop in sorted(loops, key=lambda loop: loop.elements)}.values())
 
 
 @cache

@@ -18,6 +18,10 @@
 
 namespace bnk {
 
+// Whole windows that a thread loads at a time of what it keeps: as many as the backward does, of two tensors. While one block
+// of a multiprocessor writes, the loads of the other alone keep memory busy.
+inline constexpr int kForwardLoadTile = 2 * kResidentTile;
+
 struct ResidentForwardParams {
   Walk walk;
   Residence residence;
@@ -140,12 +144,13 @@ resident_forward_kernel(ResidentForwardParams params) {
     // 1. The share, and the pivots.
     Deviations<T, kColumns> sums;
     sums.clear();
-    visit_tiles<kTile>(walker, 0, residence.kept, whole, [&](const auto& windows, int first) {
-      Vector<T> bits[kTile];
+    visit_tiles<kTile, kForwardLoadTile>(walker, 0, residence.kept, whole, [&](const auto& windows, int first) {
+      constexpr int kCount = kWindows<decltype(windows)>;
+      Vector<T> bits[kCount];
       load_tile<Reuse::kLast>(x, windows, bits);
       keep_tile(kept, windows, first, bits);
 #pragma unroll
-      for (int i = 0; i < kTile; ++i) {
+      for (int i = 0; i < kCount; ++i) {
         Real values[kElements];
         unpack_window(bits[i], windows[i], values);
 #pragma unroll
