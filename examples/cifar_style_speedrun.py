@@ -13,9 +13,8 @@ whatever else the machine does meets all of them alike. Only the training steps 
 - nn.BatchNorm2d, and the same network after `bnk.convert`, with the activations in NCHW and in channels_last.
 - The converted network in channels_last with ghost batch normalisation: Hoffer, Hubara & Soudry 2017, "Train longer,
   generalize better" (arXiv 1705.08741), Algorithm 1. They train with large batches, take the statistics over virtual
-  batches of the size that small-batch training has, and claim that this lessens the accuracy lost to the large batch
-  (Table 1: by about a point on CIFAR-10). What is lost shows beside an untimed run with batches of the virtual size,
-  on as many images.
+  batches of the size that small-batch training has, and claim that this lessens the accuracy lost to the large batch.
+  What is lost shows beside an untimed run with batches of the virtual size, on as many images.
 
 A time to accuracy is steps times the time of a step. Converting changes rounding alone, and so the network that comes
 out, as any other order of summation would, but not how good it is: the steps should be equal within noise. What the
@@ -50,7 +49,7 @@ BATCH, VIRTUAL = 256, 32
 # Of the running statistics, by the update. Ghosts make several in a step; all forget as much in a step.
 GHOST_MOMENTUM = 0.1
 MOMENTUM = 1 - (1 - GHOST_MOMENTUM) ** (BATCH // VIRTUAL)
-RATE, SMALL_BATCH_RATE = 0.3, 0.1  # the square root of the batch's size apart, as in Hoffer et al., section 4
+RATE, SMALL_BATCH_RATE = 0.3, 0.1  # the square root of the batch's size apart, as in Hoffer et al.
 STEPS, EVERY = 48, 2
 TARGET = 0.97
 LOST = 0.3  # points of accuracy, with the large batch instead of the small one: the mean of ten seeds
@@ -339,7 +338,7 @@ def claims(races: Sequence[Race]) -> Iterator[Claim]:
     gains = of_each(lambda race: 100 * (race[GHOST].final - race.without_ghosts))
     statement = f"Ghosts alone regain the {LOST} points that the large batch costs here."
     measure = "final accuracy, in points above the mean of those without"
-    yield Claim("Hoffer et al., Table 1", statement, measure, gains, at_least=LOST, expected=False)
+    yield Claim("Hoffer et al.", statement, measure, gains, at_least=LOST, expected=False)
 
 
 def show(report: Report, races: Sequence[Race]) -> None:
