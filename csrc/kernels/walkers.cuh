@@ -292,7 +292,8 @@ BNK_DEVICE void visit_any(Walker& walker, int number, int most, const Visit& vis
 // Visits a thread's windows from `first` on, `count` of them or as many as there are, tile by tile. A tile's windows are of
 // type WholeWindow where all of them are there and `whole` says so (the walk's are, and every tensor is wide): then
 // nothing of them has to be looked at. Otherwise they are of type Window, and those that are not there are empty.
-// kFirstTile: whole windows of a tile, as long as there are so many.
+// kFirstTile: whole windows of a tile, as long as there are so many. The loops are not unrolled: a turn has as many loads
+// under way as there are registers for.
 template <int kTile, int kFirstTile = kTile, typename Walker, typename Visit>
 BNK_DEVICE void visit_tiles(Walker& walker, int first, int count, bool whole, const Visit& visit) {
   using T = typename Walker::Element;
