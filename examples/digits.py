@@ -116,7 +116,9 @@ def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
     columns = right + torch.arange(width, device=images.device)
     padded = F.pad(images, (1, 1, 1, 1), value=float(images.min()))
     each = torch.arange(count, device=images.device)
-    return padded[each[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+    moved = padded[each[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    # With one channel it is contiguous() already, but convolutions would take its strides for channels_last.
+    return moved.clone(memory_format=torch.contiguous_format)
 
 
 @dataclass
