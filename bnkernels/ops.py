@@ -44,13 +44,13 @@ def _built_against() -> dict[str, str]:
     return {}
 
 
-def _load_error(reason: object) -> ImportError:
+def _load_error(reason: object, misfits: str = "this torch") -> ImportError:
     running = f"running: torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}"
     built = _built_against()
     if not built:
         return ImportError(f"bnkernels has no compiled library for this Python: it was not built.\n{running}\n{_FIX}")
     return ImportError(
-        f"bnkernels' compiled library {built['library']} does not fit this torch: {reason}\n"
+        f"bnkernels' compiled library {built['library']} does not fit {misfits}: {reason}\n"
         f"built against: torch {built['torch']}, CUDA {built['cuda']}\n{running}\n{_FIX}"
     )
 
@@ -98,26 +98,29 @@ _reason = _misfit(_C.build_info(), torch.__version__, torch.version.cuda)
 if _reason is not None:
     _refuse(_load_error(_reason))
 
-forward_train = _C.forward_train
-forward_eval = _C.forward_eval
-backward = _C.backward
+try:
+    forward_train = _C.forward_train
+    forward_eval = _C.forward_eval
+    backward = _C.backward
 
-# How the CUDA kernels would run a pass, by arithmetic alone, and the limits of a CUDA device that this depends on
-# (csrc/plan.h).
-plan = _C.plan
-device_limits = _C.device_limits
+    # How the CUDA kernels would run a pass, by arithmetic alone, and the limits of a CUDA device that this depends on
+    # (csrc/plan.h).
+    plan = _C.plan
+    device_limits = _C.device_limits
 
-train_op = torch.ops.bnkernels.batch_norm_train.default
-train_functional = torch.ops.bnkernels.batch_norm_train_functional.default
-eval_op = torch.ops.bnkernels.batch_norm_eval.default
-backward_op = torch.ops.bnkernels.batch_norm_backward.default
+    train_op = torch.ops.bnkernels.batch_norm_train.default
+    train_functional = torch.ops.bnkernels.batch_norm_train_functional.default
+    eval_op = torch.ops.bnkernels.batch_norm_eval.default
+    backward_op = torch.ops.bnkernels.batch_norm_backward.default
 
-sync_statistics = torch.ops.bnkernels.sync_batch_norm_statistics.default
-sync_join = torch.ops.bnkernels.sync_batch_norm_join.default
-sync_join_functional = torch.ops.bnkernels.sync_batch_norm_join_functional.default
-sync_normalize = torch.ops.bnkernels.sync_batch_norm_normalize.default
-sync_grad_sums = torch.ops.bnkernels.sync_batch_norm_grad_sums.default
-sync_grad_input = torch.ops.bnkernels.sync_batch_norm_grad_input.default
+    sync_statistics = torch.ops.bnkernels.sync_batch_norm_statistics.default
+    sync_join = torch.ops.bnkernels.sync_batch_norm_join.default
+    sync_join_functional = torch.ops.bnkernels.sync_batch_norm_join_functional.default
+    sync_normalize = torch.ops.bnkernels.sync_batch_norm_normalize.default
+    sync_grad_sums = torch.ops.bnkernels.sync_batch_norm_grad_sums.default
+    sync_grad_input = torch.ops.bnkernels.sync_batch_norm_grad_input.default
+except AttributeError as error:  # built from sources that did not have it yet, or no longer
+    _refuse(_load_error(error, "this version of bnkernels"))
 
 
 def build_info() -> dict[str, object]:

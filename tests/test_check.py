@@ -323,6 +323,23 @@ def test_installation_without_its_library_exits_2(tmp_path: Path) -> None:
     assert "not built" in done.stderr
 
 
+def test_library_of_other_sources_exits_2(tmp_path: Path) -> None:
+    """Sources that were brought up to date, and not compiled again: the message says so, and what to do."""
+    shutil.copytree(ROOT / "bnkernels", tmp_path / "bnkernels", ignore=shutil.ignore_patterns("__pycache__"))
+    ops = tmp_path / "bnkernels" / "ops.py"
+    ops.write_text(ops.read_text().replace("plan = _C.plan\n", "plan = _C.plan_of_tomorrow\n"))
+    done = subprocess.run(
+        [sys.executable, "-m", "bnkernels.check", "--quick"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "does not fit this version of bnkernels" in done.stderr and "plan_of_tomorrow" in done.stderr
+    assert "Build bnkernels again" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_json_on_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
     """Alone there, so that it can be piped; the words go to stderr."""
     assert run("--case", GOOD, "--json", "-") == 0
