@@ -21,8 +21,7 @@ out, as any other order of summation would, but not how good it is: the steps sh
 conversion may change is the time of a step.
 
 Not here: BatchNorm with its ReLU or the residual sum in one kernel, which the package does not have yet; these variants
-follow when it does. Nor torch.compile: on a CPU, compiling takes longer than all of these trainings (docs/why.md has
-what a compiled step takes).
+follow when it does. Nor torch.compile: on a CPU, compiling takes longer than all of these trainings.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,21 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-pytest.importorskip("sklearn", reason="the demo's extra is not installed")
-pytest.importorskip("matplotlib", reason="the demo's extra is not installed")
-pytest.importorskip("tqdm", reason="the demo's extra is not installed")
+pytest.importorskip("studies")
 
 import cifar_style_speedrun as study
+from studies import quick
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def ghost(virtual_batch: int) -> study.GhostBatchNorm2d:
@@ -191,7 +183,7 @@ def test_a_wrong_layer_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_quick_run_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """And in two steps nothing comes to the target: the exit code says so."""
-    code = study.main(["--quick", "--seeds", "1", "--device", "cpu", "--out", str(tmp_path)])
+    code = study.main(quick(tmp_path))
     printed = capsys.readouterr().out
     assert code == 1 and "NEWS" in printed
     assert "holds (1 of 1 seeds): Converted, the network computes the same" in printed

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
-pytest.importorskip("sklearn", reason="the demo's extra is not installed")
-pytest.importorskip("matplotlib", reason="the demo's extra is not installed")
-pytest.importorskip("tqdm", reason="the demo's extra is not installed")
+pytest.importorskip("studies")
 
 import digits
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads of OpenMP that spin for each other take minutes for seconds' work where others use the machine too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(tmp_path: Path, *more: str) -> tuple[int, Path]:

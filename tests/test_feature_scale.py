@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-pytest.importorskip("sklearn", reason="the demo's extra is not installed")
-pytest.importorskip("matplotlib", reason="the demo's extra is not installed")
-pytest.importorskip("tqdm", reason="the demo's extra is not installed")
+pytest.importorskip("studies")
 
 import feature_scale as study
+from studies import quick
 from torch import nn
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads of OpenMP that spin for each other take minutes for seconds' work where others use the machine too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def quick(tmp_path: Path) -> list[str]:
-    return ["--quick", "--seeds", "1", "--device", "cpu", "--out", str(tmp_path)]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_progress_with_batchnorm_is_that_of_a_quadratic() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -13,22 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-pytest.importorskip("sklearn", reason="the demo's extra is not installed")
-pytest.importorskip("matplotlib", reason="the demo's extra is not installed")
-pytest.importorskip("tqdm", reason="the demo's extra is not installed")
+pytest.importorskip("studies")
 
 import loss_landscape as study
 from digits import Images, load
+from studies import quick
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 KINDS = pytest.mark.parametrize("kind", study.KINDS, ids=lambda kind: kind.name)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +172,7 @@ def test_noise_that_is_missing_is_noticed(data: Images, monkeypatch: pytest.Monk
 
 def test_a_quick_run_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """And in so few steps no network is trained: the claims on speed do not hold, and the exit code says so."""
-    code = study.main(["--quick", "--seeds", "1", "--device", "cpu", "--out", str(tmp_path)])
+    code = study.main(quick(tmp_path))
     printed = capsys.readouterr().out
     assert code == 1 and "NEWS" in printed
     assert (tmp_path / "loss_landscape.png").read_bytes().startswith(b"\x89PNG")

@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-pytest.importorskip("sklearn", reason="the demo's extra is not installed")
-pytest.importorskip("matplotlib", reason="the demo's extra is not installed")
-pytest.importorskip("tqdm", reason="the demo's extra is not installed")
+pytest.importorskip("studies")
 
 import phase_dnn
 from phase_dnn import BANDS, CENTRES, POINTS, WAVES, grid
+from studies import quick
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads of OpenMP that spin for each other take minutes for seconds' work where others use the machine too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("waves", [1, WAVES, WAVES + 1, BANDS * WAVES])
@@ -133,7 +124,7 @@ def test_phases_of_the_wrong_sign_are_noticed(monkeypatch: pytest.MonkeyPatch) -
 
 def test_runs_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Too few steps to learn anything, which the verdicts and the exit code tell; with both files written."""
-    assert phase_dnn.main(["--quick", "--seeds", "1", "--device", "cpu", "--out", str(tmp_path)]) == 1
+    assert phase_dnn.main(quick(tmp_path)) == 1
     printed = capsys.readouterr().out
     assert printed.count("NEWS: does not hold") >= 2 and "NEWS: does not hold, unlike docs/why.md: PhaseDNN" in printed
     assert (tmp_path / "phase_dnn.png").read_bytes().startswith(b"\x89PNG")
