@@ -11,7 +11,7 @@ must have the main loops that LOOPS names; one that lost its 16-byte accesses is
 is looked at: the turn that a thread makes when all its windows are whole and aligned (bench/sass_paths.py defines it).
 A loop whose turn either loads from memory or takes the kept copy has one fast path for each.
 
-A kernel goes through windows that are known to be whole in loops of their own (visit_tiles, in walkers.cuh of
+A kernel goes through windows that are known to be whole in loops of their own (visit_tiles, in tiles.cuh of
 csrc/kernels), and through others, which it has to look at, in a second form of them:
 
   windows        whole, where all rows begin and end on 16 bytes; any, where they do not, and for the last few of a

@@ -1,7 +1,7 @@
 """The kernels' loops over whole windows, run thread by thread on the host (tests/simt).
 
 Where rows begin and end on vectors of 16 bytes, tiles of windows are visited without looking at them (visit_tiles, in
-csrc/kernels/walkers.cuh). Every kernel goes through such tiles here, with others behind them, under 20 seeds and the
+csrc/kernels/tiles.cuh). Every kernel goes through such tiles here, with others behind them, under 20 seeds and the
 sanitizers; most shapes of the other files are cut too often to come there.
 """
 

@@ -9,7 +9,7 @@
 #include <type_traits>
 
 #include "per_channel.cuh"
-#include "walkers.cuh"
+#include "tiles.cuh"
 
 namespace bnk {
 

@@ -10,6 +10,7 @@
 #include "partials.cuh"
 #include "per_channel.cuh"
 #include "sums.cuh"
+#include "tiles.cuh"
 
 namespace bnk {
 

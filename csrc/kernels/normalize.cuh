@@ -6,7 +6,7 @@
 #pragma once
 
 #include "per_channel.cuh"
-#include "walkers.cuh"
+#include "tiles.cuh"
 
 namespace bnk {
 

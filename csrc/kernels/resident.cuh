@@ -7,6 +7,7 @@
 #include "moments.cuh"
 #include "partials.cuh"
 #include "slab_reduce.cuh"
+#include "tiles.cuh"
 
 namespace bnk {
 

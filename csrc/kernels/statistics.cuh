@@ -10,7 +10,7 @@
 #include "moments.cuh"
 #include "partials.cuh"
 #include "statistics_results.cuh"
-#include "walkers.cuh"
+#include "tiles.cuh"
 
 namespace bnk {
 
