@@ -52,15 +52,28 @@ Input describe_input(const at::Tensor& x) {
   return input;
 }
 
-at::Tensor grad_like(const at::Tensor& grad, const Input& input) {
+namespace {
+
+// who: the call; what: the tensor, with its article.
+at::Tensor dense_like(const at::Tensor& tensor, const Input& input, const char* who, const char* what) {
   const at::Tensor& x = input.tensor;
-  TORCH_CHECK(grad.sizes() == x.sizes(), "batch_norm backward: expected a gradient of shape ", x.sizes(), ", but got ",
-              grad.sizes());
-  TORCH_CHECK(grad.scalar_type() == x.scalar_type(), "batch_norm backward: expected a gradient of dtype ",
-              x.scalar_type(), ", but got ", grad.scalar_type());
-  TORCH_CHECK(grad.device() == x.device(), "batch_norm backward: expected a gradient on ", x.device(),
-              ", but got one on ", grad.device());
-  return grad.contiguous(x.suggest_memory_format());
+  TORCH_CHECK(tensor.sizes() == x.sizes(), who, ": expected ", what, " of shape ", x.sizes(), ", but got ",
+              tensor.sizes());
+  TORCH_CHECK(tensor.scalar_type() == x.scalar_type(), who, ": expected ", what, " of dtype ", x.scalar_type(),
+              ", but got ", tensor.scalar_type());
+  TORCH_CHECK(tensor.device() == x.device(), who, ": expected ", what, " on ", x.device(), ", but got one on ",
+              tensor.device());
+  return tensor.contiguous(x.suggest_memory_format());
+}
+
+}  // namespace
+
+at::Tensor grad_like(const at::Tensor& grad, const Input& input) {
+  return dense_like(grad, input, "batch_norm backward", "a gradient");
+}
+
+at::Tensor residual_like(const at::Tensor& residual, const Input& input) {
+  return dense_like(residual, input, "batch_norm", "a residual");
 }
 
 Vector::Vector(const OptionalTensor& given, const char* name, const Input& input)
@@ -106,6 +119,16 @@ Vector saved_statistic(const at::Tensor& given, const char* name, const Input& i
               ", as the forward returned it, but got ", given.scalar_type());
   // The saved statistics of 16-bit inputs are float32, which is what Vector allows beside the input's own dtype.
   return Vector(given, name, input);
+}
+
+at::Tensor saved_relu_range(const at::Tensor& given, const Input& input) {
+  const at::ScalarType expected = to_scalar_type(accumulate_dtype(input.problem.dtype));
+  TORCH_CHECK(given.dim() == 2 && given.size(0) == 2 && given.size(1) == input.problem.channels &&
+                  given.scalar_type() == expected && given.device() == input.tensor.device(),
+              "batch_norm backward: expected a relu_range of shape [2, ", input.problem.channels, "] and dtype ",
+              expected, " on ", input.tensor.device(), ", as the forward returned it, but got shape ", given.sizes(),
+              " and dtype ", given.scalar_type(), " on ", given.device());
+  return given.contiguous();
 }
 
 void check_counter(const OptionalTensor& counter, at::Device device) {

@@ -26,6 +26,9 @@ Input describe_input(const at::Tensor& x);
 // grad, dense in the layout of `input`. Throws unless it has the shape, dtype and device of input.
 at::Tensor grad_like(const at::Tensor& grad, const Input& input);
 
+// The same of what is added to the result.
+at::Tensor residual_like(const at::Tensor& residual, const Input& input);
+
 // A per-channel vector, checked: C elements on the device of x, of x's dtype or, for 16-bit x, float32. Not contiguous
 // ones are copied, and `write_back` copies a changed one back and bumps its version counter.
 class Vector {
@@ -50,6 +53,9 @@ void check_same_dtype(const Vector& a, const char* a_name, const Vector& b, cons
 
 // The saved statistics of a forward: C elements of accumulate_dtype on the device of x.
 Vector saved_statistic(const at::Tensor& given, const char* name, const Input& input);
+
+// The relu_range of a forward (calls.h), dense.
+at::Tensor saved_relu_range(const at::Tensor& given, const Input& input);
 
 // int64, one element, on the device of the input.
 void check_counter(const OptionalTensor& counter, at::Device device);

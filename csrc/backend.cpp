@@ -31,12 +31,12 @@ PlanOptions plan_options() {
   return {.force_streaming = text == "streaming"};
 }
 
-Plan plan_for(const Problem& problem, Pass pass, const void* lead) {
+Plan plan_for(const Problem& problem, Pass pass, bool fused, const void* lead) {
   static const PlanOptions options = plan_options();
   DeviceLimits limits;
   C10_CUDA_CHECK(cuda::current_device_limits(&limits));
   Plan plan = plan_pass(problem, pass, cuda::is_aligned(lead), limits, options);
-  C10_CUDA_CHECK(cuda::confirm(problem.dtype, pass, &plan));
+  C10_CUDA_CHECK(cuda::confirm(problem.dtype, pass, fused, &plan));
   return plan;
 }
 
@@ -80,7 +80,7 @@ void run_forward_train(const ForwardTrainArgs& args, const at::Tensor& x) {
 #ifdef BNK_WITH_CUDA
   const c10::cuda::CUDAGuard guard(x.device());
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-  const Plan plan = plan_for(args.problem, Pass::kForwardTrain, args.x);
+  const Plan plan = plan_for(args.problem, Pass::kForwardTrain, args.epilogue.is_there(), args.x);
   const at::Tensor scratch = scratch_like(x, cuda::scratch_bytes(plan, Pass::kForwardTrain));
   C10_CUDA_CHECK(cuda::forward_train(args, plan, scratch.data_ptr(), counters_of(plan, stream), stream));
 #else
@@ -92,7 +92,7 @@ void run_forward_eval(const ForwardEvalArgs& args, const at::Tensor& x) {
   if (x.is_cpu()) return cpu::forward_eval(args);
 #ifdef BNK_WITH_CUDA
   const c10::cuda::CUDAGuard guard(x.device());
-  const Plan plan = plan_for(args.problem, Pass::kForwardEval, args.x);
+  const Plan plan = plan_for(args.problem, Pass::kForwardEval, args.epilogue.is_there(), args.x);
   C10_CUDA_CHECK(cuda::forward_eval(args, plan, c10::cuda::getCurrentCUDAStream()));
 #else
   no_cuda(kInputOnCuda);
@@ -104,7 +104,7 @@ void run_backward(const BackwardArgs& args, const at::Tensor& x) {
 #ifdef BNK_WITH_CUDA
   const c10::cuda::CUDAGuard guard(x.device());
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-  const Plan plan = plan_for(args.problem, pass_of(args), args.x);
+  const Plan plan = plan_for(args.problem, pass_of(args), args.behind_relu(), args.x);
   const at::Tensor scratch = scratch_like(x, cuda::scratch_bytes(plan, pass_of(args)));
   C10_CUDA_CHECK(cuda::backward(args, plan, scratch.data_ptr(), counters_of(plan, stream), stream));
 #else

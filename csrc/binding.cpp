@@ -41,20 +41,51 @@ ThreeTensors forward_eval(const at::Tensor& x, const OptionalTensor& weight, con
   return batch_norm_eval(x, weight, bias, running_mean, running_var, eps);
 }
 
-std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> backward(const at::Tensor& grad, const at::Tensor& x,
-                                                                    const OptionalTensor& weight,
-                                                                    const at::Tensor& mean, const at::Tensor& invstd,
-                                                                    bool training, bool need_input, bool need_weight,
-                                                                    bool need_bias) {
-  const py::gil_scoped_release release;
-  const BelowAutograd guard;
-  auto [grad_x, grad_weight, grad_bias] =
-      batch_norm_backward(grad, x, weight, mean, invstd, training, need_input, need_weight, need_bias);
+using Gradients = std::tuple<OptionalTensor, OptionalTensor, OptionalTensor>;
+
+// None for those that were not asked for.
+Gradients needed_of(ThreeTensors grads, bool need_input, bool need_weight, bool need_bias) {
   const auto if_needed = [](bool needed, at::Tensor& tensor) {
     return needed ? OptionalTensor(std::move(tensor)) : std::nullopt;
   };
-  return {if_needed(need_input, grad_x), if_needed(need_weight && weight.has_value(), grad_weight),
-          if_needed(need_bias, grad_bias)};
+  auto& [grad_x, grad_weight, grad_bias] = grads;
+  return {if_needed(need_input, grad_x), if_needed(need_weight, grad_weight), if_needed(need_bias, grad_bias)};
+}
+
+Gradients backward(const at::Tensor& grad, const at::Tensor& x, const OptionalTensor& weight, const at::Tensor& mean,
+                   const at::Tensor& invstd, bool training, bool need_input, bool need_weight, bool need_bias) {
+  const py::gil_scoped_release release;
+  const BelowAutograd guard;
+  return needed_of(batch_norm_backward(grad, x, weight, mean, invstd, training, need_input, need_weight, need_bias),
+                   need_input, need_weight && weight.has_value(), need_bias);
+}
+
+FourTensors fused_forward_train(const at::Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
+                                const OptionalTensor& bias, const OptionalTensor& running_mean,
+                                const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
+                                std::optional<double> momentum, double eps, bool relu) {
+  const py::gil_scoped_release release;
+  const BelowAutograd guard;
+  return batch_norm_fused_train(x, residual, weight, bias, running_mean, running_var, num_batches_tracked, momentum,
+                                eps, relu);
+}
+
+FourTensors fused_forward_eval(const at::Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
+                               const OptionalTensor& bias, const at::Tensor& running_mean,
+                               const at::Tensor& running_var, double eps, bool relu) {
+  const py::gil_scoped_release release;
+  const BelowAutograd guard;
+  return batch_norm_fused_eval(x, residual, weight, bias, running_mean, running_var, eps, relu);
+}
+
+Gradients relu_backward(const at::Tensor& grad, const at::Tensor& x, const OptionalTensor& weight,
+                        const at::Tensor& mean, const at::Tensor& invstd, const at::Tensor& relu_range, bool training,
+                        bool need_input, bool need_weight, bool need_bias) {
+  const py::gil_scoped_release release;
+  const BelowAutograd guard;
+  return needed_of(batch_norm_relu_backward(grad, x, weight, mean, invstd, relu_range, training, need_input,
+                                            need_weight, need_bias),
+                   need_input, need_weight && weight.has_value(), need_bias);
 }
 
 py::dict build_info() {
@@ -93,6 +124,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
              arg("running_var"), arg("eps"));
   module.def("backward", &bnk::backward, arg("grad"), arg("x"), arg("weight"), arg("mean"), arg("invstd"),
              arg("training"), arg("need_input"), arg("need_weight"), arg("need_bias"));
+  module.def("fused_forward_train", &bnk::fused_forward_train, arg("x"), arg("residual"), arg("weight"), arg("bias"),
+             arg("running_mean"), arg("running_var"), arg("num_batches_tracked"), arg("momentum"), arg("eps"),
+             arg("relu"));
+  module.def("fused_forward_eval", &bnk::fused_forward_eval, arg("x"), arg("residual"), arg("weight"), arg("bias"),
+             arg("running_mean"), arg("running_var"), arg("eps"), arg("relu"));
+  module.def("relu_backward", &bnk::relu_backward, arg("grad"), arg("x"), arg("weight"), arg("mean"), arg("invstd"),
+             arg("relu_range"), arg("training"), arg("need_input"), arg("need_weight"), arg("need_bias"));
   module.def("build_info", &bnk::build_info);
   bnk::bind_plan(module);
 }

@@ -1,6 +1,7 @@
-// What the ops have in common: their tags, and what they allocate their results with.
+// What the ops have in common: their tags, how they are found, and what they allocate their results with.
 #pragma once
 
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
@@ -22,6 +23,12 @@ inline at::TensorOptions statistic_options(const Input& input) {
 
 inline PerChannel pointer_to(const at::Tensor& statistic, const Input& input) {
   return {statistic.data_ptr(), accumulate_dtype(input.problem.dtype)};
+}
+
+// The op of that name, to be called through the dispatcher.
+template <typename Signature>
+auto find_op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
 // What a result is written to: of the input's shape and dtype, dense in its memory format, whatever the strides of its

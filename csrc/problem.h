@@ -46,9 +46,23 @@ struct PerChannel {
   constexpr operator ConstPerChannel() const { return {data, dtype}; }
 };
 
+// What a normalised value v passes before it is written, each part if it is there:
+//   y = relu(v + residual)
+// Of a ReLU without a residual the backward needs no more than an interval for each channel: y > 0 where
+// low <= x <= high (relu_range.h).
+struct Epilogue {
+  const void* residual = nullptr;  // of x's dtype, where x's elements lie
+  bool relu = false;
+  PerChannel low = {nullptr, Dtype::kFloat32};   // out, accumulate_dtype, or null; with relu and no residual
+  PerChannel high = {nullptr, Dtype::kFloat32};  // out, as low
+
+  constexpr bool is_there() const { return residual != nullptr || relu; }
+};
+
 // Training forward (Ioffe & Szegedy 2015, Algorithm 1):
 //   mean_c = sum(x)/n     var_c = sum((x-mean_c)^2)/n     invstd_c = 1/sqrt(var_c + eps)
-//   y = (x - mean_c) * invstd_c * weight_c + bias_c       (no weight: 1, no bias: 0)
+//   v = (x - mean_c) * invstd_c * weight_c + bias_c       (no weight: 1, no bias: 0)
+//   y = v, or what the epilogue makes of it
 // and, where the running statistics are there, each on its own:
 //   running_mean += factor*(mean - running_mean)    running_var += factor*(var*n/(n-1) - running_var)
 // num_batches_tracked, where there, is incremented by 1 first. factor = momentum, or, if cumulative,
@@ -67,6 +81,7 @@ struct ForwardTrainArgs {
   double eps;
   PerChannel mean;    // out, accumulate_dtype, never null
   PerChannel invstd;  // out, accumulate_dtype, never null
+  Epilogue epilogue = {};
 };
 
 // Inference forward (Algorithm 2): the same y from the running statistics. mean and invstd receive what was used, so
@@ -83,9 +98,11 @@ struct ForwardEvalArgs {
   double eps;
   PerChannel mean;    // out, accumulate_dtype, never null
   PerChannel invstd;  // out, accumulate_dtype, never null
+  Epilogue epilogue = {};
 };
 
-// Backward of both. With xhat = (x - mean)*invstd, g = grad_y, sums over the n elements of a channel:
+// Backward of both. With xhat = (x - mean)*invstd, sums over the n elements of a channel, and g = grad_y, or, behind a
+// ReLU, g = grad_y where relu_low <= x <= relu_high and 0 elsewhere:
 //   grad_bias = sum(g)     grad_weight = sum(g*xhat)
 //   training:  grad_x = weight*invstd*(g - grad_bias/n - xhat*grad_weight/n)
 //   inference: grad_x = weight*invstd*g
@@ -102,6 +119,10 @@ struct BackwardArgs {
   PerChannel grad_weight;
   PerChannel grad_bias;
   bool training;
+  ConstPerChannel relu_low = {nullptr, Dtype::kFloat32};   // accumulate_dtype, as the forward returned it; null: no ReLU
+  ConstPerChannel relu_high = {nullptr, Dtype::kFloat32};  // as relu_low
+
+  constexpr bool behind_relu() const { return relu_low.data != nullptr; }
 };
 
 }  // namespace bnk

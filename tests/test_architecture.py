@@ -38,7 +38,7 @@ ROOMS = {
     "problem": Room(frozenset()),
     "plan": Room(frozenset({"problem"})),
     # Device code: also compiled by the host's compiler, so no torch, no CUDA runtime, no CUB.
-    "kernels": Room(frozenset({"problem", "plan", "primitives"})),
+    "kernels": Room(frozenset({"problem", "plan", "primitives", "relu_range"})),
     # The one door to the hardware, and its CUDA side.
     "primitives": Room(frozenset({"problem", "plan"}), (CUDA_TYPES,)),
     # The sequences of launches over any executor: CUDA's, or the host's in tests/simt.

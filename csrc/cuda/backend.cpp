@@ -55,11 +55,11 @@ cudaError_t current_device_limits(DeviceLimits* limits) {
   return error;
 }
 
-cudaError_t confirm(Dtype dtype, Pass pass, Plan* plan) {
+cudaError_t confirm(Dtype dtype, Pass pass, bool fused, Plan* plan) {
   ResidentPlan& resident = plan->resident;
   if (plan->path != Path::kResident || resident.group == Group::kBlock) return cudaSuccess;
   // By device, kernel and what of the plan decides it.
-  using Key = std::tuple<int, Dtype, Pass, Layout, Group, int, int, int64_t>;
+  using Key = std::tuple<int, Dtype, Pass, bool, Layout, Group, int, int, int64_t>;
   static std::mutex mutex;
   static std::map<Key, int> known;  // groups at the same time on the device
   int device = 0;
@@ -68,6 +68,7 @@ cudaError_t confirm(Dtype dtype, Pass pass, Plan* plan) {
   const Key key{device,
                 dtype,
                 pass,
+                fused,
                 resident.walk.layout,
                 resident.group,
                 resident.members,
@@ -75,7 +76,7 @@ cudaError_t confirm(Dtype dtype, Pass pass, Plan* plan) {
                 resident.shared_bytes};
   const std::lock_guard<std::mutex> lock(mutex);
   const auto [entry, unknown] = known.try_emplace(key, 0);
-  if (unknown && (error = resident_path::groups_at_once(dtype, pass, resident, &entry->second)) != cudaSuccess) {
+  if (unknown && (error = resident_path::groups_at_once(dtype, pass, fused, resident, &entry->second)) != cudaSuccess) {
     known.erase(entry);
     return error;
   }

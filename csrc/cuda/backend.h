@@ -19,8 +19,8 @@ bool is_aligned(const void* data);
 
 // Fits a resident plan to what the device holds at the same time after all: what a plan knows of a device is its limits,
 // and drivers and other processes may take a share. Clusters may be fewer; where a group does not fit, or not all of those
-// of a cooperative launch, the streaming path is taken.
-cudaError_t confirm(Dtype dtype, Pass pass, Plan* plan);
+// of a cooperative launch, the streaming path is taken. fused: with an epilogue, or behind a ReLU.
+cudaError_t confirm(Dtype dtype, Pass pass, bool fused, Plan* plan);
 
 // Scratch memory that the pass needs, in bytes.
 int64_t scratch_bytes(const Plan& plan, Pass pass);

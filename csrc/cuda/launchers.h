@@ -16,7 +16,7 @@ namespace resident_path {
 int64_t scratch_bytes(const ResidentPlan& plan, Pass pass);
 int64_t counters(const ResidentPlan& plan);
 // Groups of the plan's kernel that the current device holds at a time.
-cudaError_t groups_at_once(Dtype dtype, Pass pass, const ResidentPlan& plan, int* groups);
+cudaError_t groups_at_once(Dtype dtype, Pass pass, bool fused, const ResidentPlan& plan, int* groups);
 cudaError_t forward_train(const ForwardTrainArgs& args, const ResidentPlan& plan, void* scratch, unsigned* counters,
                           cudaStream_t stream);
 cudaError_t backward(const BackwardArgs& args, const ResidentPlan& plan, void* scratch, unsigned* counters,

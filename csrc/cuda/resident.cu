@@ -114,15 +114,17 @@ int64_t scratch_bytes(const ResidentPlan& plan, Pass pass) {
 
 int64_t counters(const ResidentPlan& plan) { return resident::counters(plan); }
 
-cudaError_t groups_at_once(Dtype dtype, Pass pass, const ResidentPlan& plan, int* groups) {
+cudaError_t groups_at_once(Dtype dtype, Pass pass, bool fused, const ResidentPlan& plan, int* groups) {
   OccupancyExecutor executor;
   if (pass == Pass::kForwardTrain) {
     ForwardTrainArgs args{};
     args.problem.dtype = dtype;
+    args.epilogue.relu = fused;
     resident::forward_train(args, plan, nullptr, nullptr, executor);
   } else {
     BackwardArgs args{};
     args.problem.dtype = dtype;
+    if (fused) args.relu_low.data = &args;  // not looked at
     resident::backward(args, plan, nullptr, nullptr, executor);
   }
   *groups = executor.groups;

@@ -1,4 +1,5 @@
-// Backward, the sums. With g = grad_y and xhat = (x - mean) * invstd, in two kernels:
+// Backward, the sums. With g = grad_y, as its gate lets it through, and xhat = (x - mean) * invstd, in two
+// kernels:
 //
 //   grad_sums_kernel    each block sums g and g*xhat over each of its shares into a partial
 //   finish_grad_sums    joins a channel's partials in chunk order:  grad_bias = sum(g),  grad_weight = sum(g*xhat),
@@ -8,7 +9,7 @@
 #pragma once
 
 #include "partials.cuh"
-#include "per_channel.cuh"
+#include "relu_gate.cuh"
 #include "sums.cuh"
 #include "tiles.cuh"
 
@@ -23,6 +24,8 @@ struct GradSumsParams {
   const void* x;
   ConstPerChannel mean;
   ConstPerChannel invstd;
+  ConstPerChannel relu_low;   // null: no ReLU
+  ConstPerChannel relu_high;
   double* partial;  // Sums of g and of g*xhat, see partials.cuh
 };
 
@@ -39,18 +42,21 @@ grad_sums_kernel(GradSumsParams params) {
   const View<const T, kLayout> x{lead, elements_of(params.walk), Walker_::is_wide(params.walk, lead, lead)};
   const View<const T, kLayout> g{grad, elements_of(params.walk), Walker_::is_wide(params.walk, grad, lead)};
   const bool whole = Walker_::is_whole(params.walk) && x.wide && g.wide;
+  const bool gated = params.relu_low.data != nullptr;
 
   for (int64_t index = block_rank(); index < shares_of(params.walk); index += grid_blocks()) {
     const Share share = share_at(params.walk, index);
     Walker_ walker(params.walk, share, lead);
 
     Real mean[kColumns], invstd[kColumns];
+    ReluGate<Real, kColumns> gate;
     Sums total[kColumns] = {};
 #pragma unroll
     for (int column = 0; column < kColumns; ++column) {
       if (!walker.has_channel(column)) continue;
       mean[column] = static_cast<Real>(read(params.mean, walker.channel(column)));
       invstd[column] = static_cast<Real>(read(params.invstd, walker.channel(column)));
+      if (gated) gate.read_channel(params.relu_low, params.relu_high, column, walker.channel(column));
     }
 
     visit_tiles<kGradSumsTile>(walker, whole, [&](const auto& windows, int /*number*/) {
@@ -69,8 +75,9 @@ grad_sums_kernel(GradSumsParams params) {
           if (element < windows[i].begin || element >= windows[i].end) continue;
           const int column = element % kColumns;
           const Real xhat = (xs[i][element] - mean[column]) * invstd[column];
-          tile_g[column] += gs[i][element];
-          tile_g_xhat[column] = fused_multiply_add(gs[i][element], xhat, tile_g_xhat[column]);
+          const Real gradient = gated ? gate(element, xs[i][element], gs[i][element]) : gs[i][element];
+          tile_g[column] += gradient;
+          tile_g_xhat[column] = fused_multiply_add(gradient, xhat, tile_g_xhat[column]);
         }
       }
 #pragma unroll

@@ -1,12 +1,11 @@
-// Forward, the result:  y = (x - mean) * invstd * weight + bias
+// Forward, the result:  y = (x - mean) * invstd * weight + bias, through the epilogue
 //
 // Training takes the statistics that finish_statistics left; inference takes the running ones, and the first chunk of
 // each slab leaves the mean and invstd it used for the backward. A thread's channels stay the same for a whole share,
 // so their four constants are read once and live in registers.
 #pragma once
 
-#include "per_channel.cuh"
-#include "tiles.cuh"
+#include "epilogue.cuh"
 
 namespace bnk {
 
@@ -25,6 +24,7 @@ struct NormalizeParams {
   double eps;             // inference
   PerChannel mean_out;    // inference
   PerChannel invstd_out;  // inference
+  Epilogue epilogue;
 };
 
 template <typename T, Layout kLayout>
@@ -35,10 +35,12 @@ normalize_kernel(NormalizeParams params) {
   constexpr int kColumns = Walker_::kColumns;
 
   const T* lead = static_cast<const T*>(params.x);
+  const T* more = static_cast<const T*>(params.epilogue.residual);
   T* out = static_cast<T*>(params.y);
   const View<const T, kLayout> x{lead, elements_of(params.walk), Walker_::is_wide(params.walk, lead, lead)};
+  const View<const T, kLayout> residual{more, elements_of(params.walk), Walker_::is_wide(params.walk, more, lead)};
   const View<T, kLayout> y{out, elements_of(params.walk), Walker_::is_wide(params.walk, out, lead)};
-  const bool whole = Walker_::is_whole(params.walk) && x.wide && y.wide;
+  const bool whole = Walker_::is_whole(params.walk) && x.wide && y.wide && (more == nullptr || residual.wide);
 
   for (int64_t index = block_rank(); index < shares_of(params.walk); index += grid_blocks()) {
     const Share share = share_at(params.walk, index);
@@ -62,7 +64,9 @@ normalize_kernel(NormalizeParams params) {
 
     visit_tiles<kNormalizeTile>(walker, whole, [&](const auto& windows, int /*number*/) {
       Vector<T> bits[kNormalizeTile];
+      ResidualTile<T, kNormalizeTile, true> added;
       load_tile<Reuse::kLast>(x, windows, bits);
+      added.load(residual, windows);
 #pragma unroll
       for (int i = 0; i < kNormalizeTile; ++i) {
         Real values[Walker_::kElements];
@@ -70,12 +74,20 @@ normalize_kernel(NormalizeParams params) {
 #pragma unroll
         for (int element = 0; element < Walker_::kElements; ++element) {
           const int column = element % kColumns;
-          const Real xhat = (values[element] - mean[column]) * invstd[column];
-          values[element] = fused_multiply_add(xhat, weight[column], bias[column]);
+          values[element] = normalized(values[element], mean[column], invstd[column], weight[column], bias[column]);
         }
+        added.add(residual, windows, i, values);
+        relu(params.epilogue.relu, values);
         store_window(y, windows[i], values);
       }
     });
+
+    if (params.epilogue.low.data == nullptr || share.chunk != 0 || !walker.first_in_block()) continue;
+    for (int column = 0; column < kColumns; ++column) {
+      if (!walker.has_channel(column)) continue;
+      write_relu_range<T>(params.epilogue, walker.channel(column), mean[column], invstd[column], weight[column],
+                          bias[column]);
+    }
   }
 }
 

@@ -1,8 +1,8 @@
 // Backward of training in one launch: grad_y and x are read once, grad_x is written once.
 //
-// With g = grad_y and xhat = (x - mean) * invstd, for each of its slabs a group of blocks (plan.h)
+// With g = grad_y, as its gate lets it through, and xhat = (x - mean) * invstd, for each of its slabs a group of blocks (plan.h)
 //
-//   1. loads g and x, keeps them on chip, and sums g and g*(x - mean)
+//   1. loads grad_y and x, keeps them on chip, and sums g and g*(x - mean)
 //   2. exchanges the sums (resident.cuh):  grad_bias = sum(g),  grad_weight = sum(g*(x - mean)) * invstd
 //   3. writes  grad_x = (g - mean(g) - (x - mean) * slope) * scale  from what it kept, where slope = mean(g*xhat) * invstd
 //      and scale = weight * invstd
@@ -10,7 +10,7 @@
 // What a block could not keep is read in step 1 and, last first, in step 3.
 #pragma once
 
-#include "per_channel.cuh"
+#include "relu_gate.cuh"
 #include "resident.cuh"
 
 namespace bnk {
@@ -29,6 +29,8 @@ struct ResidentBackwardParams {
   PerChannel grad_bias;    // or null
   PerChannel mean_g;       // double; where the exchange is divided
   PerChannel mean_g_xhat;  // double; where the exchange is divided
+  ConstPerChannel relu_low;   // null: no ReLU
+  ConstPerChannel relu_high;
 };
 
 // Sums of g and of g*(x - mean), by element of a window.
@@ -43,9 +45,9 @@ struct Products : WindowSums<T> {
   }
 
   // kFull: all elements of all windows are there. One that is not there adds nothing, whatever the channel's statistics.
-  template <bool kFull, typename Window_, int kTile>
+  template <bool kFull, typename Window_, int kTile, typename Gate>
   BNK_DEVICE void add_tile(const Window_ (&windows)[kTile], const Vector<T> (&x_bits)[kTile],
-                           const Vector<T> (&g_bits)[kTile], const Real (&mean)[kColumns]) {
+                           const Vector<T> (&g_bits)[kTile], const Real (&mean)[kColumns], const Gate& gate) {
 #pragma unroll
     for (int i = 0; i < kTile; ++i) {
       Real xs[kElements], gs[kElements];
@@ -54,14 +56,15 @@ struct Products : WindowSums<T> {
 #pragma unroll
       for (int element = 0; element < kElements; ++element) {
         if (!kFull && (element < windows[i].begin || element >= windows[i].end)) continue;
-        add(element, gs[element], xs[element] - mean[element % kColumns]);
+        add(element, gate(element, xs[element], gs[element]), xs[element] - mean[element % kColumns]);
       }
     }
   }
 
   // One window, to those that are rescued.
+  template <typename Gate>
   BNK_DEVICE void add_rescued(const Window& window, const Vector<T>& x_bits, const Vector<T>& g_bits,
-                              const Real (&mean)[kColumns]) {
+                              const Real (&mean)[kColumns], const Gate& gate) {
     constexpr Real kScale = kRescue<Real>;
     Real xs[kElements], gs[kElements];
     widen_vector(x_bits, xs);
@@ -69,32 +72,36 @@ struct Products : WindowSums<T> {
 #pragma unroll
     for (int element = 0; element < kElements; ++element) {
       if (element < window.begin || element >= window.end || !this->is_rescued(element)) continue;
-      add(element, gs[element] * kScale, xs[element] * kScale - mean[element % kColumns] * kScale);
+      add(element, gate(element, xs[element], gs[element]) * kScale, xs[element] * kScale - mean[element % kColumns] * kScale);
     }
   }
 };
 
 // Sums a thread's windows first .. first + count - 1 again, to the elements that are rescued.
-template <typename T, Layout kLayout, int kColumns>
+template <typename T, Layout kLayout, int kColumns, typename Gate>
 BNK_DEVICE void sum_rescued(const View<const T, kLayout>& x, const View<const T, kLayout>& g,
                             ResidentWalker<T, kLayout>& walker, int first, int count,
-                            const Compute<T> (&mean)[kColumns], Products<T, kColumns>& sums) {
+                            const Compute<T> (&mean)[kColumns], const Gate& gate, Products<T, kColumns>& sums) {
   walker.seek(first);
   for (int number = first; number < first + count && walker.more(); ++number) {
     const Window window = walker.next();
-    sums.add_rescued(window, load_window<Reuse::kAgain>(x, window), load_window<Reuse::kAgain>(g, window), mean);
+    sums.add_rescued(window, load_window<Reuse::kAgain>(x, window), load_window<Reuse::kAgain>(g, window), mean, gate);
   }
 }
 
-template <typename T, Layout kLayout>
+// kGated: the forward ended with a ReLU.
+template <typename T, Layout kLayout, bool kGated>
 BNK_KERNEL_BESIDE(resident_threads(kLayout), kResidentBlocks)
 resident_backward_kernel(ResidentBackwardParams params) {
   using Walker_ = ResidentWalker<T, kLayout>;
   using Real = Compute<T>;
   constexpr int kTile = kResidentTile;
   constexpr int kColumns = Walker_::kColumns;
+  // The coefficients of a gate, one for each column, leave registers for fewer windows.
+  constexpr int kResultTile = kGated && kColumns > 1 ? 1 : kTile;
   constexpr int kElements = Walker_::kElements;
   constexpr int kSlabChannels = kMaxSlabChannels<kLayout>;
+  using Gate = std::conditional_t<kGated, ReluGate<Real, kColumns>, OpenGate<Real, kColumns>>;
   BNK_SHARED(double, slots, (kResidentSlots<T, kLayout>));
   BNK_SHARED(Sums, totals, kSlabChannels);
   BNK_SHARED(Sums, told, kToldSlabs * kSlabChannels);
@@ -121,10 +128,12 @@ resident_backward_kernel(ResidentBackwardParams params) {
     const auto channel_of = [&](int local) { return first_channel(walk, slab) + local; };
     Walker_ walker(walk, {slab, member.rank}, lead);
     Real mean[kColumns];
+    Gate gate;
 #pragma unroll
     for (int column = 0; column < kColumns; ++column) {
       if (!walker.has_channel(column)) continue;
       mean[column] = static_cast<Real>(read(params.mean, walker.channel(column)));
+      gate.read_channel(params.relu_low, params.relu_high, column, walker.channel(column));
     }
 
     // 1. The share, and its sums.
@@ -142,12 +151,12 @@ resident_backward_kernel(ResidentBackwardParams params) {
           keep_tile(kept_g, windows, number, g_bits);
         }
         if (all_full(windows, kElements)) {
-          sums.template add_tile<true>(windows, x_bits, g_bits, mean);
+          sums.template add_tile<true>(windows, x_bits, g_bits, mean, gate);
         } else {
-          sums.template add_tile<false>(windows, x_bits, g_bits, mean);
+          sums.template add_tile<false>(windows, x_bits, g_bits, mean, gate);
         }
       });
-      if (sums.needs_rescue()) sum_rescued(x, g, walker, first, count, mean, sums);
+      if (sums.needs_rescue()) sum_rescued(x, g, walker, first, count, mean, gate, sums);
     };
     sum_share(walk, walker, slab, residence.kept, slots_of<Sums>(slots), totals, sum, sums);
 
@@ -189,8 +198,8 @@ resident_backward_kernel(ResidentBackwardParams params) {
       mean_g[column] = means_g[local];
       slope[column] = slopes[local];
     }
-    visit_again<kTile>(walker, residence.kept, whole, [&](const auto& windows, int first, auto is_kept) {
-      Vector<T> x_bits[kTile], g_bits[kTile];
+    visit_again<kResultTile>(walker, residence.kept, whole, [&](const auto& windows, int first, auto is_kept) {
+      Vector<T> x_bits[kResultTile], g_bits[kResultTile];
       if constexpr (is_kept.value) {
         fetch_tile(kept_x, windows, first, x_bits);
         fetch_tile(kept_g, windows, first, g_bits);
@@ -199,7 +208,7 @@ resident_backward_kernel(ResidentBackwardParams params) {
         load_tile<Reuse::kLast>(g, windows, g_bits);
       }
 #pragma unroll
-      for (int i = 0; i < kTile; ++i) {
+      for (int i = 0; i < kResultTile; ++i) {
         Real xs[kElements], gs[kElements];
         widen_vector(x_bits[i], xs);
         widen_vector(g_bits[i], gs);
@@ -207,7 +216,7 @@ resident_backward_kernel(ResidentBackwardParams params) {
         for (int element = 0; element < kElements; ++element) {
           const int column = element % kColumns;
           const Real deviation = xs[element] - mean[column];
-          const Real centered = gs[element] - mean_g[column];
+          const Real centered = gate(element, xs[element], gs[element]) - mean_g[column];
           gs[element] = fused_multiply_add(-deviation, slope[column], centered) * scale[column];
         }
         store_window(grad_x, windows[i], gs);

@@ -6,12 +6,13 @@
 //   2. sums d = x - p and d^2 from there:  mean = p + sum(d)/n,  m2 = sum(d^2) - sum(d)^2/n.  The pivot is a mean of at least
 //      a sixteenth of the share, so that what is subtracted is small or, where the rest lies elsewhere, part of the variance
 //   3. tells its group its moments and joins those of all members (resident.cuh)
-//   4. writes  y = (x - mean) * invstd * weight + bias  from what it kept
+//   4. writes  y = (x - mean) * invstd * weight + bias, through the epilogue, from what it kept
 //
 // What it could not keep is read in step 2 and, last first, in step 4. A thread sums a few hundred values at most in the
 // elements' compute type, the block in double.
 #pragma once
 
+#include "epilogue.cuh"
 #include "resident.cuh"
 #include "statistics_results.cuh"
 #include "sums.cuh"
@@ -31,6 +32,7 @@ struct ResidentForwardParams {
   ConstPerChannel bias;
   int64_t* num_batches_tracked;  // or null
   StatisticsResults results;
+  Epilogue epilogue;
 };
 
 // Sums of d = x - pivot and of d^2, by element of a window.
@@ -107,7 +109,8 @@ BNK_DEVICE void sum_deviations(const View<const T, kLayout>& x, ResidentWalker<T
   if (sums.needs_rescue()) sum_rescued<kIsKept>(x, walker, kept, first, count, pivot, sums);
 }
 
-template <typename T, Layout kLayout>
+// kFused: there is an epilogue.
+template <typename T, Layout kLayout, bool kFused>
 BNK_KERNEL_BESIDE(resident_threads(kLayout), kResidentBlocks)
 resident_forward_kernel(ResidentForwardParams params) {
   using Walker_ = ResidentWalker<T, kLayout>;
@@ -132,9 +135,12 @@ resident_forward_kernel(ResidentForwardParams params) {
   const Residence& residence = params.residence;
   const Member member = member_of(residence);
   const T* lead = static_cast<const T*>(params.x);
+  const T* more = kFused ? static_cast<const T*>(params.epilogue.residual) : nullptr;
   T* out = static_cast<T*>(params.y);
   const View<const T, kLayout> x{lead, elements_of(walk), Walker_::is_wide(walk, lead, lead)};
-  const View<T, kLayout> y{out, elements_of(walk), Walker_::is_wide(walk, out, lead)};
+  // The result and what is added to it are wide together: what the steps keep in registers leaves no room for more.
+  const bool added_wide = more == nullptr || Walker_::is_wide(walk, more, lead);
+  const View<T, kLayout> y{out, elements_of(walk), added_wide && Walker_::is_wide(walk, out, lead)};
   const bool whole = Walker_::is_whole(walk) && x.wide && y.wide;
 
   for (int slab = member.group; slab < walk.slabs.value; slab += residence.groups) {
@@ -217,8 +223,11 @@ resident_forward_kernel(ResidentForwardParams params) {
       weight[column] = weights[walker.local(column)];
       bias[column] = biases[walker.local(column)];
     }
+    const View<const T, kLayout> residual{more, y.elements, y.wide};
     visit_again<kTile>(walker, residence.kept, whole, [&](const auto& windows, int first, auto is_kept) {
       Vector<T> bits[kTile];
+      ResidualTile<T, kTile, is_kept.value> added;
+      if constexpr (kFused) added.load(residual, windows);
       if constexpr (is_kept.value) {
         fetch_tile(kept, windows, first, bits);
       } else {
@@ -231,12 +240,25 @@ resident_forward_kernel(ResidentForwardParams params) {
 #pragma unroll
         for (int element = 0; element < kElements; ++element) {
           const int column = element % kColumns;
-          const Real xhat = (values[element] - mean[column]) * invstd[column];
-          values[element] = fused_multiply_add(xhat, weight[column], bias[column]);
+          values[element] = normalized(values[element], mean[column], invstd[column], weight[column], bias[column]);
+        }
+        if constexpr (kFused) {
+          added.add(residual, windows, i, values);
+          relu(params.epilogue.relu, values);
         }
         store_window(y, windows[i], values);
       }
     });
+
+    // While the results are under way. The next slab's values come behind barriers.
+    if constexpr (kFused) {
+      if (params.epilogue.low.data == nullptr || member.rank != 0) continue;
+      for (int local = static_cast<int>(thread_rank()); local < channels_of(walk, slab);
+           local += static_cast<int>(block_threads())) {
+        write_relu_range<T>(params.epilogue, channel_of(local), means[local], invstds[local], weights[local],
+                            biases[local]);
+      }
+    }
   }
 
   leave(residence);

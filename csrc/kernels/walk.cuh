@@ -125,6 +125,11 @@ BNK_DEVICE Vector<T> load_window(const View<const T, kLayout>& view, const Windo
   return load_window(view, window, Loads<kReuse>{});
 }
 
+template <Reuse kReuse, typename T, Layout kLayout>
+BNK_DEVICE Vector<T> load_window(const View<const T, kLayout>& view, const WholeWindow<T>& window) {
+  return load_vector<kReuse>(view.data + window.offset);
+}
+
 // The elements of a window; those that are not there are 0.
 template <typename T, typename Window_>
 BNK_DEVICE void unpack_window(const Vector<T>& bits, const Window_& window, Compute<T> (&out)[kVectorElements<T>]) {

@@ -1,4 +1,4 @@
-// From a dtype or a layout known at run time to a template's argument.
+// From a dtype, a layout or a flag known at run time to a template's argument.
 #pragma once
 
 #include <type_traits>
@@ -41,6 +41,13 @@ void with_layout(Layout layout, const Body& body) {
     case Layout::kPacked:
       return body(LayoutTag<Layout::kPacked>());
   }
+}
+
+// Calls body(std::true_type()) or body(std::false_type()).
+template <typename Body>
+void with_flag(bool flag, const Body& body) {
+  if (flag) return body(std::true_type());
+  return body(std::false_type());
 }
 
 }  // namespace bnk

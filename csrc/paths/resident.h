@@ -45,10 +45,13 @@ void forward_train(const ForwardTrainArgs& args, const ResidentPlan& plan, doubl
       .bias = args.bias,
       .num_batches_tracked = args.num_batches_tracked,
       .results = streaming::results_of(args),
+      .epilogue = args.epilogue,
   };
   with_types(args.problem.dtype, plan, [&](auto type, auto layout) {
     using T = typename decltype(type)::type;
-    executor.launch(plan, resident_forward_kernel<T, decltype(layout)::value>, params);
+    with_flag(args.epilogue.is_there(), [&](auto fused) {
+      executor.launch(plan, resident_forward_kernel<T, decltype(layout)::value, decltype(fused)::value>, params);
+    });
   });
 }
 
@@ -72,10 +75,14 @@ void backward(const BackwardArgs& args, const ResidentPlan& plan, double* scratc
       .grad_bias = args.grad_bias,
       .mean_g = {plan.divided ? means : nullptr, Dtype::kFloat64},
       .mean_g_xhat = {plan.divided ? means + plan.walk.channels : nullptr, Dtype::kFloat64},
+      .relu_low = args.relu_low,
+      .relu_high = args.relu_high,
   };
   with_types(args.problem.dtype, plan, [&](auto type, auto layout) {
     using T = typename decltype(type)::type;
-    executor.launch(plan, resident_backward_kernel<T, decltype(layout)::value>, params);
+    with_flag(args.behind_relu(), [&](auto gated) {
+      executor.launch(plan, resident_backward_kernel<T, decltype(layout)::value, decltype(gated)::value>, params);
+    });
   });
 }
 

@@ -51,7 +51,7 @@ StatisticsResults results_of(const Args& args) {
 
 // By the mean and invstd of a batch.
 template <typename Args>
-NormalizeParams normalize_by(const Args& args, const StreamingPlan& plan) {
+NormalizeParams normalize_by(const Args& args, const StreamingPlan& plan, const Epilogue& epilogue = {}) {
   return {
       .walk = plan.walk,
       .x = args.x,
@@ -64,12 +64,24 @@ NormalizeParams normalize_by(const Args& args, const StreamingPlan& plan) {
       .eps = 0,
       .mean_out = {},
       .invstd_out = {},
+      .epilogue = epilogue,
   };
+}
+
+// Of the x that a ReLU let through, those from low to high; null: there was none.
+struct Relu {
+  ConstPerChannel low = {nullptr, Dtype::kFloat32};
+  ConstPerChannel high = {nullptr, Dtype::kFloat32};
+};
+
+template <typename Args>
+GradSumsParams grad_sums_by(const Args& args, const StreamingPlan& plan, double* partial, const Relu& relu = {}) {
+  return {plan.walk, args.grad_y, args.x, args.mean, args.invstd, relu.low, relu.high, partial};
 }
 
 template <typename Args>
 GradInputParams grad_input_by(const Args& args, const StreamingPlan& plan, PerChannel mean_g, PerChannel mean_g_xhat,
-                              bool training) {
+                              bool training, const Relu& relu = {}) {
   return {
       .walk = plan.walk,
       .grad_y = args.grad_y,
@@ -80,6 +92,8 @@ GradInputParams grad_input_by(const Args& args, const StreamingPlan& plan, PerCh
       .invstd = args.invstd,
       .mean_g = mean_g,
       .mean_g_xhat = mean_g_xhat,
+      .relu_low = relu.low,
+      .relu_high = relu.high,
       .training = training,
   };
 }
@@ -93,7 +107,7 @@ void forward_train(const ForwardTrainArgs& args, const StreamingPlan& plan, doub
       .num_batches_tracked = args.num_batches_tracked,
       .results = results_of(args),
   };
-  const NormalizeParams normalize = normalize_by(args, plan);
+  const NormalizeParams normalize = normalize_by(args, plan, args.epilogue);
   with_types(args.problem, [&](auto type, auto layout) {
     using T = typename decltype(type)::type;
     constexpr Layout kLayout = decltype(layout)::value;
@@ -117,6 +131,7 @@ void forward_eval(const ForwardEvalArgs& args, const StreamingPlan& plan, Execut
       .eps = args.eps,
       .mean_out = args.mean,
       .invstd_out = args.invstd,
+      .epilogue = args.epilogue,
   };
   with_types(args.problem, [&](auto type, auto layout) {
     using T = typename decltype(type)::type;
@@ -134,7 +149,8 @@ void backward(const BackwardArgs& args, const StreamingPlan& plan, double* scrat
   const PerChannel mean_g{needs_means ? means : nullptr, Dtype::kFloat64};
   const PerChannel mean_g_xhat{needs_means ? means + plan.walk.channels : nullptr, Dtype::kFloat64};
 
-  const GradSumsParams sums{plan.walk, args.grad_y, args.x, args.mean, args.invstd, scratch};
+  const Relu relu{args.relu_low, args.relu_high};
+  const GradSumsParams sums = grad_sums_by(args, plan, scratch, relu);
   const FinishGradSumsParams finish{
       .finish = plan.finish,
       .partial = scratch,
@@ -144,7 +160,7 @@ void backward(const BackwardArgs& args, const StreamingPlan& plan, double* scrat
       .mean_g = mean_g,
       .mean_g_xhat = mean_g_xhat,
   };
-  const GradInputParams input = grad_input_by(args, plan, mean_g, mean_g_xhat, args.training);
+  const GradInputParams input = grad_input_by(args, plan, mean_g, mean_g_xhat, args.training, relu);
   with_types(args.problem, [&](auto type, auto layout) {
     using T = typename decltype(type)::type;
     constexpr Layout kLayout = decltype(layout)::value;

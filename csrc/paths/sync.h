@@ -49,7 +49,7 @@ void normalize(const NormalizeArgs& args, const StreamingPlan& plan, Executor& e
 
 template <typename Executor>
 void grad_sums(const GradSumsArgs& args, const StreamingPlan& plan, double* scratch, Executor& executor) {
-  const GradSumsParams sums{plan.walk, args.grad_y, args.x, args.mean, args.invstd, scratch};
+  const GradSumsParams sums = streaming::grad_sums_by(args, plan, scratch);
   const FinishGradSumsParams finish{
       .finish = plan.finish,
       .partial = scratch,

@@ -9,7 +9,7 @@
 // 0 makes the tensor a sparse one, zero but for its last TAIL bytes, which are all of it that is sent. The keys:
 //
 //   outer channels inner dtype           the problem
-//   momentum cumulative eps training     as in problem.h
+//   momentum cumulative eps training relu   as in problem.h
 //   block chunks                         the plan: make_streaming(), or, with multiprocessors and threads instead, plan_streaming()
 //   layout lanes block members groups kept divided cluster     the resident path instead, with make_resident()
 //   limits                               plan_pass() for a device: the numbers of DeviceLimits in order, commas between
@@ -174,6 +174,13 @@ bnk::StreamingPlan streaming_plan(const Request& request) {
   return plan;
 }
 
+bnk::Epilogue epilogue_of(const Request& request) {
+  return {.residual = request.data("residual"),
+          .relu = request.integer("relu", 0) != 0,
+          .low = request.vector("relu_low"),
+          .high = request.vector("relu_high")};
+}
+
 void run_sequence(const Request& request, const bnk::StreamingPlan& plan,
                   const std::optional<bnk::ResidentPlan>& resident, simt::Buffer& scratch, simt::Buffer& counters,
                   HostExecutor& executor) {
@@ -193,7 +200,8 @@ void run_sequence(const Request& request, const bnk::StreamingPlan& plan,
                                      .cumulative = request.integer("cumulative", 0) != 0,
                                      .eps = request.real("eps"),
                                      .mean = request.vector("mean"),
-                                     .invstd = request.vector("invstd")};
+                                     .invstd = request.vector("invstd"),
+                                     .epilogue = epilogue_of(request)};
     if (resident) {
       bnk::resident::forward_train(args, *resident, scratch.device<double>(), counters.device<unsigned>(), executor);
     } else {
@@ -209,7 +217,8 @@ void run_sequence(const Request& request, const bnk::StreamingPlan& plan,
                                     .running_var = request.vector("running_var"),
                                     .eps = request.real("eps"),
                                     .mean = request.vector("mean"),
-                                    .invstd = request.vector("invstd")};
+                                    .invstd = request.vector("invstd"),
+                                    .epilogue = epilogue_of(request)};
     bnk::streaming::forward_eval(args, plan, executor);
   } else {
     const bnk::BackwardArgs args{.problem = request.problem(),
@@ -221,7 +230,9 @@ void run_sequence(const Request& request, const bnk::StreamingPlan& plan,
                                  .invstd = request.vector("invstd"),
                                  .grad_weight = request.vector("grad_weight"),
                                  .grad_bias = request.vector("grad_bias"),
-                                 .training = request.integer("training", 0) != 0};
+                                 .training = request.integer("training", 0) != 0,
+                                 .relu_low = request.vector("relu_low"),
+                                 .relu_high = request.vector("relu_high")};
     if (resident && args.grad_x != nullptr) {
       bnk::resident::backward(args, *resident, scratch.device<double>(), counters.device<unsigned>(), executor);
     } else {

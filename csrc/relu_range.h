@@ -1,0 +1,109 @@
+// The x that a ReLU behind BatchNorm lets through, as an interval.
+//
+// y = ((x - mean)*invstd)*weight + bias is made of operations that round, and each is monotone in its operand: as x rises,
+// y never falls (weight >= 0), or never rises. So {x : y > 0} is an interval with one end open to infinity, and the backward
+// knows the forward's ReLU from two values of a channel: it reads neither y nor a mask, and computes y not again. The other
+// end is found by halving the floating-point numbers, with the forward's own arithmetic: no rounding can tell the two apart.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(__CUDACC__)
+#define BNK_HOST_DEVICE __host__ __device__ inline
+#else
+#define BNK_HOST_DEVICE inline
+#endif
+
+namespace bnk {
+
+template <typename Real>
+struct ReluRange {
+  Real low;
+  Real high;
+};
+
+namespace relu_range_detail {
+
+template <typename Real>
+struct KeyOf;
+template <>
+struct KeyOf<float> {
+  using type = int32_t;
+  using Unsigned = uint32_t;
+};
+template <>
+struct KeyOf<double> {
+  using type = int64_t;
+  using Unsigned = uint64_t;
+};
+
+// Floating-point numbers as integers of the same order, and back. It is its own inverse on the bits.
+template <typename Key>
+BNK_HOST_DEVICE Key ordered(Key bits) {
+  constexpr Key kAllButSign = std::numeric_limits<Key>::max();
+  return bits < 0 ? bits ^ kAllButSign : bits;
+}
+
+template <typename Real>
+BNK_HOST_DEVICE typename KeyOf<Real>::type key_of(Real value) {
+  typename KeyOf<Real>::type bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return ordered(bits);
+}
+
+template <typename Real>
+BNK_HOST_DEVICE Real value_of(typename KeyOf<Real>::type key) {
+  const auto bits = ordered(key);
+  Real value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// How far from an estimate, in numbers, an end usually lies.
+inline constexpr int kNear = 8;
+
+// The least finite value that passes, where every one above it does too; the infinities where all or none do.
+template <typename Real, typename Passes>
+BNK_HOST_DEVICE Real first_passing(Real estimate, const Passes& passes) {
+  using Key = typename KeyOf<Real>::type;
+  using Unsigned = typename KeyOf<Real>::Unsigned;
+  constexpr Real kLargest = std::numeric_limits<Real>::max();
+  constexpr Real kInfinity = std::numeric_limits<Real>::infinity();
+  if (passes(-kLargest)) return -kInfinity;
+  if (!passes(kLargest)) return kInfinity;
+  Key last = key_of(-kLargest);  // that is known not to pass
+  Key first = key_of(kLargest);  // that is known to
+  const auto probe = [&](Key key) { (passes(value_of<Real>(key)) ? first : last) = key; };
+  if (estimate > -kLargest && estimate < kLargest) {
+    const Key near = key_of(estimate);
+    const Key below = near > last + kNear ? near - kNear : last;
+    const Key above = near < first - kNear ? near + kNear : first;
+    if (below > last) probe(below);
+    if (above < first && above > last) probe(above);
+  }
+  for (;;) {
+    const Unsigned between = static_cast<Unsigned>(first) - static_cast<Unsigned>(last);
+    if (between <= 1) return value_of<Real>(first);
+    probe(static_cast<Key>(static_cast<Unsigned>(last) + between / 2));
+  }
+}
+
+}  // namespace relu_range_detail
+
+// passes(x): whether the forward's y of x is not 0 or less; NaN passes, as in torch. All in the forward's arithmetic.
+template <typename Real, typename Passes>
+BNK_HOST_DEVICE ReluRange<Real> relu_range(Real mean, Real invstd, Real weight, Real bias, const Passes& passes) {
+  constexpr Real kInfinity = std::numeric_limits<Real>::infinity();
+  // All values are alike then; far from the mean the deviation may overflow, and 0 times that is no number.
+  if (weight == 0 || invstd == 0) return {passes(mean) ? -kInfinity : kInfinity, kInfinity};
+  const Real estimate = mean - bias / weight / invstd;
+  if (weight < 0) {
+    const Real first = relu_range_detail::first_passing(-estimate, [&](Real x) { return passes(-x); });
+    return {-kInfinity, -first};
+  }
+  return {relu_range_detail::first_passing(estimate, passes), kInfinity};
+}
+
+}  // namespace bnk
