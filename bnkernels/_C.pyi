@@ -34,6 +34,43 @@ def backward(
     need_bias: bool,
     /,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]: ...
+def fused_forward_train(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    relu: bool,
+    /,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+def fused_forward_eval(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,  # None raises
+    running_var: Tensor | None,
+    eps: float,
+    relu: bool,
+    /,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+def relu_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    relu_range: Tensor,
+    training: bool,
+    need_input: bool,
+    need_weight: bool,
+    need_bias: bool,
+    /,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]: ...
 def build_info() -> dict[str, object]: ...
 def plan(
     outer: int,

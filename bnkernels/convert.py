@@ -154,6 +154,8 @@ def _reason_to_skip(
     """Why a BatchNorm is left as it is, "" if it is not."""
     if after is None:
         return "a subclass, whose forward may be its own"
+    if getattr(module, "activation", None) is not None:
+        return "it has an activation, which torch's BatchNorm has not"
     if "forward" in module.__dict__:
         return "its forward has been replaced on the object"
     if filter_fn is not None and not filter_fn(module, name):

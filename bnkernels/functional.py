@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
@@ -18,10 +19,13 @@ def batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
 ) -> Tensor:
     """Batch normalisation (Ioffe & Szegedy 2015): torch.nn.functional.batch_norm's signature, results and errors.
 
-        y = (input - mean) / sqrt(var + eps) * weight + bias      per channel
+        y = activation((input - mean) / sqrt(var + eps) * weight + bias + residual)      per channel
 
     with the batch's mean and biased variance if training, and running_mean and running_var otherwise. If training, the
     running statistics that are given are updated in place:
@@ -34,19 +38,22 @@ def batch_norm(
             inputs are read as they are; others are copied once.
         running_mean, running_var: (C,), or both None, which needs training.
         weight, bias: (C,) or None. These and the running statistics have input's dtype; or float32 if that is 16-bit.
+        residual: added to the normalised input. Of input's shape, dtype and device, it is read by the kernel that
+            writes y, and the sum is rounded once; another one is added by torch, with torch's broadcasting.
+        activation: None or "relu", of the sum, by the same kernel.
 
     Returns:
-        y, of input's shape, dtype and memory format. Differentiable in input, weight and bias, to any order.
+        y, of input's shape, dtype and memory format. Differentiable in input, weight, bias and residual, to any order.
 
     Raises:
         ValueError: one value per channel in training; eps <= 0 in training, or < 0; one running statistic without the
-            other in training; input of fewer than two dimensions.
+            other in training; input of fewer than two dimensions; an activation of another name.
         RuntimeError: no running statistics in inference; a wrong size, dtype or device.
     """
-    if has_torch_function_variadic(input, running_mean, running_var, weight, bias):
+    if has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual):
         result: Tensor = handle_torch_function(
             batch_norm,
-            (input, running_mean, running_var, weight, bias),
+            (input, running_mean, running_var, weight, bias, residual),
             input,
             running_mean,
             running_var,
@@ -55,13 +62,20 @@ def batch_norm(
             training=training,
             momentum=momentum,
             eps=eps,
+            residual=residual,
+            activation=activation,
         )
         return result
+    check_activation(activation)
     if momentum is None:
         raise TypeError("batch_norm(): argument 'momentum' must be float, not NoneType")
     if input.dim() < 2:
-        return _without_channels(input, running_mean, running_var, weight, bias)
-    return batch_norm_tracked(input, weight, bias, running_mean, running_var, None, training, momentum, eps)
+        return with_epilogue(_without_channels(input, running_mean, running_var, weight, bias), residual, activation)
+    if residual is None and activation is None:
+        return batch_norm_tracked(input, weight, bias, running_mean, running_var, None, training, momentum, eps)
+    return fused_batch_norm_tracked(
+        input, weight, bias, running_mean, running_var, None, training, momentum, eps, residual, activation
+    )
 
 
 def batch_norm_tracked(
@@ -91,6 +105,69 @@ def batch_norm_tracked(
             eps,
         )
         return result
+    _check_call(running_mean, running_var, training, eps)
+    return autograd.batch_norm(
+        input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps
+    )
+
+
+def fused_batch_norm_tracked(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    residual: Tensor | None,
+    activation: str | None,
+) -> Tensor:
+    """What the modules call where there is an epilogue: batch_norm_tracked() with a residual, an activation or both."""
+    buffers = (running_mean, running_var, num_batches_tracked)
+    if has_torch_function_variadic(input, residual):
+        result: Tensor = handle_torch_function(
+            fused_batch_norm_tracked,
+            (input, residual),
+            input,
+            weight,
+            bias,
+            *buffers,
+            training,
+            momentum,
+            eps,
+            residual,
+            activation,
+        )
+        return result
+    if residual is not None and not _fits(residual, input):
+        y = batch_norm_tracked(input, weight, bias, *buffers, training, momentum, eps)
+        return with_epilogue(y, residual, activation)
+    _check_call(running_mean, running_var, training, eps)
+    return autograd.fused_batch_norm(
+        input, weight, bias, *buffers, training, momentum, eps, residual, activation is not None
+    )
+
+
+def _fits(residual: Tensor, input: Tensor) -> bool:
+    """Whether the kernels can add it: anything else is torch's to add, or to refuse."""
+    return residual.shape == input.shape and residual.dtype == input.dtype and residual.device == input.device
+
+
+def with_epilogue(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+    """activation(y + residual) of torch's operations, each part if it is there."""
+    y = y if residual is None else y + residual
+    return y if activation is None else torch.relu(y)
+
+
+def check_activation(activation: str | None) -> None:
+    """Raises ValueError for a name that is not one of an activation."""
+    if activation not in (None, "relu"):
+        raise ValueError(f"activation must be None or 'relu', but got {activation!r}")
+
+
+def _check_call(running_mean: Tensor | None, running_var: Tensor | None, training: bool, eps: float) -> None:
     # The ops check the rest, in torch's words. They cannot be given None here, and they write numbers in another way.
     if not training and (running_mean is None or running_var is None):
         missing = "running_mean" if running_mean is None else "running_var"
@@ -98,9 +175,6 @@ def batch_norm_tracked(
     if eps <= 0.0 and (training or eps < 0.0):
         wanted = "positive during training" if training else "non-negative"
         raise ValueError(f"batch_norm eps must be {wanted}, but got {eps}")
-    return autograd.batch_norm(
-        input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps
-    )
 
 
 def sync_batch_norm_tracked(

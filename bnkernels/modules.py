@@ -3,6 +3,7 @@
 Subclasses of torch's: constructor, repr, parameters, buffers, state_dict and errors are theirs, isinstance holds, and
 convert() turns one into the other by its class alone. Only forward() differs:
 
+- It may end with an addition and an activation, in the same kernel: y = activation(batch_norm(input) + residual).
 - num_batches_tracked is incremented, and momentum=None averages by it, on the device: the host never waits for it.
 - A call that raises leaves the buffers as they were (torch has counted the batch by then).
 
@@ -11,23 +12,43 @@ torch.fx, torch.jit.trace and the exporters record a module of this package as t
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .functional import batch_norm_tracked
+from .functional import batch_norm_tracked, check_activation, fused_batch_norm_tracked, with_epilogue
+
+
+def constructor(torchs: type[nn.Module]) -> Any:
+    """__init__ of a class that is torch's and has an activation: torch's arguments, of whichever version it is."""
+    theirs = inspect.signature(torchs.__init__)
+
+    def __init__(self: ForwardMixin, *args: Any, activation: str | None = None, **kwargs: Any) -> None:
+        check_activation(activation)
+        torchs.__init__(self, *args, **kwargs)
+        if activation is not None:
+            self.activation = activation
+
+    own = inspect.Parameter("activation", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="str | None")
+    __init__.__signature__ = theirs.replace(parameters=[*theirs.parameters.values(), own])  # type: ignore[attr-defined]
+    return __init__
 
 
 class ForwardMixin(_BatchNorm):
     """The forward pass of the classes below."""
 
-    def forward(self, input: Tensor) -> Tensor:
+    activation: str | None = None
+    """Of the result: None or "relu"."""
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """activation(batch_norm(input) + residual); residual: see batch_norm()."""
         if isinstance(input, Tensor):
             self._check_input_dim(input)
         elif isinstance(input, Proxy) and self._is_leaf_for(input.tracer):
-            return self._recorded(input)
+            return self._recorded(input, residual)
         # Module.__getattr__ would cost more than all these together. A name is missing here where somebody has put
         # something else in its place: a parametrization, a view into a wrapper's flat parameter.
         try:
@@ -52,9 +73,28 @@ class ForwardMixin(_BatchNorm):
             training = running_mean is None and running_var is None
         if momentum is None and num_batches_tracked is None:
             momentum = 0.0  # there is nothing to average by, and torch leaves the statistics as they are
-        return batch_norm_tracked(
-            input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, self.eps
+        activation = self.activation
+        if residual is None and activation is None:
+            return batch_norm_tracked(
+                input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, self.eps
+            )
+        return fused_batch_norm_tracked(
+            input,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            num_batches_tracked,
+            training,
+            momentum,
+            self.eps,
+            residual,
+            activation,
         )
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        return text if self.activation is None else f"{text}, activation={self.activation!r}"
 
     def _is_leaf_for(self, tracer: Any) -> bool:
         """Whether a tracer of torch.fx is to record this module as one call, as it does torch's own.
@@ -66,37 +106,50 @@ class ForwardMixin(_BatchNorm):
         hooks = (self._forward_pre_hooks, self._forward_hooks, self._backward_pre_hooks, self._backward_hooks)
         return self is not tracer.root and not any(hooks)
 
-    def _recorded(self, input: Proxy) -> Proxy:
+    def _recorded(self, input: Proxy, residual: Any) -> Proxy:
         tracer: Any = input.tracer
-        return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
+        args = (input,) if residual is None else (input, residual)
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), args, {})
 
-    def _slow_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Called in forward()'s place by torch.jit.trace and the older ONNX exporter: they record torch's operator."""
-        return _BatchNorm.forward(self, *args, **kwargs)
+    def _slow_forward(self, input: Tensor, residual: Tensor | None = None) -> Any:
+        """Called in forward()'s place by torch.jit.trace and the older ONNX exporter: they record torch's operators."""
+        return with_epilogue(self._torchs_forward(input), residual, self.activation)
+
+    def _torchs_forward(self, input: Tensor) -> Tensor:
+        return _BatchNorm.forward(self, input)
 
 
 class BatchNorm1d(ForwardMixin, nn.BatchNorm1d):
     """torch.nn.BatchNorm1d for (N, C) and (N, C, L) inputs, with bnkernels' kernels.
 
-    Arguments, attributes, state_dict and errors are torch.nn.BatchNorm1d's. Dtypes: see batch_norm().
+    Arguments, attributes, state_dict and errors are torch.nn.BatchNorm1d's; and activation=None or "relu", by keyword.
+    Dtypes: see batch_norm().
     Source: Ioffe & Szegedy 2015, Algorithms 1 and 2.
     """
+
+    __init__ = constructor(nn.BatchNorm1d)
 
 
 class BatchNorm2d(ForwardMixin, nn.BatchNorm2d):
     """torch.nn.BatchNorm2d for (N, C, H, W) inputs, contiguous or channels_last, with bnkernels' kernels.
 
-    Arguments, attributes, state_dict and errors are torch.nn.BatchNorm2d's. Dtypes: see batch_norm().
+    Arguments, attributes, state_dict and errors are torch.nn.BatchNorm2d's; and activation=None or "relu", by keyword.
+    Dtypes: see batch_norm().
     Source: Ioffe & Szegedy 2015, Algorithms 1 and 2.
     """
+
+    __init__ = constructor(nn.BatchNorm2d)
 
 
 class BatchNorm3d(ForwardMixin, nn.BatchNorm3d):
     """torch.nn.BatchNorm3d for (N, C, D, H, W) inputs, contiguous or channels_last_3d, with bnkernels' kernels.
 
-    Arguments, attributes, state_dict and errors are torch.nn.BatchNorm3d's. Dtypes: see batch_norm().
+    Arguments, attributes, state_dict and errors are torch.nn.BatchNorm3d's; and activation=None or "relu", by keyword.
+    Dtypes: see batch_norm().
     Source: Ioffe & Szegedy 2015, Algorithms 1 and 2.
     """
+
+    __init__ = constructor(nn.BatchNorm3d)
 
 
 # A lazy module computes its first call itself, before its class changes for good, hence ForwardMixin in these too.
@@ -105,16 +158,19 @@ class BatchNorm3d(ForwardMixin, nn.BatchNorm3d):
 class LazyBatchNorm1d(ForwardMixin, nn.LazyBatchNorm1d):
     """BatchNorm1d whose num_features is the first input's; becomes a bnkernels.BatchNorm1d with its first call."""
 
+    __init__ = constructor(nn.LazyBatchNorm1d)
     cls_to_become = BatchNorm1d
 
 
 class LazyBatchNorm2d(ForwardMixin, nn.LazyBatchNorm2d):
     """BatchNorm2d whose num_features is the first input's; becomes a bnkernels.BatchNorm2d with its first call."""
 
+    __init__ = constructor(nn.LazyBatchNorm2d)
     cls_to_become = BatchNorm2d
 
 
 class LazyBatchNorm3d(ForwardMixin, nn.LazyBatchNorm3d):
     """BatchNorm3d whose num_features is the first input's; becomes a bnkernels.BatchNorm3d with its first call."""
 
+    __init__ = constructor(nn.LazyBatchNorm3d)
     cls_to_become = BatchNorm3d

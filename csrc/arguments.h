@@ -54,7 +54,7 @@ void check_same_dtype(const Vector& a, const char* a_name, const Vector& b, cons
 // The saved statistics of a forward: C elements of accumulate_dtype on the device of x.
 Vector saved_statistic(const at::Tensor& given, const char* name, const Input& input);
 
-// The relu_range of a forward (calls.h), dense.
+// The relu_range of a forward (ops_calls.h), dense.
 at::Tensor saved_relu_range(const at::Tensor& given, const Input& input);
 
 // int64, one element, on the device of the input.

@@ -83,9 +83,9 @@ Gradients relu_backward(const at::Tensor& grad, const at::Tensor& x, const Optio
                         bool need_input, bool need_weight, bool need_bias) {
   const py::gil_scoped_release release;
   const BelowAutograd guard;
-  return needed_of(batch_norm_relu_backward(grad, x, weight, mean, invstd, relu_range, training, need_input,
-                                            need_weight, need_bias),
-                   need_input, need_weight && weight.has_value(), need_bias);
+  return needed_of(
+      batch_norm_relu_backward(grad, x, weight, mean, invstd, relu_range, training, need_input, need_weight, need_bias),
+      need_input, need_weight && weight.has_value(), need_bias);
 }
 
 py::dict build_info() {

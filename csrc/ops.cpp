@@ -1,9 +1,9 @@
-// The ops: their schemas. What they do is in calls.h; the fused ones are in ops_fused.cpp.
+// The ops: their schemas. What they do is in ops_calls.h; the fused ones are in ops_fused.cpp.
 #include "ops.h"
 
 #include <torch/library.h>
 
-#include "calls.h"
+#include "ops_calls.h"
 #include "ops_results.h"
 
 namespace bnk {

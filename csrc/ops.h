@@ -25,7 +25,7 @@ ThreeTensors batch_norm_backward(const at::Tensor& grad, const at::Tensor& x, co
                                  bool need_weight, bool need_bias);
 
 // The same with y = relu(batch_norm(x) + residual), each part if it is there. The fourth result is the forward's
-// relu_range (calls.h), or a tensor of size 0.
+// relu_range (ops_calls.h), or a tensor of size 0.
 using FourTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 FourTensors batch_norm_fused_train(const at::Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,

@@ -2,14 +2,13 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "calls.h"
+#include "ops_calls.h"
 #include "ops_results.h"
 
 namespace bnk {
 namespace {
 
-using SevenTensors =
-    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using SevenTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 FourTensors results_of(const Normalized& all) {
   return {all.y, all.mean, all.invstd, all.relu_range.defined() ? all.relu_range : at::empty({0}, all.mean.options())};
@@ -37,8 +36,7 @@ SevenTensors train_functional(const at::Tensor& x, const OptionalTensor& residua
 FourTensors eval(const at::Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
                  const OptionalTensor& bias, const at::Tensor& running_mean, const at::Tensor& running_var, double eps,
                  bool relu) {
-  return results_of(
-      call_eval(x, weight, bias, running_mean, running_var, eps, {.residual = residual, .relu = relu}));
+  return results_of(call_eval(x, weight, bias, running_mean, running_var, eps, {.residual = residual, .relu = relu}));
 }
 
 ThreeTensors relu_backward(const at::Tensor& grad, const at::Tensor& x, const OptionalTensor& weight,

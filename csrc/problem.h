@@ -119,7 +119,7 @@ struct BackwardArgs {
   PerChannel grad_weight;
   PerChannel grad_bias;
   bool training;
-  ConstPerChannel relu_low = {nullptr, Dtype::kFloat32};   // accumulate_dtype, as the forward returned it; null: no ReLU
+  ConstPerChannel relu_low = {nullptr, Dtype::kFloat32};  // accumulate_dtype, as the forward returned it; null: no ReLU
   ConstPerChannel relu_high = {nullptr, Dtype::kFloat32};  // as relu_low
 
   constexpr bool behind_relu() const { return relu_low.data != nullptr; }

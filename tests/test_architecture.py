@@ -37,8 +37,10 @@ ROOMS = {
     # What is computed, and how: plain data, known to all, knowing nothing.
     "problem": Room(frozenset()),
     "plan": Room(frozenset({"problem"})),
+    # What a ReLU lets through: arithmetic for whichever compiler.
+    "relu": Room(frozenset()),
     # Device code: also compiled by the host's compiler, so no torch, no CUDA runtime, no CUB.
-    "kernels": Room(frozenset({"problem", "plan", "primitives", "relu_range"})),
+    "kernels": Room(frozenset({"problem", "plan", "primitives", "relu"})),
     # The one door to the hardware, and its CUDA side.
     "primitives": Room(frozenset({"problem", "plan"}), (CUDA_TYPES,)),
     # The sequences of launches over any executor: CUDA's, or the host's in tests/simt.
@@ -46,7 +48,7 @@ ROOMS = {
     # Launchers take a stream, not torch's.
     "cuda": Room(frozenset({"problem", "plan", "kernels", "primitives", "paths"}), (CUDA_RUNTIME, CUDA_TYPES)),
     # at::parallel_for is all of torch that the CPU backend sees; of the system, the advice it gives on memory.
-    "cpu": Room(frozenset({"problem"}), (re.compile(r"^<(ATen/Parallel|sys/mman)\.h>$"),)),
+    "cpu": Room(frozenset({"problem", "relu"}), (re.compile(r"^<(ATen/Parallel|sys/mman)\.h>$"),)),
     # Tensors end here: what is checked becomes raw pointers.
     "arguments": Room(frozenset({"problem"}), (TORCH,)),
     # CPU or CUDA, and which device and stream.
@@ -62,6 +64,7 @@ HOST_BODY = ("csrc/kernels/primitives.cuh", '"simt/primitives_host.h"')
 LAYERS = (
     "reference",
     "testing",
+    "fakes",
     "ops",
     "ranks",
     "formulas",

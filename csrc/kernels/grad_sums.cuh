@@ -24,7 +24,7 @@ struct GradSumsParams {
   const void* x;
   ConstPerChannel mean;
   ConstPerChannel invstd;
-  ConstPerChannel relu_low;   // null: no ReLU
+  ConstPerChannel relu_low;  // null: no ReLU
   ConstPerChannel relu_high;
   double* partial;  // Sums of g and of g*xhat, see partials.cuh
 };

@@ -17,8 +17,7 @@ struct ReluGate {
   Real edge[kColumns];
   unsigned falling = 0;
 
-  BNK_DEVICE void read_channel(const ConstPerChannel& lows, const ConstPerChannel& highs, int column,
-                               int64_t channel) {
+  BNK_DEVICE void read_channel(const ConstPerChannel& lows, const ConstPerChannel& highs, int column, int64_t channel) {
     const Real low = static_cast<Real>(read(lows, channel));
     const Real high = static_cast<Real>(read(highs, channel));
     const bool falls = high < std::numeric_limits<Real>::infinity();

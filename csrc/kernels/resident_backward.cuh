@@ -25,11 +25,11 @@ struct ResidentBackwardParams {
   ConstPerChannel mean;
   ConstPerChannel invstd;
   double elements_per_channel;
-  PerChannel grad_weight;  // or null
-  PerChannel grad_bias;    // or null
-  PerChannel mean_g;       // double; where the exchange is divided
-  PerChannel mean_g_xhat;  // double; where the exchange is divided
-  ConstPerChannel relu_low;   // null: no ReLU
+  PerChannel grad_weight;    // or null
+  PerChannel grad_bias;      // or null
+  PerChannel mean_g;         // double; where the exchange is divided
+  PerChannel mean_g_xhat;    // double; where the exchange is divided
+  ConstPerChannel relu_low;  // null: no ReLU
   ConstPerChannel relu_high;
 };
 
@@ -72,7 +72,8 @@ struct Products : WindowSums<T> {
 #pragma unroll
     for (int element = 0; element < kElements; ++element) {
       if (element < window.begin || element >= window.end || !this->is_rescued(element)) continue;
-      add(element, gate(element, xs[element], gs[element]) * kScale, xs[element] * kScale - mean[element % kColumns] * kScale);
+      add(element, gate(element, xs[element], gs[element]) * kScale,
+          xs[element] * kScale - mean[element % kColumns] * kScale);
     }
   }
 };

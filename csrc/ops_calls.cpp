@@ -1,4 +1,4 @@
-#include "calls.h"
+#include "ops_calls.h"
 
 #include <ATen/ops/add.h>
 #include <ATen/ops/empty.h>

@@ -1,0 +1,317 @@
+"""The ops' fakes: shapes, dtypes and strides of their outputs, for FakeTensor, torch.compile and torch.export.
+
+They check sizes, dtypes and devices as the real ops do, so that a wrong call fails when it is traced, and not in the
+compiled code. A call that mixes real and meta tensors comes here too.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+
+def _like(x: Tensor) -> Tensor:
+    """A tensor in the memory format of y and grad_x: the one that x is in, or is nearest to."""
+    memory_format = torch._prims_common.suggest_memory_format(x)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
+
+
+def _statistic(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def _relu_range(x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    statistic = _statistic(x)
+    return statistic.new_empty((2, x.shape[1])) if relu and residual is None else statistic.new_empty(0)
+
+
+def _updated(
+    mean: Tensor, running_mean: Tensor | None, running_var: Tensor | None, num_batches_tracked: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The buffers that a functional op returns."""
+
+    def updated(buffer: Tensor | None) -> Tensor:
+        return mean.new_empty(0) if buffer is None else torch.empty_like(buffer)
+
+    return updated(running_mean), updated(running_var), updated(num_batches_tracked)
+
+
+def _parameter_grads(
+    x: Tensor, weight: Tensor | None, mean: Tensor, need_weight: bool, need_bias: bool
+) -> tuple[Tensor, Tensor]:
+    parameter = weight if weight is not None else mean
+    return (
+        parameter.new_empty(x.shape[1] if need_weight and weight is not None else 0),
+        parameter.new_empty(x.shape[1] if need_bias else 0),
+    )
+
+
+def _check(x: Tensor, **vectors: Tensor | None) -> None:
+    if x.dim() < 2:
+        raise RuntimeError(f"batch_norm: expected an input of 2 or more dimensions, but got {x.dim()}")
+    _check_vectors(x.shape[1], x.dtype, x.device, **vectors)
+
+
+def _check_vectors(channels: int, dtype: torch.dtype, device: torch.device, **vectors: Tensor | None) -> None:
+    dtypes = {dtype, torch.float32} if dtype in (torch.float16, torch.bfloat16) else {dtype}
+    for name, vector in vectors.items():
+        if vector is None:
+            continue
+        torch._check(vector.numel() == channels, partial(_wrong_size, name, vector, channels))
+        if vector.device != device:
+            raise RuntimeError(f"batch_norm: expected {name} on the input's device, {device}, not {vector.device}")
+        if vector.dtype not in dtypes:
+            raise RuntimeError(f"batch_norm: expected {name} of one of {dtypes}, not {vector.dtype}")
+
+
+def _wrong_size(name: str, vector: Tensor, channels: int) -> str:
+    return f"{name} should contain {channels} elements not {vector.numel()}"
+
+
+def _check_rows(rows: Tensor, size: int, device: torch.device) -> None:
+    if rows.dim() != 2 or rows.dtype != torch.float64:
+        raise RuntimeError(
+            f"sync_batch_norm: expected a row of doubles from each rank, but got shape {tuple(rows.shape)} and dtype "
+            f"{rows.dtype}"
+        )
+    torch._check(
+        rows.shape[1] == size,
+        lambda: f"sync_batch_norm: expected a row of {size} doubles from each rank, but got shape {rows.shape}",
+    )
+    if rows.device != device:
+        raise RuntimeError(f"sync_batch_norm: expected the ranks' rows on {device}, but got them on {rows.device}")
+
+
+def _check_grad(grad: Tensor, x: Tensor) -> None:
+    torch._check(
+        grad.shape == x.shape,
+        lambda: f"batch_norm backward: expected a gradient of shape {x.shape}, but got {grad.shape}",
+    )
+
+
+def _check_residual(residual: Tensor | None, x: Tensor) -> None:
+    if residual is None:
+        return
+    torch._check(
+        residual.shape == x.shape,
+        lambda: f"batch_norm: expected a residual of shape {x.shape}, but got {residual.shape}",
+    )
+    if residual.dtype != x.dtype or residual.device != x.device:
+        raise RuntimeError(
+            f"batch_norm: expected a residual of dtype {x.dtype} on {x.device}, but got {residual.dtype} on "
+            f"{residual.device}"
+        )
+
+
+@torch.library.register_fake("bnkernels::batch_norm_train")
+def _train_fake(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    return _like(x), _statistic(x), _statistic(x)
+
+
+@torch.library.register_fake("bnkernels::batch_norm_train_functional")
+def _train_functional_fake(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _check(x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    mean, invstd = _statistic(x), _statistic(x)
+    return _like(x), mean, invstd, *_updated(mean, running_mean, running_var, num_batches_tracked)
+
+
+@torch.library.register_fake("bnkernels::batch_norm_eval")
+def _eval_fake(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor, running_var: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    return _like(x), _statistic(x), _statistic(x)
+
+
+@torch.library.register_fake("bnkernels::batch_norm_backward")
+def _backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    training: bool,
+    need_input: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_grad(grad, x)
+    _check(x, weight=weight, mean=mean, invstd=invstd)
+    return _like(x) if need_input else x.new_empty(0), *_parameter_grads(x, weight, mean, need_weight, need_bias)
+
+
+@torch.library.register_fake("bnkernels::batch_norm_fused_train")
+def _fused_train_fake(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check(x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    _check_residual(residual, x)
+    return _like(x), _statistic(x), _statistic(x), _relu_range(x, residual, relu)
+
+
+@torch.library.register_fake("bnkernels::batch_norm_fused_train_functional")
+def _fused_train_functional_fake(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    relu: bool,
+) -> tuple[Tensor, ...]:
+    _check(x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    _check_residual(residual, x)
+    mean, invstd = _statistic(x), _statistic(x)
+    updated = _updated(mean, running_mean, running_var, num_batches_tracked)
+    return _like(x), mean, invstd, _relu_range(x, residual, relu), *updated
+
+
+@torch.library.register_fake("bnkernels::batch_norm_fused_eval")
+def _fused_eval_fake(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check(x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    _check_residual(residual, x)
+    return _like(x), _statistic(x), _statistic(x), _relu_range(x, residual, relu)
+
+
+@torch.library.register_fake("bnkernels::batch_norm_relu_backward")
+def _relu_backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    relu_range: Tensor,
+    training: bool,
+    need_input: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_grad(grad, x)
+    _check(x, weight=weight, mean=mean, invstd=invstd)
+    torch._check(
+        relu_range.dim() == 2 and relu_range.shape[0] == 2 and relu_range.shape[1] == x.shape[1],
+        lambda: f"batch_norm backward: expected a relu_range of shape [2, {x.shape[1]}], but got {relu_range.shape}",
+    )
+    return _like(x) if need_input else x.new_empty(0), *_parameter_grads(x, weight, mean, need_weight, need_bias)
+
+
+@torch.library.register_fake("bnkernels::sync_batch_norm_statistics")
+def _sync_statistics_fake(x: Tensor, eps: float) -> Tensor:
+    _check(x)
+    return x.new_empty(2 * x.shape[1] + 1, dtype=torch.float64)
+
+
+def _joined_fake(
+    rows: Tensor, running_mean: Tensor | None, running_var: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    channels = (rows.shape[1] - 1) // 2 if rows.dim() == 2 else 0
+    _check_rows(rows, 2 * channels + 1, rows.device)
+    _check_vectors(channels, dtype, rows.device, running_mean=running_mean, running_var=running_var)
+    statistic = torch.float64 if dtype == torch.float64 else torch.float32
+    mean, invstd = (rows.new_empty(channels, dtype=statistic) for _ in range(2))
+    return mean, invstd, rows.new_empty(1)
+
+
+@torch.library.register_fake("bnkernels::sync_batch_norm_join")
+def _sync_join_fake(
+    rows: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _joined_fake(rows, running_mean, running_var, dtype)
+
+
+@torch.library.register_fake("bnkernels::sync_batch_norm_join_functional")
+def _sync_join_functional_fake(
+    rows: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
+    mean, invstd, count = _joined_fake(rows, running_mean, running_var, dtype)
+    return mean, invstd, count, *_updated(mean, running_mean, running_var, num_batches_tracked)
+
+
+@torch.library.register_fake("bnkernels::sync_batch_norm_normalize")
+def _sync_normalize_fake(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, invstd: Tensor) -> Tensor:
+    _check(x, weight=weight, bias=bias, mean=mean, invstd=invstd)
+    return _like(x)
+
+
+@torch.library.register_fake("bnkernels::sync_batch_norm_grad_sums")
+def _sync_grad_sums_fake(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_grad(grad, x)
+    _check(x, weight=weight, mean=mean, invstd=invstd)
+    row = x.new_empty(2 * x.shape[1], dtype=torch.float64)
+    return row, *_parameter_grads(x, weight, mean, need_weight, need_bias)
+
+
+@torch.library.register_fake("bnkernels::sync_batch_norm_grad_input")
+def _sync_grad_input_fake(
+    grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, invstd: Tensor, rows: Tensor, count: Tensor
+) -> Tensor:
+    _check_grad(grad, x)
+    _check(x, weight=weight, mean=mean, invstd=invstd)
+    _check_rows(rows, 2 * x.shape[1], x.device)
+    if count.dtype != torch.float64 or count.device != x.device:
+        raise RuntimeError(
+            f"sync_batch_norm: expected the count as one double on {x.device}, but got {count.dtype} on {count.device}"
+        )
+    return _like(x)
