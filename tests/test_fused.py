@@ -1,0 +1,336 @@
+"""An addition, a ReLU or both behind BatchNorm: the same function as torch's parts, by one kernel, wherever it is used.
+
+Numbers by dtype, layout and family are the business of test_fused_cpu.py and test_simt_fused.py; here it is what the
+callers see: gradients to any order, buffers, errors, tracing, and which tensors are kept for the backward.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from compatibility import cells, row
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd.graph import saved_tensors_hooks
+
+import bnkernels as bnk
+from bnkernels import ops, testing
+
+SHAPE = (4, 3, 5, 2)
+each_fusion = pytest.mark.parametrize(
+    ("activation", "adds"), [("relu", False), ("relu", True), (None, True)], ids=["relu", "add+relu", "add"]
+)
+trainings = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+
+
+def layer(activation: str | None, device: str, dtype: torch.dtype = torch.float64, **options: Any) -> bnk.BatchNorm2d:
+    made = bnk.BatchNorm2d(SHAPE[1], activation=activation, device=device, dtype=dtype, **options)
+    with torch.no_grad():
+        for tensor in (made.weight, made.bias, made.running_mean):
+            if tensor is not None:
+                tensor.normal_()  # weights of both signs
+    return made
+
+
+def images(device: str, dtype: torch.dtype = torch.float64, shape: tuple[int, ...] = SHAPE) -> Tensor:
+    return torch.randn(shape, device=device, dtype=dtype).requires_grad_()
+
+
+def by_torch(fused: bnk.BatchNorm2d) -> Callable[..., Tensor]:
+    """The same layer as torch's own parts, with parameters and buffers of its own."""
+    plain = nn.BatchNorm2d(
+        fused.num_features, eps=fused.eps, momentum=fused.momentum, device=fused.weight.device, dtype=fused.weight.dtype
+    )
+    plain.load_state_dict(fused.state_dict())
+    plain.train(fused.training)
+
+    def call(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = plain(x)
+        y = y if residual is None else y + residual
+        return torch.relu(y) if fused.activation else y
+
+    call.module = plain  # type: ignore[attr-defined]
+    return call
+
+
+def gradients(y: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    generator = torch.Generator(y.device).manual_seed(1)
+    return torch.autograd.grad(y, inputs, torch.randn(y.shape, dtype=y.dtype, device=y.device, generator=generator))
+
+
+@each_fusion
+@trainings
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@row("Basics", "an addition, a ReLU or both behind the layer", cells(compiled=(False,)))
+def test_is_the_parts(activation: str | None, adds: bool, training: bool, layout: str, device: str) -> None:
+    """Result, memory format, gradients of everything, and buffers: torch's parts, in float64."""
+    fused = layer(activation, device).train(training)
+    parts = by_torch(fused)
+    x = testing.lay_out(images(device).detach(), layout).requires_grad_()
+    residual = testing.lay_out(images(device).detach(), layout).requires_grad_() if adds else None
+    inputs = [x, residual] if residual is not None else [x]
+    ours, theirs = fused(x, residual), parts(x, residual)
+    torch.testing.assert_close(ours, theirs)
+    if layout != "sliced":
+        assert ours.stride() == x.stride()
+    module = parts.module  # type: ignore[attr-defined]
+    torch.testing.assert_close(
+        gradients(ours, *inputs, *fused.parameters()), gradients(theirs, *inputs, *module.parameters())
+    )
+    torch.testing.assert_close(dict(fused.state_dict()), dict(module.state_dict()))
+
+
+@each_fusion
+@trainings
+def test_gradcheck_to_the_second_order(activation: str | None, adds: bool, training: bool, device: str) -> None:
+    fused = layer(activation, device).train(training)
+
+    def function(x: Tensor, weight: Tensor, bias: Tensor, *residual: Tensor) -> Tensor:
+        more = residual[0] if residual else None
+        mean, var = (None, None) if training else (fused.running_mean, fused.running_var)
+        return bnk.batch_norm(x, mean, var, weight, bias, training, residual=more, activation=activation)
+
+    inputs = [images(device), fused.weight, fused.bias, *([images(device)] if adds else [])]
+    assert gradcheck(function, inputs)
+    assert gradgradcheck(function, inputs)
+
+
+@each_fusion
+@trainings
+def test_transforms_take_the_parts(activation: str | None, adds: bool, training: bool, device: str) -> None:
+    """vmap over layers, jvp and jacrev: the derivative of the parts."""
+    x, more, tangent = (images(device).detach() for _ in range(3))
+    weight, bias = torch.randn(2, SHAPE[1], device=device, dtype=x.dtype)
+    statistics = (torch.zeros_like(weight), torch.ones_like(weight))
+
+    def of(batch_norm: Callable[..., Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+        def call(x: Tensor, weight: Tensor) -> Tensor:
+            mean, var = (None, None) if training else statistics
+            if batch_norm is bnk.batch_norm:
+                residual = more if adds else None
+                return bnk.batch_norm(x, mean, var, weight, bias, training, residual=residual, activation=activation)
+            y = batch_norm(x, mean, var, weight, bias, training)
+            y = y + more if adds else y
+            return torch.relu(y) if activation else y
+
+        return call
+
+    ours, theirs = of(bnk.batch_norm), of(nn.functional.batch_norm)
+    for transform in (
+        lambda f: torch.func.jvp(lambda x: f(x, weight), (x,), (tangent,)),
+        lambda f: torch.func.jacrev(lambda w: f(x, w).sum((0, 2, 3)))(weight),
+        lambda f: torch.func.vmap(f)(torch.stack([x, tangent]), torch.stack([weight, -weight])),
+    ):
+        torch.testing.assert_close(transform(ours), transform(theirs))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda r: r[:1], lambda r: r[:, :, :1, :1], lambda r: r.float(), lambda r: r[0]],
+    ids=["one image", "one pixel", "float32", "no batch"],
+)
+def test_other_residuals_are_torchs_to_add(change: Callable[[Tensor], Tensor], device: str) -> None:
+    """Broadcasting and promotion as torch has them; and its error for what does not fit."""
+    fused = layer("relu", device)
+    parts = by_torch(fused)
+    x, residual = images(device), change(images(device).detach()).requires_grad_()
+    ours, theirs = fused(x, residual), parts(x, residual)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(gradients(ours, x, residual), gradients(theirs, x, residual))
+    with pytest.raises(RuntimeError, match="must match the size"):
+        fused(x, torch.zeros(4, 3, 5, 7, device=device, dtype=x.dtype))
+
+
+def test_an_activation_of_another_name() -> None:
+    with pytest.raises(ValueError, match="activation must be None or 'relu', but got 'gelu'"):
+        bnk.BatchNorm2d(3, activation="gelu")
+    with pytest.raises(ValueError, match="but got 'gelu'"):
+        bnk.batch_norm(torch.randn(4, 3), None, None, training=True, activation="gelu")
+
+
+def test_errors_of_the_ops() -> None:
+    """What the checks of C++ say of a wrong residual and of a range that is not the forward's."""
+    x = torch.randn(SHAPE)
+    vectors = (None, None, None, None, None)
+    for wrong, message in (
+        (torch.randn(4, 3, 5), "expected a residual of shape"),
+        (x.double(), "expected a residual of dtype Float, but got Double"),
+        (x.to("meta"), "expected a residual on cpu"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ops.fused_forward_train(x, wrong, *vectors, 0.1, 1e-5, True)
+    _, mean, invstd, relu_range = ops.fused_forward_train(x, None, *vectors, 0.1, 1e-5, True)
+    for wrong in (relu_range[:1], relu_range.double(), relu_range[:, :2], relu_range[0]):
+        with pytest.raises(RuntimeError, match=r"expected a relu_range of shape \[2, 3\] and dtype Float"):
+            ops.relu_backward(x, x, None, mean, invstd, wrong, True, True, True, True)
+
+
+def test_what_is_kept_for_the_backward(device: str) -> None:
+    """x and 4C numbers behind a ReLU alone, where torch keeps y as well; so y may be overwritten, as by an in-place
+    operation behind it, and the gradient is still that of the ReLU."""
+    fused, x = layer("relu", device), images(device)
+    kept: list[Tensor] = []
+    with saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        y = fused(x)
+    assert sum(tensor.numel() for tensor in kept) == x.numel() + fused.weight.numel() + 4 * fused.num_features
+    expected = gradients(by_torch(fused)(x), x)
+    with torch.no_grad():
+        y.zero_()
+    torch.testing.assert_close(gradients(y, x), expected)
+
+
+@each_fusion
+def test_no_gradient_is_asked_for(activation: str | None, adds: bool, device: str) -> None:
+    """Without gradients, and for some of the inputs alone."""
+    fused = layer(activation, device)
+    x, residual = images(device), images(device) if adds else None
+    expected = fused(x, residual)
+    with torch.no_grad():
+        y = fused(x, residual)
+    assert testing.same_bits(y, expected.detach()) and not y.requires_grad
+    everything = [x, fused.weight, fused.bias, *([residual] if residual is not None else [])]
+    every = gradients(fused(x, residual), *everything)
+    for chosen in itertools.product([False, True], repeat=len(everything)):
+        if not any(chosen):
+            continue
+        for tensor, needed in zip(everything, chosen):
+            tensor.requires_grad_(needed)
+        wanted = [tensor for tensor in everything if tensor.requires_grad]
+        torch.testing.assert_close(
+            gradients(fused(x, residual), *wanted), tuple(grad for grad, needed in zip(every, chosen) if needed)
+        )
+
+
+class Block(nn.Module):
+    """Each fusion once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = bnk.BatchNorm2d(SHAPE[1], activation="relu")
+        self.second = bnk.BatchNorm2d(SHAPE[1])
+        self.third = bnk.BatchNorm2d(SHAPE[1], activation="relu", momentum=None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return self.third(self.second(y, x), y)  # type: ignore[no-any-return]
+
+
+@row("torch.compile", "an addition, a ReLU or both behind the layer", cells(compiled=(True,)))
+@trainings
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_compiled(training: bool, channels_last: bool, device: str) -> None:
+    """One graph, with eager's bits: result, gradients, buffers, over three steps."""
+    torch.compiler.reset()
+    eager = Block().to(device).train(training)
+    model = copy.deepcopy(eager)
+    backend = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    for _ in range(3):
+        x = torch.randn(SHAPE, device=device)
+        if channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        results = [
+            (y.detach(), *gradients(y, x, *module.parameters()))
+            for module, y in ((m, f(x.requires_grad_())) for m, f in ((eager, eager), (model, compiled)))
+        ]
+        for ours, theirs in zip(*results):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    torch.testing.assert_close(dict(model.state_dict()), dict(eager.state_dict()), rtol=0, atol=0)
+    assert backend.frame_count == 1
+    targets = {str(node.target) for graph in backend.graphs for node in graph.graph.nodes}
+    assert not any("relu" in target and "bnkernels" not in target for target in targets), targets
+
+
+def fused_arguments(x: Tensor, adds: bool, relu: bool, training: bool = True) -> tuple[Any, ...]:
+    c = x.shape[1]
+    on: dict[str, Any] = {"device": x.device, "dtype": torch.float64 if x.dtype == torch.float64 else torch.float32}
+    vectors = (torch.randn(c, **on), torch.randn(c, **on), torch.randn(c, **on), torch.rand(c, **on) + 0.5)
+    count = (torch.tensor(3, device=x.device), 0.1) if training else ()
+    return (x, torch.randn_like(x) if adds else None, *vectors, *count, 1e-5, relu)
+
+
+@pytest.mark.parametrize(("adds", "relu"), [(False, True), (True, True), (True, False)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_opcheck(adds: bool, relu: bool, dtype: torch.dtype, layout: str, device: str) -> None:
+    """Schemas, fakes and tracing of the fused ops."""
+    x = testing.lay_out(torch.randn(SHAPE, device=device).to(dtype), layout)
+    for op in (ops.fused_train_op, ops.fused_train_functional):
+        torch.library.opcheck(op, fused_arguments(x, adds, relu))
+    torch.library.opcheck(ops.fused_eval_op, fused_arguments(x, adds, relu, training=False))
+    if adds:
+        return
+    _, mean, invstd, relu_range = ops.fused_eval_op(*fused_arguments(x, adds, relu, training=False))
+    torch.library.opcheck(
+        ops.relu_backward_op, (torch.randn_like(x), x, None, mean, invstd, relu_range, True, True, True, True)
+    )
+
+
+def test_empty_batches(device: str) -> None:
+    """No images: an empty result, zero gradients, and the batch counts."""
+    fused, x = layer("relu", device), images(device, shape=(0, 3, 5, 2))
+    y = fused(x)
+    assert y.shape == x.shape and fused.num_batches_tracked == 1
+    for grad in gradients(y, x, *fused.parameters()):
+        assert (grad == 0).all()
+
+
+# Modules
+
+
+def test_of_a_module(device: str) -> None:
+    """repr, copies and pickles know the activation; the state_dict is torch's."""
+    fused = layer("relu", device)
+    assert repr(fused).endswith("activation='relu')") and "activation" not in repr(bnk.BatchNorm2d(3))
+    assert list(fused.state_dict()) == list(nn.BatchNorm2d(3).state_dict())
+    assert copy.deepcopy(fused).activation == "relu"
+    for made in (bnk.BatchNorm1d(3, activation="relu"), bnk.LazyBatchNorm2d(activation="relu")):
+        shape = (4, 3) if isinstance(made, nn.BatchNorm1d) else SHAPE
+        assert (made.to(device)(torch.randn(shape, device=device)) >= 0).all()
+        assert made.activation == "relu"
+
+
+def test_revert_leaves_what_torch_has_not(device: str) -> None:
+    model = nn.Sequential(layer("relu", device), layer(None, device))
+    report = bnk.ConversionReport()
+    bnk.revert(model, report=report)
+    assert type(model[0]) is bnk.BatchNorm2d and type(model[1]) is nn.BatchNorm2d
+    assert [skip.reason for skip in report.skipped] == ["it has an activation, which torch's BatchNorm has not"]
+
+
+def test_sync_batch_norm_keeps_the_activation(device: str) -> None:
+    model = bnk.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(layer("relu", device), layer(None, device)))
+    assert [module.activation for module in model] == ["relu", None]
+    x = images(device)
+    torch.testing.assert_close(model[0](x), by_torch(model[0])(x))
+
+
+def test_is_one_call_to_a_tracer(device: str) -> None:
+    """torch.fx records module and residual; torch.jit.trace records torch's own operators."""
+    model = Block().to(device).eval()
+    graph = torch.fx.symbolic_trace(model)
+    calls = [(node.target, len(node.args)) for node in graph.graph.nodes if node.op == "call_module"]
+    assert calls == [("first", 1), ("second", 2), ("third", 2)]
+    x = torch.randn(SHAPE, device=device)
+    torch.testing.assert_close(graph(x), model(x))
+    traced = torch.jit.trace(model, (x,))
+    torch.testing.assert_close(traced(x), model(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast(dtype: torch.dtype, device: str) -> None:
+    """16-bit images and parameters of float32: the kernels' own; a residual of float32 beside them: torch's sum."""
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), bnk.BatchNorm2d(3, activation="relu")).to(device)
+    x = torch.randn(SHAPE, device=device)
+    with torch.autocast(device, dtype):
+        y = model(x)
+        wide = model[1](model[0](x), x)
+    assert y.dtype == dtype and wide.dtype == torch.float32
+    y.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
