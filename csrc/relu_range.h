@@ -64,14 +64,14 @@ BNK_HOST_DEVICE Real value_of(typename KeyOf<Real>::type key) {
 // How far from an estimate, in numbers, an end usually lies.
 inline constexpr int kNear = 8;
 
-// The least finite value that passes, where every one above it does too; the infinities where all or none do.
+// The least value that passes, where every one above it does too; infinity, which always passes, where no other does.
 template <typename Real, typename Passes>
 BNK_HOST_DEVICE Real first_passing(Real estimate, const Passes& passes) {
   using Key = typename KeyOf<Real>::type;
   using Unsigned = typename KeyOf<Real>::Unsigned;
   constexpr Real kLargest = std::numeric_limits<Real>::max();
   constexpr Real kInfinity = std::numeric_limits<Real>::infinity();
-  if (passes(-kLargest)) return -kInfinity;
+  if (passes(-kLargest)) return passes(-kInfinity) ? -kInfinity : -kLargest;
   if (!passes(kLargest)) return kInfinity;
   Key last = key_of(-kLargest);  // that is known not to pass
   Key first = key_of(kLargest);  // that is known to
@@ -96,7 +96,8 @@ BNK_HOST_DEVICE Real first_passing(Real estimate, const Passes& passes) {
 template <typename Real, typename Passes>
 BNK_HOST_DEVICE ReluRange<Real> relu_range(Real mean, Real invstd, Real weight, Real bias, const Passes& passes) {
   constexpr Real kInfinity = std::numeric_limits<Real>::infinity();
-  // All values are alike then; far from the mean the deviation may overflow, and 0 times that is no number.
+  // All finite values are alike then, and an infinite one is taken for one of them. The mean stands for all: far from it the
+  // deviation may overflow, and 0 times that is no number.
   if (weight == 0 || invstd == 0) return {passes(mean) ? -kInfinity : kInfinity, kInfinity};
   const Real estimate = mean - bias / weight / invstd;
   if (weight < 0) {

@@ -9,6 +9,7 @@
 #include "layout.h"
 #include "pages.h"
 #include "ranks.h"
+#include "relu_ranges.h"
 #include "scalar.h"
 #include "schedule.h"
 
@@ -92,6 +93,11 @@ struct MomentsOf {
   }
 };
 
+template <typename Args>
+NormalizeData data_of(const Args& args, const Epilogue& epilogue) {
+  return {args.x, epilogue.residual, args.y, epilogue.relu};
+}
+
 struct TrainForward : MomentsOf {
   const ForwardTrainArgs& args;
   AffineVectors affine;
@@ -112,7 +118,9 @@ struct TrainForward : MomentsOf {
       write(args.running_var, c, old + factor * (total.second / (n - 1) - old));
     }
   }
-  void apply(int64_t block, int64_t chunk) const { layout.normalize(args.x, args.y, affine, block, chunk); }
+  void apply(int64_t block, int64_t chunk) const {
+    layout.normalize(data_of(args, args.epilogue), affine, block, chunk);
+  }
 };
 
 struct Backward {
@@ -124,7 +132,7 @@ struct Backward {
   bool has_apply;
 
   void partials(int64_t block, int64_t chunk, Partial* out) const {
-    layout.sums(args.grad_y, args.x, args.mean.data, args.invstd.data, block, chunk, out);
+    layout.sums(args.grad_y, args.x, {args.mean.data, args.invstd.data, vectors.gate}, block, chunk, out);
   }
   void merge(Partial* into, double, const Partial& from, double) const {
     into->first += from.first;
@@ -138,13 +146,13 @@ struct Backward {
     write(slope, c, read(args.invstd, c) * (total.second / n));
   }
   void apply(int64_t block, int64_t chunk) const {
-    layout.gradient(args.grad_y, args.training ? args.x : nullptr, args.grad_x, vectors, block, chunk);
+    layout.gradient(args.grad_y, args.x, args.grad_x, vectors, block, chunk);
   }
 };
 
 // y from the mean and invstd that are there. `tensors`: see with_layout.
 template <typename Args>
-void normalize_given(const Args& args, int tensors) {
+void normalize_given(const Args& args, const Epilogue& epilogue, int tensors) {
   const Problem problem = normal_form(args.problem);
   prefer_huge_pages(args.y, bytes_of(problem));
   const Coefficients weight(args.weight, 1, problem);
@@ -152,8 +160,9 @@ void normalize_given(const Args& args, int tensors) {
   const AffineVectors affine{args.mean.data, args.invstd.data, weight.data(), bias.data()};
   with_layout(problem, tensors, false, [&](const Layout& layout, int64_t) {
     run_apply(layout, problem.elements(),
-              [&](int64_t block, int64_t chunk) { layout.normalize(args.x, args.y, affine, block, chunk); });
+              [&](int64_t block, int64_t chunk) { layout.normalize(data_of(args, epilogue), affine, block, chunk); });
   });
+  write_relu_ranges(epilogue, problem, affine);
 }
 
 }  // namespace
@@ -169,7 +178,8 @@ void forward_train(const ForwardTrainArgs& args) {
   const Coefficients weight(args.weight, 1, problem);
   const Coefficients bias(args.bias, 0, problem);
   const AffineVectors affine{args.mean.data, args.invstd.data, weight.data(), bias.data()};
-  with_layout(problem, 2, true, [&](const Layout& layout, int64_t block_bytes) {
+  const int tensors = args.epilogue.residual != nullptr ? 3 : 2;
+  with_layout(problem, tensors, true, [&](const Layout& layout, int64_t block_bytes) {
     const TrainForward work{{layout, args.x, underflow_floor(args.eps)},
                             args,
                             affine,
@@ -177,6 +187,7 @@ void forward_train(const ForwardTrainArgs& args) {
                             static_cast<double>(problem.elements_per_channel())};
     run(layout, work, problem.elements(), block_bytes);
   });
+  write_relu_ranges(args.epilogue, problem, affine);
 }
 
 void forward_eval(const ForwardEvalArgs& args) {
@@ -184,7 +195,7 @@ void forward_eval(const ForwardEvalArgs& args) {
     write(args.mean, c, read(args.running_mean, c));
     write(args.invstd, c, 1 / std::sqrt(read(args.running_var, c) + args.eps));
   }
-  normalize_given(args, 1);
+  normalize_given(args, args.epilogue, 1);
 }
 
 void backward(const BackwardArgs& args) {
@@ -200,7 +211,11 @@ void backward(const BackwardArgs& args) {
       write(scale.space(), c, read(args.invstd, c) * read_or(args.weight, c, 1));
     }
   }
-  const GradientVectors vectors{args.mean.data, scale.data(), mean_g.data(), slope.data()};
+  const GradientVectors vectors{args.mean.data,
+                                scale.data(),
+                                mean_g.data(),
+                                args.training ? slope.data() : nullptr,
+                                {args.relu_low.data, args.relu_high.data}};
   with_layout(problem, has_partials ? 3 : 1, has_partials, [&](const Layout& layout, int64_t block_bytes) {
     const Backward work{args,           layout,        vectors,
                         mean_g.space(), slope.space(), static_cast<double>(problem.elements_per_channel()),
@@ -239,7 +254,7 @@ void statistics(const StatisticsArgs& args) {
   });
 }
 
-void normalize(const NormalizeArgs& args) { normalize_given(args, 2); }
+void normalize(const NormalizeArgs& args) { normalize_given(args, {}, 2); }
 
 void grad_input(const GradInputArgs& args) {
   const Problem problem = normal_form(args.problem);
@@ -252,7 +267,7 @@ void grad_input(const GradInputArgs& args) {
     write(mean_g.space(), c, total.first / *args.count);
     write(slope.space(), c, invstd * (total.second / *args.count));
   }
-  const GradientVectors vectors{args.mean.data, scale.data(), mean_g.data(), slope.data()};
+  const GradientVectors vectors{args.mean.data, scale.data(), mean_g.data(), slope.data(), {}};
   with_layout(problem, 3, false, [&](const Layout& layout, int64_t) {
     run_apply(layout, problem.elements(), [&](int64_t block, int64_t chunk) {
       layout.gradient(args.grad_y, args.x, args.grad_x, vectors, block, chunk);

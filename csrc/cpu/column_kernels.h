@@ -1,92 +1,9 @@
-// Column kernels: channels-last (kernels.h says what each computes). Part of level.h.
-//
-// Vectors run along the columns, so a lane is a channel and no lane is ever summed with another. Memory is walked a
-// strip of a few rows at a time, in order; accumulators and coefficients wait in the first-level cache and serve a whole
-// strip whenever they are loaded. A row is cut into spans of one vector. The last span ends with the row and may
-// overlap the one before: its first lanes are then not new and not counted. A row shorter than a vector is a single span,
-// read and written through a padded copy.
+// Column kernels: channels-last (kernels.h says what each computes; column_spans.h, how they walk). Part of level.h.
 
 constexpr int64_t kSumRows = 8;
 constexpr int64_t kMapRows = 4;       // where one tensor is read and another written
 constexpr int64_t kGradientRows = 2;  // two tensors are read and a third is written: fewer lines in flight
 constexpr int64_t kSumsAhead = 8192;  // bytes; a gradient comes from memory
-
-struct Span {
-  int64_t begin;  // column
-  int first;      // its lanes [first, last) are new
-  int last;
-};
-
-template <typename A>
-constexpr int kMaxSpans = (kMaxColumns + Lanes<A>::kCount - 1) / Lanes<A>::kCount;
-
-template <typename A>
-BNK_INLINE int spans_of(int64_t columns) {
-  return static_cast<int>((columns + Lanes<A>::kCount - 1) / Lanes<A>::kCount);
-}
-
-template <typename A>
-BNK_INLINE Span span_of(int64_t columns, int s) {
-  constexpr int64_t kCount = Lanes<A>::kCount;
-  if (columns < kCount) return {0, 0, static_cast<int>(columns)};
-  const int64_t begin = s * kCount + kCount <= columns ? s * kCount : columns - kCount;
-  return {begin, static_cast<int>(s * kCount - begin), static_cast<int>(kCount)};
-}
-
-// Bytes from a strip to what is asked for meanwhile: the next one, or as many as make `least` bytes.
-template <int64_t kRows, typename T>
-BNK_INLINE int64_t strip_ahead(int64_t stride, int64_t least) {
-  const int64_t strip = kRows * stride * static_cast<int64_t>(sizeof(T));
-  return strip > least ? strip : least;
-}
-
-template <bool kWhole, typename T>
-BNK_INLINE Lanes<Accumulate<T>> load_span(const T* from, const Span& span) {
-  if constexpr (kWhole) return load(from);
-  return load_first(from, span.last);
-}
-
-template <bool kWhole, Write kWrite, typename T>
-BNK_INLINE void store_span(T* to, const Lanes<Accumulate<T>>& value, const Span& span) {
-  if constexpr (kWhole) return store<kWrite>(to, value);
-  store_first(to, value, span.last);
-}
-
-// A vector of coefficients by column, as lanes of T by span.
-template <typename T>
-struct Coefficients {
-  using A = Accumulate<T>;
-  Lanes<A> of_span[kMaxSpans<A>];
-
-  BNK_INLINE Coefficients(const void* data, int64_t columns) {
-    const A* values = static_cast<const A*>(data);
-    for (int s = 0; s < spans_of<A>(columns); ++s) {
-      const Span span = span_of<A>(columns, s);
-      A padded[Lanes<A>::kCount] = {};
-      if (columns < Lanes<A>::kCount) std::memcpy(padded, values, static_cast<size_t>(columns) * sizeof(A));
-      of_span[s] = load_like<T>(columns < Lanes<A>::kCount ? padded : values + span.begin);
-    }
-  }
-};
-
-// Calls strip(span number, span, first row, rows) over the tile, strip by strip; backwards, the last span of the last first.
-template <typename A, int64_t kRows, typename Strip>
-BNK_INLINE void visit_strips(const Tile& tile, Strip& strip, bool backwards = false) {
-  const int spans = spans_of<A>(tile.length);
-  const int64_t strips = (tile.rows + kRows - 1) / kRows;
-  for (int64_t i = 0; i < strips; ++i) {
-    const int64_t row = (backwards ? strips - 1 - i : i) * kRows;
-    const int64_t rows = tile.rows - row < kRows ? tile.rows - row : kRows;
-    if (tile.length < Lanes<A>::kCount) {
-      strip.template run<false>(0, span_of<A>(tile.length, 0), row, rows);
-      continue;
-    }
-    for (int j = 0; j < spans; ++j) {
-      const int s = backwards ? spans - 1 - j : j;
-      strip.template run<true>(s, span_of<A>(tile.length, s), row, rows);
-    }
-  }
-}
 
 // ---- forward statistics ----
 
@@ -190,47 +107,47 @@ void column_moments(const void* data, Tile tile, double floor, int64_t before, d
 
 // ---- backward statistics ----
 
-template <typename T>
+template <typename T, typename Gates>
 struct ColumnGradientSums {
   using A = Accumulate<T>;
   const T* g;
   const T* x;
   int64_t stride;
-  const Lanes<A>* mean;
-  const Lanes<A>* invstd;
+  const Gates gates;
+  const Coefficients<T> mean, invstd;
   Lanes<A>* sum_g;
   Lanes<A>* sum_gx;
 
   template <bool kWhole>
   BNK_INLINE void run(int s, const Span& span, int64_t row, int64_t rows) const {
-    const Lanes<A> m = mean[s], scale = invstd[s];
+    const Lanes<A> m = mean.of_span[s], scale = invstd.of_span[s];
+    const auto gate = gates.of_span(s);
     Lanes<A> s1 = sum_g[s], s2 = sum_gx[s];
     const int64_t ahead = strip_ahead<kSumRows, T>(stride, kSumsAhead);
     for (int64_t at = row * stride + span.begin; rows > 0; --rows, at += stride) {
       read_ahead(g + at, ahead);
       read_ahead(x + at, ahead);
-      const Lanes<A> gradient = load_span<kWhole>(g + at, span);
+      const Lanes<A> value = load_span<kWhole>(x + at, span);
+      const Lanes<A> gradient = gate(load_span<kWhole>(g + at, span), value);
       s1 = s1 + gradient;
-      s2 = s2 + gradient * ((load_span<kWhole>(x + at, span) - m) * scale);
+      s2 = s2 + gradient * ((value - m) * scale);
     }
     sum_g[s] = s1;
     sum_gx[s] = s2;
   }
 };
 
-template <typename T>
-void column_sums(const void* g_data, const void* x_data, Tile tile, const void* mean, const void* invstd, double* sum_g,
-                 double* sum_gx) {
+template <typename Gates, typename T>
+BNK_INLINE void sum_columns(const T* g, const T* x, const Tile& tile, const SumVectors& vectors, double* sum_g,
+                            double* sum_gx) {
   using A = Accumulate<T>;
   constexpr int kCount = Lanes<A>::kCount;
-  const T* g = static_cast<const T*>(g_data);
-  const T* x = static_cast<const T*>(x_data);
-  const Coefficients<T> means(mean, tile.length);
-  const Coefficients<T> invstds(invstd, tile.length);
   const int spans = spans_of<A>(tile.length);
   Lanes<A> of_g[kMaxSpans<A>], of_gx[kMaxSpans<A>];
   for (int s = 0; s < spans; ++s) of_g[s] = of_gx[s] = {};
-  const ColumnGradientSums<T> sums{g, x, tile.stride, means.of_span, invstds.of_span, of_g, of_gx};
+  const ColumnGradientSums<T, Gates> sums{
+      g,    x,    tile.stride, {vectors.gate, tile.length}, {vectors.mean, tile.length}, {vectors.invstd, tile.length},
+      of_g, of_gx};
   visit_strips<A, kSumRows>(tile, sums);
 
   for (int s = 0; s < spans; ++s) {
@@ -249,12 +166,20 @@ void column_sums(const void* g_data, const void* x_data, Tile tile, const void* 
       const int64_t c = span.begin + j;
       const Partial sums_of_column = in_range<A>(s1[j]) && in_range<A>(s2[j])
                                          ? Partial{s1[j], s2[j]}
-                                         : exact_sums(g + c, x + c, Tile{tile.rows, 1, tile.stride},
-                                                      static_cast<const A*>(mean)[c], static_cast<const A*>(invstd)[c]);
+                                         : exact_sums(g + c, x + c, Tile{tile.rows, 1, tile.stride}, vectors, c);
       to_g[j] += sums_of_column.first;
       to_gx[j] += sums_of_column.second;
     }
   }
+}
+
+template <typename T>
+void column_sums(const void* g_data, const void* x_data, Tile tile, const SumVectors& vectors, double* sum_g,
+                 double* sum_gx) {
+  const T* g = static_cast<const T*>(g_data);
+  const T* x = static_cast<const T*>(x_data);
+  if (vectors.gate.low != nullptr) return sum_columns<ReluGates<T>>(g, x, tile, vectors, sum_g, sum_gx);
+  sum_columns<OpenGates<T>>(g, x, tile, vectors, sum_g, sum_gx);
 }
 
 // ---- elementwise ----
@@ -290,24 +215,29 @@ BNK_INLINE void write_span(bool streamed, T* to, int64_t at, int64_t rows, int64
   }
 }
 
-template <typename T>
+template <typename T, typename Fusion>
 struct NormalizeSpan {
   using A = Accumulate<T>;
   const T* x;
+  const Fusion fusion;
   int64_t ahead;  // bytes
   const Lanes<A> mean, invstd, weight, bias;
 
   template <bool kWhole>
   BNK_INLINE Lanes<A> at(int64_t at, const Span& span) const {
     read_ahead(x + at, ahead);
-    return (load_span<kWhole>(x + at, span) - mean) * invstd * weight + bias;
+    fusion.ask_ahead(at, ahead);
+    const Lanes<A> value = (load_span<kWhole>(x + at, span) - mean) * invstd * weight + bias;
+    if constexpr (kWhole) return fusion.whole(value, at);
+    return fusion.part(value, at, span.last);
   }
 };
 
-template <typename T>
+template <typename T, typename Fusion>
 struct NormalizeColumns {
   using A = Accumulate<T>;
   const T* x;
+  const Fusion fusion;
   T* y;
   int64_t stride;
   int64_t ahead;  // bytes
@@ -316,30 +246,47 @@ struct NormalizeColumns {
 
   template <bool kWhole>
   BNK_INLINE void run(int s, const Span& span, int64_t row, int64_t rows) const {
-    const NormalizeSpan<T> normalize{x, ahead, mean.of_span[s], invstd.of_span[s], weight.of_span[s], bias.of_span[s]};
+    const NormalizeSpan<T, Fusion> normalize{
+        x, fusion, ahead, mean.of_span[s], invstd.of_span[s], weight.of_span[s], bias.of_span[s]};
     write_span<kWhole>(streamed, y, row * stride + span.begin, rows, stride, span, normalize);
   }
 };
 
-template <typename T>
-void column_normalize(const void* x, void* y, Tile tile, const AffineVectors& affine, bool streamed, bool backwards) {
-  const NormalizeColumns<T> normalize{static_cast<const T*>(x),
-                                      static_cast<T*>(y),
-                                      tile.stride,
-                                      map_ahead<kMapRows, T>(tile, backwards),
-                                      streamed,
-                                      {affine.mean, tile.length},
-                                      {affine.invstd, tile.length},
-                                      {affine.weight, tile.length},
-                                      {affine.bias, tile.length}};
+template <typename T, typename Fusion>
+BNK_INLINE void fused_columns(const T* x, const Fusion& fusion, T* y, const Tile& tile, const AffineVectors& affine,
+                              bool streamed, bool backwards) {
+  const NormalizeColumns<T, Fusion> normalize{x,
+                                              fusion,
+                                              y,
+                                              tile.stride,
+                                              map_ahead<kMapRows, T>(tile, backwards),
+                                              streamed,
+                                              {affine.mean, tile.length},
+                                              {affine.invstd, tile.length},
+                                              {affine.weight, tile.length},
+                                              {affine.bias, tile.length}};
   visit_map<kMapRows>(tile, backwards, normalize);
 }
 
 template <typename T>
+void column_normalize(const void* x_data, const void* residual_data, void* y_data, Tile tile,
+                      const AffineVectors& affine, bool relu, bool streamed, bool backwards) {
+  const T* x = static_cast<const T*>(x_data);
+  const T* residual = static_cast<const T*>(residual_data);
+  T* y = static_cast<T*>(y_data);
+  if (residual != nullptr) {
+    return fused_columns(x, PlusResidual<T>(residual, relu), y, tile, affine, streamed, backwards);
+  }
+  if (relu) return fused_columns(x, ThenRelu<T>{}, y, tile, affine, streamed, backwards);
+  fused_columns(x, Unfused<T>{}, y, tile, affine, streamed, backwards);
+}
+
+template <typename T, typename Gate>
 struct GradientSpan {
   using A = Accumulate<T>;
   const T* g;
   const T* x;
+  const Gate gate;
   int64_t ahead;  // bytes
   const Lanes<A> mean, scale, mean_g, slope;
 
@@ -347,17 +294,19 @@ struct GradientSpan {
   BNK_INLINE Lanes<A> at(int64_t at, const Span& span) const {
     read_ahead(g + at, ahead);
     read_ahead(x + at, ahead);
-    const Lanes<A> projection = (load_span<kWhole>(x + at, span) - mean) * slope;
-    return scale * (load_span<kWhole>(g + at, span) - mean_g - projection);
+    const Lanes<A> value = load_span<kWhole>(x + at, span);
+    const Lanes<A> projection = (value - mean) * slope;
+    return scale * (gate(load_span<kWhole>(g + at, span), value) - mean_g - projection);
   }
 };
 
-template <typename T>
+template <typename T, typename Gates>
 struct GradientColumns {
   using A = Accumulate<T>;
   const T* g;
   const T* x;
   T* grad_x;
+  const Gates gates;
   int64_t stride;
   int64_t ahead;  // bytes
   bool streamed;
@@ -365,30 +314,41 @@ struct GradientColumns {
 
   template <bool kWhole>
   BNK_INLINE void run(int s, const Span& span, int64_t row, int64_t rows) const {
-    const GradientSpan<T> gradient{g, x, ahead, mean.of_span[s], scale.of_span[s], mean_g.of_span[s], slope.of_span[s]};
+    const auto gate = gates.of_span(s);
+    const GradientSpan<T, decltype(gate)> gradient{
+        g, x, gate, ahead, mean.of_span[s], scale.of_span[s], mean_g.of_span[s], slope.of_span[s]};
     write_span<kWhole>(streamed, grad_x, row * stride + span.begin, rows, stride, span, gradient);
   }
 };
 
-template <typename T>
+template <typename T, typename Gate>
 struct ScaledSpan {
   using A = Accumulate<T>;
   const T* g;
+  const T* x;  // if the gate asks for it
+  const Gate gate;
   int64_t ahead;  // bytes
   const Lanes<A> scale;
 
   template <bool kWhole>
   BNK_INLINE Lanes<A> at(int64_t at, const Span& span) const {
     read_ahead(g + at, ahead);
-    return scale * load_span<kWhole>(g + at, span);
+    Lanes<A> gradient = load_span<kWhole>(g + at, span);
+    if constexpr (Gate::kAsksX) {
+      read_ahead(x + at, ahead);
+      gradient = gate(gradient, load_span<kWhole>(x + at, span));
+    }
+    return scale * gradient;
   }
 };
 
-template <typename T>
+template <typename T, typename Gates>
 struct ScaledColumns {
   using A = Accumulate<T>;
   const T* g;
+  const T* x;  // if the gates ask for it
   T* grad_x;
+  const Gates gates;
   int64_t stride;
   int64_t ahead;  // bytes
   bool streamed;
@@ -396,30 +356,43 @@ struct ScaledColumns {
 
   template <bool kWhole>
   BNK_INLINE void run(int s, const Span& span, int64_t row, int64_t rows) const {
-    write_span<kWhole>(streamed, grad_x, row * stride + span.begin, rows, stride, span,
-                       ScaledSpan<T>{g, ahead, scale.of_span[s]});
+    const auto gate = gates.of_span(s);
+    const ScaledSpan<T, decltype(gate)> scaled{g, x, gate, ahead, scale.of_span[s]};
+    write_span<kWhole>(streamed, grad_x, row * stride + span.begin, rows, stride, span, scaled);
   }
 };
 
-template <typename T>
-void column_gradient(const void* g_data, const void* x, void* grad_x_data, Tile tile, const GradientVectors& gradient,
-                     bool streamed, bool backwards) {
-  const T* g = static_cast<const T*>(g_data);
-  T* grad_x = static_cast<T*>(grad_x_data);
-  if (x == nullptr) {
+template <typename Gates, typename T>
+BNK_INLINE void gated_columns(const T* g, const T* x, T* grad_x, const Tile& tile, const GradientVectors& gradient,
+                              bool streamed, bool backwards) {
+  if (gradient.slope == nullptr) {
     const int64_t ahead = map_ahead<kMapRows, T>(tile, backwards);
-    const ScaledColumns<T> scaled{g, grad_x, tile.stride, ahead, streamed, {gradient.scale, tile.length}};
+    const ScaledColumns<T, Gates> scaled{g,           x,     grad_x,   {gradient.gate, tile.length},
+                                         tile.stride, ahead, streamed, {gradient.scale, tile.length}};
     return visit_map<kMapRows>(tile, backwards, scaled);
   }
-  const GradientColumns<T> result{g,
-                                  static_cast<const T*>(x),
-                                  grad_x,
-                                  tile.stride,
-                                  map_ahead<kGradientRows, T>(tile, backwards),
-                                  streamed,
-                                  {gradient.mean, tile.length},
-                                  {gradient.scale, tile.length},
-                                  {gradient.mean_g, tile.length},
-                                  {gradient.slope, tile.length}};
+  const GradientColumns<T, Gates> result{g,
+                                         x,
+                                         grad_x,
+                                         {gradient.gate, tile.length},
+                                         tile.stride,
+                                         map_ahead<kGradientRows, T>(tile, backwards),
+                                         streamed,
+                                         {gradient.mean, tile.length},
+                                         {gradient.scale, tile.length},
+                                         {gradient.mean_g, tile.length},
+                                         {gradient.slope, tile.length}};
   visit_map<kGradientRows>(tile, backwards, result);
+}
+
+template <typename T>
+void column_gradient(const void* g_data, const void* x_data, void* grad_x_data, Tile tile,
+                     const GradientVectors& gradient, bool streamed, bool backwards) {
+  const T* g = static_cast<const T*>(g_data);
+  const T* x = static_cast<const T*>(x_data);
+  T* grad_x = static_cast<T*>(grad_x_data);
+  if (gradient.gate.low != nullptr) {
+    return gated_columns<ReluGates<T>>(g, x, grad_x, tile, gradient, streamed, backwards);
+  }
+  gated_columns<OpenGates<T>>(g, x, grad_x, tile, gradient, streamed, backwards);
 }

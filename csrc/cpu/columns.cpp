@@ -82,6 +82,11 @@ const void* Columns::by_column(const void* vector, int64_t block, void* space) c
   return space;
 }
 
+GateVectors Columns::by_column(const GateVectors& gate, int64_t block, void* low, void* high) const {
+  if (gate.low == nullptr) return gate;
+  return {by_column(gate.low, block, low), by_column(gate.high, block, high)};
+}
+
 // Calls merge(partial, first, second) over the columns of each channel, in order.
 template <typename Merge>
 void Columns::by_channel(int64_t block, const double* first, const double* second, Partial* partials,
@@ -137,13 +142,13 @@ void Columns::moments(const void* x, double floor, int64_t block, int64_t chunk,
   }
 }
 
-void Columns::sums(const void* g, const void* x, const void* mean, const void* invstd, int64_t block, int64_t chunk,
+void Columns::sums(const void* g, const void* x, const SumVectors& vectors, int64_t block, int64_t chunk,
                    Partial* partials) const {
   const Piece part = body(block, chunk);
   const Piece last = rest(block, chunk);
-  alignas(64) double mean_space[kMaxColumns], invstd_space[kMaxColumns];
-  const void* mean_columns = by_column(mean, block, mean_space);
-  const void* invstd_columns = by_column(invstd, block, invstd_space);
+  alignas(64) double space[4][kMaxColumns];
+  const SumVectors columns{by_column(vectors.mean, block, space[0]), by_column(vectors.invstd, block, space[1]),
+                           by_column(vectors.gate, block, space[2], space[3])};
   alignas(64) double sum_g[kMaxColumns];
   alignas(64) double sum_gx[kMaxColumns];
   std::fill_n(sum_g, part.tile.length, 0.0);
@@ -151,11 +156,10 @@ void Columns::sums(const void* g, const void* x, const void* mean, const void* i
   for (int64_t row = 0; row < part.tile.rows; row += tile_rows_) {
     const Tile tile{std::min(tile_rows_, part.tile.rows - row), part.tile.length, part.tile.stride};
     const int64_t offset = part.offset + row * part.tile.stride;
-    kernels_.column_sums(at(g, offset), at(x, offset), tile, mean_columns, invstd_columns, sum_g, sum_gx);
+    kernels_.column_sums(at(g, offset), at(x, offset), tile, columns, sum_g, sum_gx);
   }
   if (last.tile.length > 0) {
-    kernels_.column_sums(at(g, last.offset), at(x, last.offset), last.tile, mean_columns, invstd_columns, sum_g,
-                         sum_gx);
+    kernels_.column_sums(at(g, last.offset), at(x, last.offset), last.tile, columns, sum_g, sum_gx);
   }
   std::fill_n(partials, last_channel(block) - first_channel(block), Partial{});
   by_channel(block, sum_g, sum_gx, partials, [](Partial& p, double first, double second) {
@@ -164,30 +168,32 @@ void Columns::sums(const void* g, const void* x, const void* mean, const void* i
   });
 }
 
-void Columns::normalize(const void* x, void* y, const AffineVectors& affine, int64_t block, int64_t chunk) const {
+void Columns::normalize(const NormalizeData& data, const AffineVectors& affine, int64_t block, int64_t chunk) const {
   alignas(64) double space[4][kMaxColumns];
   const AffineVectors columns{by_column(affine.mean, block, space[0]), by_column(affine.invstd, block, space[1]),
                               by_column(affine.weight, block, space[2]), by_column(affine.bias, block, space[3])};
   for (const Piece& part : {rest(block, chunk), body(block, chunk)}) {
     if (part.tile.length == 0) continue;
-    kernels_.column_normalize(at(x, part.offset), at(y, part.offset), part.tile, columns, streamed_, backwards_);
+    kernels_.column_normalize(at(data.x, part.offset), at_if_there(data.residual, part.offset), at(data.y, part.offset),
+                              part.tile, columns, data.relu, streamed_, backwards_);
   }
   if (streamed_) kernels_.end_of_stream();
 }
 
 void Columns::gradient(const void* g, const void* x, void* grad_x, const GradientVectors& vectors, int64_t block,
                        int64_t chunk) const {
-  alignas(64) double space[4][kMaxColumns];
-  GradientVectors columns{nullptr, by_column(vectors.scale, block, space[0]), nullptr, nullptr};
-  if (x != nullptr) {
+  alignas(64) double space[6][kMaxColumns];
+  GradientVectors columns{nullptr, by_column(vectors.scale, block, space[0]), nullptr, nullptr,
+                          by_column(vectors.gate, block, space[4], space[5])};
+  if (vectors.slope != nullptr) {
     columns.mean = by_column(vectors.mean, block, space[1]);
     columns.mean_g = by_column(vectors.mean_g, block, space[2]);
     columns.slope = by_column(vectors.slope, block, space[3]);
   }
   for (const Piece& part : {rest(block, chunk), body(block, chunk)}) {
     if (part.tile.length == 0) continue;
-    kernels_.column_gradient(at(g, part.offset), x == nullptr ? nullptr : at(x, part.offset), at(grad_x, part.offset),
-                             part.tile, columns, streamed_, backwards_);
+    kernels_.column_gradient(at(g, part.offset), at(x, part.offset), at(grad_x, part.offset), part.tile, columns,
+                             streamed_, backwards_);
   }
   if (streamed_) kernels_.end_of_stream();
 }

@@ -40,19 +40,33 @@ struct AffineVectors {
   const void *mean, *invstd, *weight, *bias;
 };
 
+// g stands for 0 in every formula where not low <= x <= high; null: for itself everywhere.
+struct GateVectors {
+  const void *low, *high;
+};
+
+// sum(g) and sum(g*(x - mean)*invstd).
+struct SumVectors {
+  const void *mean, *invstd;
+  GateVectors gate;
+};
+
 // grad_x = scale*(g - mean_g - (x - mean)*slope), with scale = invstd*weight and slope = invstd*mean(g*xhat), both
-// multiplied in double and rounded once; for inference, x == nullptr: scale*g, and only scale is there.
+// multiplied in double and rounded once. Inference, slope == nullptr: scale*g; x is read for the gate alone.
 struct GradientVectors {
   const void *mean, *scale, *mean_g, *slope;
+  GateVectors gate;
 };
 
 struct Kernels {
   // Vectors start with the first of the channels; where there are sums, there are at most kMaxRowChannels of them.
   // `ahead`: elements from this tile to the one that will be read after it, which is asked for while this one is read.
   void (*row_moments)(const void* x, Tile tile, int64_t ahead, int channels, double floor, Partial* of_tile);
-  void (*row_normalize)(const void* x, void* y, Tile tile, int channels, const AffineVectors& affine, bool streamed);
-  void (*row_sums)(const void* g, const void* x, Tile tile, int64_t ahead, int channels, const void* mean,
-                   const void* invstd, Partial* of_tile);
+  // `residual`, where there is one, and `relu`: y = relu(v + residual) of what AffineVectors gives.
+  void (*row_normalize)(const void* x, const void* residual, void* y, Tile tile, int channels,
+                        const AffineVectors& affine, bool relu, bool streamed);
+  void (*row_sums)(const void* g, const void* x, Tile tile, int64_t ahead, int channels, const SumVectors& vectors,
+                   Partial* of_tile);
   void (*row_gradient)(const void* g, const void* x, void* grad_x, Tile tile, int channels,
                        const GradientVectors& gradient, bool streamed);
 
@@ -60,10 +74,10 @@ struct Kernels {
   // merges the tile into the moments of `before` rows
   void (*column_moments)(const void* x, Tile tile, double floor, int64_t before, double* mean, double* squares);
   // `backwards`: results from the tile's end to its beginning.
-  void (*column_normalize)(const void* x, void* y, Tile tile, const AffineVectors& affine, bool streamed,
-                           bool backwards);
+  void (*column_normalize)(const void* x, const void* residual, void* y, Tile tile, const AffineVectors& affine,
+                           bool relu, bool streamed, bool backwards);
   // adds the tile's sums
-  void (*column_sums)(const void* g, const void* x, Tile tile, const void* mean, const void* invstd, double* sum_g,
+  void (*column_sums)(const void* g, const void* x, Tile tile, const SumVectors& vectors, double* sum_g,
                       double* sum_gx);
   void (*column_gradient)(const void* g, const void* x, void* grad_x, Tile tile, const GradientVectors& gradient,
                           bool streamed, bool backwards);

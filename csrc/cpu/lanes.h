@@ -116,6 +116,28 @@ BNK_INLINE Lanes<A> keep(const Lanes<A>& a, const Mask<A>& mask) {
   return r;
 }
 
+// The greater one; NaN stays NaN.
+template <typename A>
+BNK_INLINE Lanes<A> at_least(const Lanes<A>& a, const Lanes<A>& least) {
+  Lanes<A> r;
+#pragma GCC unroll 8
+  for (int p = 0; p < kParts; ++p) r.part[p] = least.part[p] > a.part[p] ? least.part[p] : a.part[p];
+  return r;
+}
+
+// Zero, whatever the lane held (NaN too), where x is less than low or greater than high. A NaN is neither.
+template <typename A>
+BNK_INLINE Lanes<A> keep_within(const Lanes<A>& a, const Lanes<A>& x, const Lanes<A>& low, const Lanes<A>& high) {
+  constexpr typename NativeOf<A>::Vector kZero = {};
+  Lanes<A> r;
+#pragma GCC unroll 8
+  for (int p = 0; p < kParts; ++p) {
+    const auto outside = (x.part[p] < low.part[p]) | (x.part[p] > high.part[p]);
+    r.part[p] = outside ? kZero : a.part[p];
+  }
+  return r;
+}
+
 // ---- memory ----
 
 template <typename A>
@@ -234,13 +256,14 @@ BNK_INLINE void narrow(Float16* to, NativeFloat a) {
   put<kWrite>(to, bits);
 }
 #else
-BNK_INLINE NativeFloat widen(const Float16* from) {
+// Not inlined: long, and a call is little beside it.
+inline __attribute__((noinline)) NativeFloat widen(const Float16* from) {
   NativeFloat r;
   for (int i = 0; i < Lanes<float>::kNativeCount; ++i) r[i] = to_float(from[i]);
   return r;
 }
 template <Write kWrite>
-BNK_INLINE void narrow(Float16* to, NativeFloat a) {
+inline __attribute__((noinline)) void narrow(Float16* to, NativeFloat a) {
   for (int i = 0; i < Lanes<float>::kNativeCount; ++i) to[i] = to_float16(a[i]);
 }
 #endif

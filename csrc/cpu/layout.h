@@ -31,6 +31,14 @@ constexpr int64_t kCacheBytes = int64_t{16} << 20;
 // Without statistics a piece is this much memory, in a row if it can be.
 constexpr int64_t kMapBytes = 65536;
 
+// What y is made of beside the coefficients: relu(normalised x + residual), each part if it is there.
+struct NormalizeData {
+  const void* x;
+  const void* residual;
+  void* y;
+  bool relu;
+};
+
 class Layout {
  public:
   int64_t blocks() const { return blocks_; }
@@ -46,10 +54,10 @@ class Layout {
 
   // One piece; partials by channel of the block. `floor`: kernels.h, for each element of a sum.
   virtual void moments(const void* x, double floor, int64_t block, int64_t chunk, Partial* partials) const = 0;
-  virtual void normalize(const void* x, void* y, const AffineVectors& affine, int64_t block, int64_t chunk) const = 0;
-  virtual void sums(const void* g, const void* x, const void* mean, const void* invstd, int64_t block, int64_t chunk,
+  virtual void normalize(const NormalizeData& data, const AffineVectors& affine, int64_t block,
+                         int64_t chunk) const = 0;
+  virtual void sums(const void* g, const void* x, const SumVectors& vectors, int64_t block, int64_t chunk,
                     Partial* partials) const = 0;
-  // x == nullptr: the inference gradient.
   virtual void gradient(const void* g, const void* x, void* grad_x, const GradientVectors& vectors, int64_t block,
                         int64_t chunk) const = 0;
 
@@ -64,10 +72,17 @@ class Layout {
   const void* at(const void* data, int64_t element) const {
     return static_cast<const char*>(data) + element * size_of(problem_.dtype);
   }
+  const void* at_if_there(const void* data, int64_t element) const {
+    return data == nullptr ? nullptr : at(data, element);
+  }
   void* at(void* data, int64_t element) const { return static_cast<char*>(data) + element * size_of(problem_.dtype); }
   // A vector by channel, from `channel` on.
   const void* of_channel(const void* vector, int64_t channel) const {
     return static_cast<const char*>(vector) + channel * size_of(accumulate_dtype(problem_.dtype));
+  }
+  GateVectors of_channel(const GateVectors& gate, int64_t channel) const {
+    if (gate.low == nullptr) return gate;
+    return {of_channel(gate.low, channel), of_channel(gate.high, channel)};
   }
 
   Problem problem_;
@@ -84,8 +99,8 @@ class Rows final : public Layout {
   Rows(const Problem& problem, int tensors, bool has_partials);
   double count(int64_t chunk) const override;
   void moments(const void* x, double floor, int64_t block, int64_t chunk, Partial* partials) const override;
-  void normalize(const void* x, void* y, const AffineVectors& affine, int64_t block, int64_t chunk) const override;
-  void sums(const void* g, const void* x, const void* mean, const void* invstd, int64_t block, int64_t chunk,
+  void normalize(const NormalizeData& data, const AffineVectors& affine, int64_t block, int64_t chunk) const override;
+  void sums(const void* g, const void* x, const SumVectors& vectors, int64_t block, int64_t chunk,
             Partial* partials) const override;
   void gradient(const void* g, const void* x, void* grad_x, const GradientVectors& vectors, int64_t block,
                 int64_t chunk) const override;
@@ -130,8 +145,8 @@ class Columns final : public Layout {
   Columns(const Problem& problem, int tensors, bool has_partials, int threads);
   double count(int64_t chunk) const override;
   void moments(const void* x, double floor, int64_t block, int64_t chunk, Partial* partials) const override;
-  void normalize(const void* x, void* y, const AffineVectors& affine, int64_t block, int64_t chunk) const override;
-  void sums(const void* g, const void* x, const void* mean, const void* invstd, int64_t block, int64_t chunk,
+  void normalize(const NormalizeData& data, const AffineVectors& affine, int64_t block, int64_t chunk) const override;
+  void sums(const void* g, const void* x, const SumVectors& vectors, int64_t block, int64_t chunk,
             Partial* partials) const override;
   void gradient(const void* g, const void* x, void* grad_x, const GradientVectors& vectors, int64_t block,
                 int64_t chunk) const override;
@@ -146,6 +161,7 @@ class Columns final : public Layout {
   Piece rest(int64_t block, int64_t chunk) const;
   bool plain() const { return fold_ == 1 && problem_.inner == 1; }  // a column is a channel
   const void* by_column(const void* vector, int64_t block, void* space) const;
+  GateVectors by_column(const GateVectors& gate, int64_t block, void* low, void* high) const;
   template <typename Merge>
   void by_channel(int64_t block, const double* first, const double* second, Partial* partials, Merge merge) const;
 

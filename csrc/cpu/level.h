@@ -47,8 +47,13 @@ BNK_INLINE bool all_in_range(const float* sums, double floor = -__builtin_huge_v
 // NaN stays.
 BNK_INLINE double not_negative(double value) { return value < 0 ? 0 : value; }
 
+#include "ahead.h"
+#include "fusion.h"
+// after these two, which both kinds of kernels use
 #include "row_kernels.h"
-// after row_kernels.h, whose exact_* they use
+// after row_kernels.h, whose exact_* the column kernels use
+#include "column_spans.h"
+// after how columns are walked
 #include "column_kernels.h"
 
 template <typename T>

@@ -14,25 +14,6 @@ BNK_INLINE void visit_run(int64_t length, const Mask<A>& mask, Visitor& visitor)
   if (i < length) visitor.tail(length - kCount, mask);
 }
 
-// Reads ask for what is read next. For statistics that is the tile after this one, which their caller knows; results, and
-// what is walked from end to end, ask for what lies this far ahead.
-constexpr int64_t kReadAhead = 2048;   // bytes
-constexpr int64_t kWriteAhead = 1024;  // bytes
-
-template <typename T>
-BNK_INLINE void read_ahead(const T* here, int64_t bytes = kReadAhead) {
-  for (int64_t line = 0; line < static_cast<int64_t>(Lanes<Accumulate<T>>::kCount * sizeof(T)); line += 64) {
-    __builtin_prefetch(reinterpret_cast<const char*>(here) + bytes + line);
-  }
-}
-
-template <typename T>
-BNK_INLINE void write_ahead(const T* here) {
-  for (int64_t line = 0; line < static_cast<int64_t>(Lanes<Accumulate<T>>::kCount * sizeof(T)); line += 64) {
-    __builtin_prefetch(reinterpret_cast<const char*>(here) + kWriteAhead + line, 1);
-  }
-}
-
 // ---- forward statistics ----
 
 // Two passes in double, element by element: for runs shorter than a vector and for tiles that overflow float.
@@ -132,24 +113,31 @@ void row_moments(const void* data, Tile tile, int64_t ahead, int channels, doubl
 // ---- backward statistics ----
 
 template <typename T>
-__attribute__((noinline)) Partial exact_sums(const T* g, const T* x, const Tile& tile, double mean, double invstd) {
+__attribute__((noinline)) Partial exact_sums(const T* g, const T* x, const Tile& tile, const SumVectors& vectors,
+                                             int64_t channel) {
+  using A = Accumulate<T>;
+  const double mean = static_cast<const A*>(vectors.mean)[channel];
+  const double invstd = static_cast<const A*>(vectors.invstd)[channel];
+  const ExactGate gate = ExactGate::of_channel<A>(vectors.gate, channel);
   Partial sums{};
   for (int64_t row = 0; row < tile.rows; ++row) {
     for (int64_t i = 0; i < tile.length; ++i) {
-      const double gradient = to_double(g[row * tile.stride + i]);
+      const double value = to_double(x[row * tile.stride + i]);
+      const double gradient = gate(to_double(g[row * tile.stride + i]), value);
       sums.first += gradient;
-      sums.second += gradient * ((to_double(x[row * tile.stride + i]) - mean) * invstd);
+      sums.second += gradient * ((value - mean) * invstd);
     }
   }
   return sums;
 }
 
-template <typename T>
+template <typename T, typename Gate>
 struct GradientSums {
   using A = Accumulate<T>;
   const T* g;
   const T* x;
   int64_t ahead;  // bytes
+  const Gate gate;
   Lanes<A> mean, invstd, sum_g, sum_gx;
 
   BNK_INLINE void add(const Lanes<A>& gradient, const Lanes<A>& value) {
@@ -159,23 +147,23 @@ struct GradientSums {
   BNK_INLINE void whole(int64_t i) {
     read_ahead(g + i, ahead);
     read_ahead(x + i, ahead);
-    add(load(g + i), load(x + i));
+    const Lanes<A> value = load(x + i);
+    add(gate(load(g + i), value), value);
   }
   BNK_INLINE void tail(int64_t i, const Mask<A>& mask) {
     read_ahead(g + i, ahead);
     read_ahead(x + i, ahead);
-    add(keep(load(g + i), mask), load(x + i));
+    const Lanes<A> value = load(x + i);
+    add(keep(gate(load(g + i), value), mask), value);
   }
 };
 
-template <typename T>
-void row_sums(const void* g_data, const void* x_data, Tile tile, int64_t ahead, int channels, const void* mean_data,
-              const void* invstd_data, Partial* of_tile) {
+template <typename Gate, typename T>
+BNK_INLINE void sum_rows(const T* g, const T* x, const Tile& tile, int64_t ahead, int channels,
+                         const SumVectors& vectors, Partial* of_tile) {
   using A = Accumulate<T>;
-  const T* g = static_cast<const T*>(g_data);
-  const T* x = static_cast<const T*>(x_data);
-  const A* mean = static_cast<const A*>(mean_data);
-  const A* invstd = static_cast<const A*>(invstd_data);
+  const A* mean = static_cast<const A*>(vectors.mean);
+  const A* invstd = static_cast<const A*>(vectors.invstd);
   const bool runs_are_vectors = tile.length >= Lanes<A>::kCount;
   Lanes<A> sum_g[kMaxRowChannels], sum_gx[kMaxRowChannels];
   for (int c = 0; c < channels; ++c) sum_g[c] = sum_gx[c] = {};
@@ -183,9 +171,14 @@ void row_sums(const void* g_data, const void* x_data, Tile tile, int64_t ahead, 
   for (int64_t row = 0; row < tile.rows && runs_are_vectors; ++row) {
     for (int c = 0; c < channels; ++c) {
       const int64_t offset = row * tile.stride + c * tile.length;
-      GradientSums<T> run{g + offset,         x + offset,           ahead * static_cast<int64_t>(sizeof(T)),
-                          broadcast(mean[c]), broadcast(invstd[c]), sum_g[c],
-                          sum_gx[c]};
+      GradientSums<T, Gate> run{g + offset,
+                                x + offset,
+                                ahead * static_cast<int64_t>(sizeof(T)),
+                                Gate::of_channel(vectors.gate, c),
+                                broadcast(mean[c]),
+                                broadcast(invstd[c]),
+                                sum_g[c],
+                                sum_gx[c]};
       visit_run<A>(tile.length, mask, run);
       sum_g[c] = run.sum_g;
       sum_gx[c] = run.sum_gx;
@@ -194,9 +187,18 @@ void row_sums(const void* g_data, const void* x_data, Tile tile, int64_t ahead, 
   for (int c = 0; c < channels; ++c) {
     of_tile[c] = {sum_of_lanes(sum_g[c]), sum_of_lanes(sum_gx[c])};
     if (!(runs_are_vectors && in_range<A>(of_tile[c].first) && in_range<A>(of_tile[c].second))) {
-      of_tile[c] = exact_sums(g + c * tile.length, x + c * tile.length, tile, mean[c], invstd[c]);
+      of_tile[c] = exact_sums(g + c * tile.length, x + c * tile.length, tile, vectors, c);
     }
   }
+}
+
+template <typename T>
+void row_sums(const void* g_data, const void* x_data, Tile tile, int64_t ahead, int channels, const SumVectors& vectors,
+              Partial* of_tile) {
+  const T* g = static_cast<const T*>(g_data);
+  const T* x = static_cast<const T*>(x_data);
+  if (vectors.gate.low != nullptr) return sum_rows<ReluGate<T>>(g, x, tile, ahead, channels, vectors, of_tile);
+  sum_rows<OpenGate<T>>(g, x, tile, ahead, channels, vectors, of_tile);
 }
 
 // ---- elementwise ----
@@ -218,25 +220,28 @@ BNK_INLINE void write_run(int64_t length, const T* to, const Visitor& visitor) {
   if (i < length) visitor.template whole<Write::kCached>(length - kCount);
 }
 
-template <typename T>
+template <typename T, typename Fusion>
 struct Normalize {
   using A = Accumulate<T>;
   const T* x;
   T* y;
+  const Fusion fusion;
   Lanes<A> mean, invstd, weight, bias;
 
   BNK_INLINE Lanes<A> of(const Lanes<A>& value) const { return (value - mean) * invstd * weight + bias; }
   template <Write kWrite>
   BNK_INLINE void whole(int64_t i) const {
     read_ahead(x + i);
+    fusion.ask_ahead(i, kReadAhead);
     if constexpr (kWrite == Write::kCached) write_ahead(y + i);
-    store<kWrite>(y + i, of(load(x + i)));
+    store<kWrite>(y + i, fusion.whole(of(load(x + i)), i));
   }
-  BNK_INLINE void part(int64_t count) const { store_first(y, of(load_first(x, count)), count); }
+  BNK_INLINE void part(int64_t count) const { store_first(y, fusion.part(of(load_first(x, count)), 0, count), count); }
 };
 
-template <Write kWrite, typename T>
-BNK_INLINE void normalize_rows(const T* x, T* y, const Tile& tile, int channels, const AffineVectors& affine) {
+template <Write kWrite, typename T, typename Fusion>
+BNK_INLINE void normalize_rows(const T* x, const Fusion& fusion, T* y, const Tile& tile, int channels,
+                               const AffineVectors& affine) {
   using A = Accumulate<T>;
   const A* mean = static_cast<const A*>(affine.mean);
   const A* invstd = static_cast<const A*>(affine.invstd);
@@ -245,32 +250,49 @@ BNK_INLINE void normalize_rows(const T* x, T* y, const Tile& tile, int channels,
   for (int64_t row = 0; row < tile.rows; ++row) {
     for (int c = 0; c < channels; ++c) {
       const int64_t at = row * tile.stride + c * tile.length;
-      const Normalize<T> run{
-          x + at, y + at, broadcast(mean[c]), broadcast(invstd[c]), broadcast(weight[c]), broadcast(bias[c])};
+      const Normalize<T, Fusion> run{x + at,
+                                     y + at,
+                                     fusion.from(at),
+                                     broadcast(mean[c]),
+                                     broadcast(invstd[c]),
+                                     broadcast(weight[c]),
+                                     broadcast(bias[c])};
       write_run<kWrite>(tile.length, y + at, run);
     }
   }
 }
 
-template <typename T>
-void row_normalize(const void* x_data, void* y_data, Tile tile, int channels, const AffineVectors& affine,
-                   bool streamed) {
-  const T* x = static_cast<const T*>(x_data);
-  T* y = static_cast<T*>(y_data);
-  if (streamed) return normalize_rows<Write::kStreamed>(x, y, tile, channels, affine);
-  normalize_rows<Write::kCached>(x, y, tile, channels, affine);
+template <typename T, typename Fusion>
+BNK_INLINE void fused_rows(const T* x, const Fusion& fusion, T* y, const Tile& tile, int channels,
+                           const AffineVectors& affine, bool streamed) {
+  if (streamed) return normalize_rows<Write::kStreamed>(x, fusion, y, tile, channels, affine);
+  normalize_rows<Write::kCached>(x, fusion, y, tile, channels, affine);
 }
 
 template <typename T>
+void row_normalize(const void* x_data, const void* residual_data, void* y_data, Tile tile, int channels,
+                   const AffineVectors& affine, bool relu, bool streamed) {
+  const T* x = static_cast<const T*>(x_data);
+  const T* residual = static_cast<const T*>(residual_data);
+  T* y = static_cast<T*>(y_data);
+  if (residual != nullptr) {
+    return fused_rows(x, PlusResidual<T>(residual, relu), y, tile, channels, affine, streamed);
+  }
+  if (relu) return fused_rows(x, ThenRelu<T>{}, y, tile, channels, affine, streamed);
+  fused_rows(x, Unfused<T>{}, y, tile, channels, affine, streamed);
+}
+
+template <typename T, typename Gate>
 struct InputGradient {
   using A = Accumulate<T>;
   const T* g;
   const T* x;
   T* grad_x;
+  const Gate gate;
   Lanes<A> mean, scale, mean_g, slope;
 
   BNK_INLINE Lanes<A> of(const Lanes<A>& gradient, const Lanes<A>& value) const {
-    return scale * (gradient - mean_g - (value - mean) * slope);
+    return scale * (gate(gradient, value) - mean_g - (value - mean) * slope);
   }
   template <Write kWrite>
   BNK_INLINE void whole(int64_t i) const {
@@ -282,23 +304,34 @@ struct InputGradient {
   }
 };
 
-template <typename T>
+template <typename T, typename Gate>
 struct ScaledGradient {
   using A = Accumulate<T>;
   const T* g;
+  const T* x;  // if the gate asks for it
   T* grad_x;
+  const Gate gate;
   Lanes<A> scale;
 
   template <Write kWrite>
   BNK_INLINE void whole(int64_t i) const {
     read_ahead(g + i);
     if constexpr (kWrite == Write::kCached) write_ahead(grad_x + i);
-    store<kWrite>(grad_x + i, scale * load(g + i));
+    Lanes<A> gradient = load(g + i);
+    if constexpr (Gate::kAsksX) {
+      read_ahead(x + i);
+      gradient = gate(gradient, load(x + i));
+    }
+    store<kWrite>(grad_x + i, scale * gradient);
   }
-  BNK_INLINE void part(int64_t count) const { store_first(grad_x, scale * load_first(g, count), count); }
+  BNK_INLINE void part(int64_t count) const {
+    Lanes<A> gradient = load_first(g, count);
+    if constexpr (Gate::kAsksX) gradient = gate(gradient, load_first(x, count));
+    store_first(grad_x, scale * gradient, count);
+  }
 };
 
-template <Write kWrite, typename T>
+template <Write kWrite, typename Gate, typename T>
 BNK_INLINE void gradient_rows(const T* g, const T* x, T* grad_x, const Tile& tile, int channels,
                               const GradientVectors& gradient) {
   using A = Accumulate<T>;
@@ -309,20 +342,31 @@ BNK_INLINE void gradient_rows(const T* g, const T* x, T* grad_x, const Tile& til
   for (int64_t row = 0; row < tile.rows; ++row) {
     for (int c = 0; c < channels; ++c) {
       const int64_t at = row * tile.stride + c * tile.length;
-      if (x == nullptr) {
-        write_run<kWrite>(tile.length, grad_x + at, ScaledGradient<T>{g + at, grad_x + at, broadcast(scale[c])});
+      const Gate gate = Gate::of_channel(gradient.gate, c);
+      if (slope == nullptr) {
+        const ScaledGradient<T, Gate> run{g + at, Gate::kAsksX ? x + at : nullptr, grad_x + at, gate,
+                                          broadcast(scale[c])};
+        write_run<kWrite>(tile.length, grad_x + at, run);
         continue;
       }
-      const InputGradient<T> run{g + at,
-                                 x + at,
-                                 grad_x + at,
-                                 broadcast(mean[c]),
-                                 broadcast(scale[c]),
-                                 broadcast(mean_g[c]),
-                                 broadcast(slope[c])};
+      const InputGradient<T, Gate> run{g + at,
+                                       x + at,
+                                       grad_x + at,
+                                       gate,
+                                       broadcast(mean[c]),
+                                       broadcast(scale[c]),
+                                       broadcast(mean_g[c]),
+                                       broadcast(slope[c])};
       write_run<kWrite>(tile.length, grad_x + at, run);
     }
   }
+}
+
+template <typename Gate, typename T>
+BNK_INLINE void gated_rows(const T* g, const T* x, T* grad_x, const Tile& tile, int channels,
+                           const GradientVectors& gradient, bool streamed) {
+  if (streamed) return gradient_rows<Write::kStreamed, Gate>(g, x, grad_x, tile, channels, gradient);
+  gradient_rows<Write::kCached, Gate>(g, x, grad_x, tile, channels, gradient);
 }
 
 template <typename T>
@@ -331,6 +375,6 @@ void row_gradient(const void* g_data, const void* x_data, void* grad_x_data, Til
   const T* g = static_cast<const T*>(g_data);
   const T* x = static_cast<const T*>(x_data);
   T* grad_x = static_cast<T*>(grad_x_data);
-  if (streamed) return gradient_rows<Write::kStreamed>(g, x, grad_x, tile, channels, gradient);
-  gradient_rows<Write::kCached>(g, x, grad_x, tile, channels, gradient);
+  if (gradient.gate.low != nullptr) return gated_rows<ReluGate<T>>(g, x, grad_x, tile, channels, gradient, streamed);
+  gated_rows<OpenGate<T>>(g, x, grad_x, tile, channels, gradient, streamed);
 }

@@ -136,16 +136,18 @@ void Rows::moments(const void* x, double floor, int64_t block, int64_t chunk, Pa
   }
 }
 
-void Rows::sums(const void* g, const void* x, const void* mean, const void* invstd, int64_t block, int64_t chunk,
+void Rows::sums(const void* g, const void* x, const SumVectors& vectors, int64_t block, int64_t chunk,
                 Partial* partials) const {
   std::fill_n(partials, channels(block), Partial{});
   const int64_t last = pieces(block, chunk);
   for (int64_t index = 0; index < last; ++index) {
     const Piece part = piece(block, chunk, index);
     const int64_t first = first_channel(block) + part.channel;
+    const SumVectors of_piece{of_channel(vectors.mean, first), of_channel(vectors.invstd, first),
+                              of_channel(vectors.gate, first)};
     Partial of_tile[kMaxRowChannels];
     kernels_.row_sums(at(g, part.offset), at(x, part.offset), part.tile, to_next(block, chunk, index), part.channels,
-                      of_channel(mean, first), of_channel(invstd, first), of_tile);
+                      of_piece, of_tile);
     for (int c = 0; c < part.channels; ++c) {
       partials[part.channel + c].first += of_tile[c].first;
       partials[part.channel + c].second += of_tile[c].second;
@@ -153,12 +155,13 @@ void Rows::sums(const void* g, const void* x, const void* mean, const void* invs
   }
 }
 
-void Rows::normalize(const void* x, void* y, const AffineVectors& affine, int64_t block, int64_t chunk) const {
+void Rows::normalize(const NormalizeData& data, const AffineVectors& affine, int64_t block, int64_t chunk) const {
   const int64_t first = first_channel(block);
   const AffineVectors of_block{of_channel(affine.mean, first), of_channel(affine.invstd, first),
                                of_channel(affine.weight, first), of_channel(affine.bias, first)};
   over_rows_reversed(block, chunk, [&](int64_t offset, const Tile& tile) {
-    kernels_.row_normalize(at(x, offset), at(y, offset), tile, channels(block), of_block, streamed_);
+    kernels_.row_normalize(at(data.x, offset), at_if_there(data.residual, offset), at(data.y, offset), tile,
+                           channels(block), of_block, data.relu, streamed_);
   });
   if (streamed_) kernels_.end_of_stream();
 }
@@ -166,11 +169,15 @@ void Rows::normalize(const void* x, void* y, const AffineVectors& affine, int64_
 void Rows::gradient(const void* g, const void* x, void* grad_x, const GradientVectors& vectors, int64_t block,
                     int64_t chunk) const {
   const int64_t first = first_channel(block);
-  const GradientVectors of_block{of_channel(vectors.mean, first), of_channel(vectors.scale, first),
-                                 of_channel(vectors.mean_g, first), of_channel(vectors.slope, first)};
+  GradientVectors of_block{nullptr, of_channel(vectors.scale, first), nullptr, nullptr,
+                           of_channel(vectors.gate, first)};
+  if (vectors.slope != nullptr) {
+    of_block.mean = of_channel(vectors.mean, first);
+    of_block.mean_g = of_channel(vectors.mean_g, first);
+    of_block.slope = of_channel(vectors.slope, first);
+  }
   over_rows_reversed(block, chunk, [&](int64_t offset, const Tile& tile) {
-    kernels_.row_gradient(at(g, offset), x == nullptr ? nullptr : at(x, offset), at(grad_x, offset), tile,
-                          channels(block), of_block, streamed_);
+    kernels_.row_gradient(at(g, offset), at(x, offset), at(grad_x, offset), tile, channels(block), of_block, streamed_);
   });
   if (streamed_) kernels_.end_of_stream();
 }
