@@ -161,7 +161,7 @@ def test_errors_of_the_ops() -> None:
     for wrong, message in (
         (torch.randn(4, 3, 5), "expected a residual of shape"),
         (x.double(), "expected a residual of dtype Float, but got Double"),
-        (x.to("meta"), "expected a residual on cpu"),
+        (x.to("meta"), "expected a residual of .* on cpu"),
     ):
         with pytest.raises(RuntimeError, match=message):
             ops.fused_forward_train(x, wrong, *vectors, 0.1, 1e-5, True)
