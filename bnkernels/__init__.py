@@ -3,6 +3,7 @@
 import bnkernels as bnk
 
 model = bnk.convert(model)                                  # every nn.BatchNorm* of a model, in place
+model = bnk.fuse(model)                                     # and the ReLUs and additions behind them, in a GraphModule
 layer = bnk.BatchNorm2d(64)                                 # nn.BatchNorm2d's signature
 y = bnk.batch_norm(x, running_mean, running_var, weight, bias, training=True)
 print(bnk.explain(x))                                       # how a GPU runs it; explain_model: every layer of a model
@@ -11,6 +12,7 @@ print(bnk.explain(x))                                       # how a GPU runs it;
 from .convert import ConversionReport, convert, revert
 from .explain import explain, explain_model
 from .functional import batch_norm
+from .fuse import FusionReport, fuse
 from .modules import (
     BatchNorm1d,
     BatchNorm2d,
@@ -31,6 +33,7 @@ __all__ = [
     "BatchNorm3d",
     "ConversionReport",
     "DistributedDataParallel",
+    "FusionReport",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
@@ -42,6 +45,7 @@ __all__ = [
     "convert",
     "explain",
     "explain_model",
+    "fuse",
     "no_statistics_update",
     "revert",
 ]

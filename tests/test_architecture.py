@@ -74,6 +74,8 @@ LAYERS = (
     "tracking",
     "sync",
     "convert",
+    "patterns",
+    "fuse",
     "explain",
     "__init__",
     "check",
