@@ -209,17 +209,18 @@ def test_a_sum_that_is_used_elsewhere() -> None:
 
 
 class Between(nn.Module):
-    """Something happens to a BatchNorm's input before its result is added."""
+    """Something happens to a BatchNorm's input, or to a view of its memory, before its result is added."""
 
-    def __init__(self, happens: Callable[[Tensor], Any]) -> None:
+    def __init__(self, happens: Callable[[Tensor], Any], of_view: bool) -> None:
         super().__init__()
         self.conv, self.bn = nn.Conv2d(3, CHANNELS, 1), nn.BatchNorm2d(CHANNELS)
-        self.happens, self.skip = happens, nn.Conv2d(CHANNELS, CHANNELS, 1)
+        self.happens, self.of_view, self.skip = happens, of_view, nn.Conv2d(CHANNELS, CHANNELS, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         z = self.conv(x)
+        view = z.view_as(z)
         y = self.bn(z)
-        self.happens(z)
+        self.happens(view if self.of_view else z)
         return y + self.skip(z)  # type: ignore[no-any-return]
 
 
@@ -232,10 +233,13 @@ HAPPENS: dict[str, tuple[Callable[[Tensor], Any], dict[str, str]]] = {
 }
 
 
+@pytest.mark.parametrize("of_view", [False, True], ids=["the input", "a view of it"])
 @pytest.mark.parametrize(("happens", "expected"), HAPPENS.values(), ids=HAPPENS)
-def test_its_input_between_it_and_the_addition(happens: Callable[[Tensor], Any], expected: dict[str, str]) -> None:
+def test_its_input_between_it_and_the_addition(
+    happens: Callable[[Tensor], Any], expected: dict[str, str], of_view: bool
+) -> None:
     """The fused call reads its input where the addition was."""
-    result, what, left = fused(model := Between(happens))
+    result, what, left = fused(model := Between(happens, of_view))
     assert what == expected and ("bn" in what or "may change its input" in left["bn"])
     x = images()
     with torch.no_grad():  # writing to what a layer has saved cannot be differentiated

@@ -40,6 +40,7 @@ class Whole(nn.Module):
         self.same = self.body
         self.weights = nn.Parameter(torch.randn(2))
         self.register_buffer("mean", torch.randn(3, 1, 1))
+        self.register_buffer("uncalled", torch.randn(2))
         self.register_buffer("passing", torch.randn(1), persistent=False)
         self.plain = torch.randn(1)
 
