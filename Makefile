@@ -60,7 +60,7 @@ CPP_FILES = $(shell git ls-files -co --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 
     'tests/simt/*.h' 'tests/simt/*.cpp' 'tests/simt/*.cuh' 'tests/simt/*.cu' 2>/dev/null || \
     find csrc tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
-STUDIES = $(filter-out study digits,$(patsubst examples/%.py,%,$(wildcard examples/*.py)))
+STUDIES = $(filter-out study digits speedrun_networks,$(patsubst examples/%.py,%,$(wildcard examples/*.py)))
 
 # The one installed beside the interpreter.
 CLANG_FORMAT = "$$(dirname "$$($(PY) -c 'import sys; print(sys.executable)')")/clang-format"

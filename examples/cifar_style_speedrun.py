@@ -10,18 +10,19 @@ flipping. The images are scikit-learn's 1,797 digits of 8x8 pixels, one half to 
 These train in one process and one thread, in turns step by step, from the same weights on the same batches, so that
 whatever else the machine does meets all of them alike. Only the training steps are timed:
 
-- nn.BatchNorm2d, and the same network after `bnk.convert`, with the activations in NCHW and in channels_last.
-- The converted network in channels_last with ghost batch normalisation: Hoffer, Hubara & Soudry 2017, "Train longer,
-  generalize better" (arXiv 1705.08741), Algorithm 1. They train with large batches, take the statistics over virtual
-  batches of the size that small-batch training has, and claim that this lessens the accuracy lost to the large batch.
-  What is lost shows beside an untimed run with batches of the virtual size, on as many images.
+- nn.BatchNorm2d, the same network after `bnk.convert`, and that after `bnk.fuse`, which makes each ReLU part of the
+  BatchNorm before it; with the activations in NCHW and in channels_last.
+- The converted network in channels_last, and the fused one, with ghost batch normalisation: Hoffer, Hubara & Soudry
+  2017, "Train longer, generalize better" (arXiv 1705.08741), Algorithm 1. They train with large batches, take the
+  statistics over virtual batches of the size that small-batch training has, and claim that this lessens the accuracy
+  lost to the large batch. What is lost shows beside an untimed run with batches of the virtual size, on as many images.
 
 A time to accuracy is steps times the time of a step. Converting changes rounding alone, and so the network that comes
-out, as any other order of summation would, but not how good it is: the steps should be equal within noise. What the
-conversion may change is the time of a step.
+out, as any other order of summation would, but not how good it is: the steps should be equal within noise. Fusing a
+ReLU changes no bit. What either may change is the time of a step. (The sum of a block comes behind its last ReLU here,
+so that there is none to fuse.)
 
-Not here: BatchNorm with its ReLU or the residual sum in one kernel, which the package does not have yet; these variants
-follow when it does. Nor torch.compile: on a CPU, compiling takes longer than all of these trainings.
+Not here: torch.compile. On a CPU, compiling takes longer than all of these trainings.
 """
 
 from __future__ import annotations
@@ -39,82 +40,31 @@ import torch
 import torch.nn.functional as F
 from digits import Images, load, now, shifted
 from matplotlib.figure import Figure
-from study import THIRD, WITH_BN, WITHOUT_BN, Claim, Report, bar, parse, parser
+from speedrun_networks import (
+    BATCH,
+    CONVERSIONS,
+    CONVERTED,
+    FUSIONS,
+    GHOST,
+    GHOSTLY,
+    KINDS,
+    NN,
+    OURS_IN_SMALL_BATCHES,
+    PAIRS,
+    TORCHS,
+    VIRTUAL,
+    Kind,
+    model_of,
+    network,
+)
+from study import THIRD, Claim, Report, bar, parse, parser
 from torch import Tensor, nn
 
-import bnkernels as bnk
-
-BATCH, VIRTUAL = 256, 32
-# Of the running statistics, by the update. Ghosts make several in a step; all forget as much in a step.
-GHOST_MOMENTUM = 0.1
-MOMENTUM = 1 - (1 - GHOST_MOMENTUM) ** (BATCH // VIRTUAL)
 RATE, SMALL_BATCH_RATE = 0.3, 0.1  # the square root of the batch's size apart, as in Hoffer et al.
 STEPS, EVERY = 48, 2
 TARGET = 0.97
 LOST = 0.3  # points of accuracy, with the large batch instead of the small one: the mean of ten seeds
-LOGIT_SCALE = 0.125
 LABEL_SMOOTHING = 0.1
-
-
-class GhostBatchNorm2d(bnk.BatchNorm2d):
-    """BatchNorm2d over virtual batches, the last of which may be smaller; in evaluation BatchNorm2d itself.
-
-    The running statistics follow one virtual batch after the other: n of them with means m_1 .. m_n make of the
-    running mean r, with momentum p, (1 - p)^n r + sum_i p (1 - p)^(n - i) m_i. So with the unbiased variances.
-    """
-
-    def __init__(self, num_features: int, virtual_batch: int, momentum: float = GHOST_MOMENTUM) -> None:
-        super().__init__(num_features, momentum=momentum)
-        self.virtual_batch = virtual_batch
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(x)
-        return torch.cat([super(GhostBatchNorm2d, self).forward(part) for part in x.split(self.virtual_batch)])
-
-
-Norm = Callable[[int], nn.BatchNorm2d]
-
-
-def convolution(norm: Norm, inputs: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), norm(outputs), nn.ReLU())
-
-
-class Residual(nn.Module):
-    def __init__(self, norm: Norm, channels: int) -> None:
-        super().__init__()
-        self.branch = nn.Sequential(convolution(norm, channels, channels), convolution(norm, channels, channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.branch(x)  # type: ignore[no-any-return]
-
-
-class Scaled(nn.Linear):
-    """Keeps the logits of the initial network small, without which the learning rates of the speedruns diverge."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return LOGIT_SCALE * super().forward(x)
-
-
-TORCHS: Norm = partial(nn.BatchNorm2d, momentum=MOMENTUM)
-OURS_IN_SMALL_BATCHES: Norm = partial(bnk.BatchNorm2d, momentum=GHOST_MOMENTUM)
-GHOSTS: Norm = partial(GhostBatchNorm2d, virtual_batch=VIRTUAL)
-
-
-def network(norm: Norm, width: int = 16) -> nn.Sequential:
-    """ResNet-9 without its last stage: the images have 8x8 pixels."""
-    return nn.Sequential(
-        convolution(norm, 1, width),
-        convolution(norm, width, 2 * width),
-        nn.MaxPool2d(2),
-        Residual(norm, 2 * width),
-        convolution(norm, 2 * width, 4 * width),
-        nn.MaxPool2d(2),
-        Residual(norm, 4 * width),
-        nn.AdaptiveMaxPool2d(1),
-        nn.Flatten(),
-        Scaled(4 * width, 10, bias=False),
-    )
 
 
 def halves(device: torch.device, seed: int) -> tuple[Images, Images]:
@@ -133,40 +83,6 @@ def batches(data: Images, size: int, count: int, seed: int) -> Iterator[Images]:
     order = torch.cat([torch.randperm(len(data), generator=generator) for _ in range(passes)])
     for chosen in order.to(data.labels.device).split(size)[:count]:
         yield Images(shifted(data.images[chosen], generator), data.labels[chosen])
-
-
-@dataclass(frozen=True)
-class Kind:
-    name: str
-    layout: torch.memory_format
-    colour: str
-    style: str
-
-    def __str__(self) -> str:
-        return f"{self.name}, {'NCHW' if self.layout == torch.contiguous_format else 'channels_last'}"
-
-
-NN_NCHW, CONVERTED_NCHW, NN, CONVERTED, GHOST = KINDS = (
-    Kind("nn.BatchNorm2d", torch.contiguous_format, WITHOUT_BN, ":"),
-    Kind("converted", torch.contiguous_format, WITH_BN, ":"),
-    Kind("nn.BatchNorm2d", torch.channels_last, WITHOUT_BN, "-"),
-    Kind("converted", torch.channels_last, WITH_BN, "-"),
-    Kind("ghost", torch.channels_last, THIRD, "-"),
-)
-CONVERSIONS = ((NN_NCHW, CONVERTED_NCHW), (NN, CONVERTED))
-PAIRS = (*CONVERSIONS, (GHOST, CONVERTED))  # whose step times are compared
-
-
-def model_of(kind: Kind, original: nn.Module) -> nn.Module:
-    """With the weights of the network with nn.BatchNorm2d."""
-    if kind.name == "ghost":
-        model: nn.Module = network(GHOSTS)
-        model.load_state_dict(original.state_dict())
-    else:
-        model = copy.deepcopy(original)
-    if kind.name == "converted":
-        model = bnk.convert(model)
-    return model
 
 
 def laid_out(images: Tensor, layout: torch.memory_format) -> Tensor:
@@ -258,14 +174,21 @@ class Race:
 
     @property
     def without_ghosts(self) -> float:
-        """The final accuracy with the large batch: the mean of the four networks, which only rounding tells apart."""
-        return fmean(runner.final for kind, runner in self.runners.items() if kind is not GHOST)
+        """The final accuracy with the large batch: the mean of the networks that only rounding tells apart."""
+        return fmean(runner.final for kind, runner in self.runners.items() if kind not in GHOSTLY)
+
+    @property
+    def with_ghosts(self) -> float:
+        return fmean(self[kind].final for kind in GHOSTLY)
 
     def step_ratios(self, one: Kind, other: Kind) -> list[float]:
         return [a / b for a, b in zip(self[one].seconds, self[other].seconds)]
 
     def step_ratio(self, one: Kind, other: Kind) -> float:
         return median(self[one].seconds) / median(self[other].seconds)
+
+    def largest_difference(self, one: Kind, other: Kind) -> float:
+        return max(abs(a - b) for a, b in zip(self[one].losses, self[other].losses))
 
     def time_ratio(self, one: Kind, other: Kind) -> float:
         """Of the times to the target; NaN where neither came there."""
@@ -318,7 +241,7 @@ def claims(races: Sequence[Race]) -> Iterator[Claim]:
 
     statement = "Converted, the network computes the same, in both layouts."
     yield Claim("convert", statement, "relative difference of the first losses", of_each(first_losses), at_most=1e-5)
-    statement = f"All reach {TARGET:.0%} of images not trained on, the one with ghosts too."
+    statement = f"All reach {TARGET:.0%} of images not trained on, those with ghosts too."
     yield Claim("speedruns", statement, "lowest final accuracy (%)", of_each(lowest), at_least=100 * TARGET)
     for (theirs, ours), what, limit in zip(CONVERSIONS, ("faster", "as fast"), (1.05, 0.9)):
         over = f"{theirs} / {ours.name}"
@@ -331,10 +254,18 @@ def claims(races: Sequence[Race]) -> Iterator[Claim]:
         times = of_each(partial(Race.time_ratio, one=theirs, other=ours))
         statement = f"Converted, the time to {TARGET:.0%} is no longer than noise in the steps makes it."
         yield Claim("convert", statement, f"{over}, times to it", times, at_least=0.7)
+    for apart, fused in FUSIONS:
+        over = f"{apart} / {fused.name}"
+        differences = of_each(partial(Race.largest_difference, one=apart, other=fused))
+        statement = "Fused, the losses of all steps are the same to the bit."
+        yield Claim("fuse", statement, f"{over}, largest difference of a loss", differences, at_most=0)
+        ratios = of_each(partial(Race.step_ratio, one=apart, other=fused))
+        statement = "Fused, a step is no slower."
+        yield Claim("fuse", statement, f"{over}, median step times", ratios, at_least=0.97)
     ratios = of_each(partial(Race.step_ratio, one=GHOST, other=CONVERTED))
     statement = f"{BATCH // VIRTUAL} virtual batches cost less than two fifths of a step more."
     yield Claim("ghosts", statement, f"{GHOST} / {CONVERTED.name}, median step times", ratios, at_most=1.4)
-    gains = of_each(lambda race: 100 * (race[GHOST].final - race.without_ghosts))
+    gains = of_each(lambda race: 100 * (race.with_ghosts - race.without_ghosts))
     statement = f"Ghosts alone regain the {LOST} points that the large batch costs here."
     measure = "final accuracy, in points above the mean of those without"
     yield Claim("Hoffer et al.", statement, measure, gains, at_least=LOST, expected=False)
@@ -390,9 +321,9 @@ def plot(races: Sequence[Race]) -> Figure:
     values = [[ratio for race in races for ratio in race.step_ratios(*pair)] for pair in PAIRS]
     style = {"whis": (5, 95), "showfliers": False, "patch_artist": True, "medianprops": {"color": "black"}}
     for box, pair in zip(ratios.boxplot(values, widths=0.6, **style)["boxes"], PAIRS):
-        box.set(facecolor=(THIRD if GHOST in pair else WITH_BN), alpha=0.5)
-    names = [f"{one.name}\nover\n{other.name},\n{str(other).split(', ')[1]}" for one, other in PAIRS]
-    ratios.set_xticks(range(1, len(PAIRS) + 1), names)
+        box.set(facecolor=(THIRD if GHOST in pair else pair[1].colour), alpha=0.5)
+    names = [f"{one.name} / {other}" for one, other in PAIRS]
+    ratios.set_xticks(range(1, len(PAIRS) + 1), names, rotation=35, ha="right", rotation_mode="anchor")
     ratios.axhline(1, color="grey", linestyle="--", linewidth=1)
     ratios.set(
         ylabel="ratio of the times of a step (above 1: the second is faster)",

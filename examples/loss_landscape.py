@@ -77,8 +77,8 @@ class NoisyBatchNorm2d(bnk.BatchNorm2d):
 
     key = 0
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = super().forward(input, residual)
         generator = torch.Generator(y.device).manual_seed(self.key)
 
         def uniform(*shape: int) -> Tensor:

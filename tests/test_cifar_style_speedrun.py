@@ -13,6 +13,7 @@ from torch import Tensor, nn
 pytest.importorskip("studies")
 
 import cifar_style_speedrun as study
+import speedrun_networks as networks
 from studies import quick
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -20,8 +21,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 
 
-def ghost(virtual_batch: int) -> study.GhostBatchNorm2d:
-    layer = study.GhostBatchNorm2d(3, virtual_batch).double()
+def ghost(virtual_batch: int) -> networks.GhostBatchNorm2d:
+    layer = networks.GhostBatchNorm2d(3, virtual_batch).double()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -56,7 +57,7 @@ def test_ghosts_normalise_each_virtual_batch_by_itself(count: int) -> None:
 
 def test_running_statistics_follow_one_virtual_batch_after_the_other() -> None:
     """(1 - p)^n r + sum_i p (1 - p)^(n - i) m_i, in means as in unbiased variances."""
-    layer, x, p = ghost(8), activations(24), study.GHOST_MOMENTUM
+    layer, x, p = ghost(8), activations(24), networks.GHOST_MOMENTUM
     layer(x)
     parts = [part.transpose(0, 1).flatten(1) for part in x.split(8)]
     mean = sum(p * (1 - p) ** (3 - i) * part.mean(1) for i, part in enumerate(parts, 1))
@@ -67,13 +68,13 @@ def test_running_statistics_follow_one_virtual_batch_after_the_other() -> None:
 
 
 def test_all_forget_as_much_in_a_step() -> None:
-    kept = 1 - study.MOMENTUM
-    assert kept == pytest.approx((1 - study.GHOST_MOMENTUM) ** (study.BATCH / study.VIRTUAL))
+    kept = 1 - networks.MOMENTUM
+    assert kept == pytest.approx((1 - networks.GHOST_MOMENTUM) ** (study.BATCH / study.VIRTUAL))
 
 
 def test_one_virtual_batch_is_batchnorm() -> None:
     """And in evaluation any number of them."""
-    layer, plain, x = ghost(24), study.bnk.BatchNorm2d(3).double(), activations(24)
+    layer, plain, x = ghost(24), networks.bnk.BatchNorm2d(3).double(), activations(24)
     plain.load_state_dict(layer.state_dict())
     assert torch.equal(layer(x), plain(x))
     assert all(torch.equal(a, b) for a, b in zip(layer.buffers(), plain.buffers()))
@@ -118,18 +119,30 @@ def test_images_are_laid_out_as_the_kind_says() -> None:
     original = study.network(study.TORCHS)
     for kind in study.KINDS:
         runner = study.Runner(study.model_of(kind, original), kind.layout, 0.1, 1)
-        after = runner.model[0][0](study.laid_out(torch.zeros(4, 1, 8, 8), kind.layout))
+        after = runner.model.get_submodule("0.0")(study.laid_out(torch.zeros(4, 1, 8, 8), kind.layout))
         assert after.is_contiguous(memory_format=kind.layout)
 
 
 def test_all_start_from_the_same_weights() -> None:
     original = study.network(study.TORCHS)
-    layers = {"nn.BatchNorm2d": nn.BatchNorm2d, "converted": study.bnk.BatchNorm2d, "ghost": study.GhostBatchNorm2d}
+    ours, ghosts = networks.bnk.BatchNorm2d, networks.GhostBatchNorm2d
+    layers = {
+        "nn.BatchNorm2d": nn.BatchNorm2d,
+        "converted": ours,
+        "fused": ours,
+        "ghost": ghosts,
+        "fused + ghost": ghosts,
+    }
     for kind in study.KINDS:
         model = study.model_of(kind, original)
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), original.parameters(), strict=True))
         norms = {type(module) for module in model.modules() if isinstance(module, nn.BatchNorm2d)}
         assert norms == {layers[kind.name]}
+        fused = {
+            getattr(module, "activation", None) for module in model.modules() if isinstance(module, nn.BatchNorm2d)
+        }
+        assert fused == {"relu" if kind.name.startswith("fused") else None}
+        assert any(isinstance(module, nn.ReLU) for module in model.modules()) != kind.name.startswith("fused")
 
 
 def runner(accuracies: list[float], seconds: float) -> study.Runner:
@@ -168,7 +181,7 @@ def test_warming_leaves_the_network_as_it_is() -> None:
 
 def test_a_wrong_layer_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """With another eps in the converted layers the first losses do not agree, as they do in the test below."""
-    convert = study.bnk.convert
+    convert = networks.bnk.convert
 
     def convert_wrongly(model: nn.Module) -> nn.Module:
         for module in convert(model).modules():
@@ -176,7 +189,7 @@ def test_a_wrong_layer_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
                 module.eps = 1e-2
         return model
 
-    monkeypatch.setattr(study.bnk, "convert", convert_wrongly)
+    monkeypatch.setattr(networks.bnk, "convert", convert_wrongly)
     first = next(study.claims([study.run(0, CPU, study.EVERY)]))
     assert first.measure == "relative difference of the first losses" and not first.holds
 
@@ -189,5 +202,5 @@ def test_a_quick_run_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "holds (1 of 1 seeds): Converted, the network computes the same" in printed
     assert (tmp_path / "cifar_style_speedrun.png").read_bytes().startswith(b"\x89PNG")
     report = (tmp_path / "cifar_style_speedrun.md").read_text()
-    assert report.count("(0 of 1 seeds)") + report.count("(1 of 1 seeds)") == 10
+    assert report.count("(0 of 1 seeds)") + report.count("(1 of 1 seeds)") == 16
     assert "a quick run" in report

@@ -1,0 +1,126 @@
+"""The networks of cifar_style_speedrun.py: ResNet-9 in miniature, with each kind of BatchNorm from the same weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from study import FOURTH, THIRD, WITH_BN, WITHOUT_BN
+from torch import Tensor, nn
+
+import bnkernels as bnk
+
+BATCH, VIRTUAL = 256, 32
+# Of the running statistics, by the update. Ghosts make several in a step; all forget as much in a step.
+GHOST_MOMENTUM = 0.1
+MOMENTUM = 1 - (1 - GHOST_MOMENTUM) ** (BATCH // VIRTUAL)
+LOGIT_SCALE = 0.125
+
+
+class GhostBatchNorm2d(bnk.BatchNorm2d):
+    """BatchNorm2d over virtual batches, the last of which may be smaller; in evaluation BatchNorm2d itself.
+
+    The running statistics follow one virtual batch after the other: n of them with means m_1 .. m_n make of the
+    running mean r, with momentum p, (1 - p)^n r + sum_i p (1 - p)^(n - i) m_i. So with the unbiased variances.
+    """
+
+    def __init__(self, num_features: int, virtual_batch: int, activation: str | None = None) -> None:
+        super().__init__(num_features, momentum=GHOST_MOMENTUM, activation=activation)
+        self.virtual_batch = virtual_batch
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if not self.training:
+            return super().forward(input, residual)
+        inputs = input.split(self.virtual_batch)
+        residuals = [None] * len(inputs) if residual is None else residual.split(self.virtual_batch)
+        parts = zip(inputs, residuals)
+        return torch.cat([super(GhostBatchNorm2d, self).forward(part, added) for part, added in parts])
+
+
+Norm = Callable[[int], nn.BatchNorm2d]
+
+
+def convolution(norm: Norm, inputs: int, outputs: int) -> nn.Sequential:
+    layer = norm(outputs)
+    relu = nn.Identity() if getattr(layer, "activation", None) else nn.ReLU()
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), layer, relu)
+
+
+class Residual(nn.Module):
+    def __init__(self, norm: Norm, channels: int) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(convolution(norm, channels, channels), convolution(norm, channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)  # type: ignore[no-any-return]
+
+
+class Scaled(nn.Linear):
+    """Keeps the logits of the initial network small, without which the learning rates of the speedruns diverge."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return LOGIT_SCALE * super().forward(x)
+
+
+TORCHS: Norm = partial(nn.BatchNorm2d, momentum=MOMENTUM)
+OURS_IN_SMALL_BATCHES: Norm = partial(bnk.BatchNorm2d, momentum=GHOST_MOMENTUM)
+GHOSTS: Norm = partial(GhostBatchNorm2d, virtual_batch=VIRTUAL)
+FUSED_GHOSTS: Norm = partial(GhostBatchNorm2d, virtual_batch=VIRTUAL, activation="relu")
+
+
+def network(norm: Norm, width: int = 16) -> nn.Sequential:
+    """ResNet-9 without its last stage: the images have 8x8 pixels."""
+    return nn.Sequential(
+        convolution(norm, 1, width),
+        convolution(norm, width, 2 * width),
+        nn.MaxPool2d(2),
+        Residual(norm, 2 * width),
+        convolution(norm, 2 * width, 4 * width),
+        nn.MaxPool2d(2),
+        Residual(norm, 4 * width),
+        nn.AdaptiveMaxPool2d(1),
+        nn.Flatten(),
+        Scaled(4 * width, 10, bias=False),
+    )
+
+
+@dataclass(frozen=True)
+class Kind:
+    name: str
+    layout: torch.memory_format
+    colour: str
+    style: str
+
+    def __str__(self) -> str:
+        return f"{self.name}, {'NCHW' if self.layout == torch.contiguous_format else 'channels_last'}"
+
+
+NN_NCHW, CONVERTED_NCHW, FUSED_NCHW, NN, CONVERTED, FUSED, GHOST, FUSED_GHOST = KINDS = (
+    Kind("nn.BatchNorm2d", torch.contiguous_format, WITHOUT_BN, ":"),
+    Kind("converted", torch.contiguous_format, WITH_BN, ":"),
+    Kind("fused", torch.contiguous_format, FOURTH, ":"),
+    Kind("nn.BatchNorm2d", torch.channels_last, WITHOUT_BN, "-"),
+    Kind("converted", torch.channels_last, WITH_BN, "-"),
+    Kind("fused", torch.channels_last, FOURTH, "-"),
+    Kind("ghost", torch.channels_last, THIRD, "-"),
+    Kind("fused + ghost", torch.channels_last, THIRD, "--"),
+)
+GHOSTLY = (GHOST, FUSED_GHOST)
+CONVERSIONS = ((NN_NCHW, CONVERTED_NCHW), (NN, CONVERTED))
+FUSIONS = ((CONVERTED_NCHW, FUSED_NCHW), (CONVERTED, FUSED), (GHOST, FUSED_GHOST))
+PAIRS = (*CONVERSIONS, *FUSIONS, (GHOST, CONVERTED))  # whose step times are compared
+
+
+def model_of(kind: Kind, original: nn.Module) -> nn.Module:
+    """With the weights of the network with nn.BatchNorm2d."""
+    if kind in GHOSTLY:
+        model: nn.Module = network(GHOSTS if kind is GHOST else FUSED_GHOSTS)
+        model.load_state_dict(original.state_dict())
+        return model
+    model = copy.deepcopy(original)
+    if kind.name != "nn.BatchNorm2d":
+        model = bnk.convert(model)
+    return bnk.fuse(model) if kind.name == "fused" else model
