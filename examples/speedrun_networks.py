@@ -94,8 +94,12 @@ class Kind:
     colour: str
     style: str
 
+    @property
+    def layout_name(self) -> str:
+        return "NCHW" if self.layout == torch.contiguous_format else "channels_last"
+
     def __str__(self) -> str:
-        return f"{self.name}, {'NCHW' if self.layout == torch.contiguous_format else 'channels_last'}"
+        return f"{self.name}, {self.layout_name}"
 
 
 NN_NCHW, CONVERTED_NCHW, FUSED_NCHW, NN, CONVERTED, FUSED, GHOST, FUSED_GHOST = KINDS = (
