@@ -25,6 +25,7 @@ from torch import Tensor
 from bnkernels.testing import Inputs, Outputs
 
 from . import build
+from .fusion import PLAIN, Fusion
 from .plans import Limits, Plan, Resident
 
 SCHEDULES = ("seeded", "in_order", "reverse", "stall_one")
@@ -120,33 +121,46 @@ class Server:
         self._process.kill()
         self._process.wait()
 
-    def call(self, inputs: Inputs, how: How, *, channels_last: bool) -> Run:
-        """The forward that `inputs.training` asks for, then the backward from what it saved."""
+    def call(self, inputs: Inputs, how: How, *, channels_last: bool, fusion: Fusion = PLAIN) -> Run:
+        """The forward that `inputs.training` asks for, then the backward from what it saved.
+
+        Without the latter where something is added: the kernels have no gradient of their own for that.
+        """
         forward = (self.forward_train if inputs.training else self.forward_eval)(
-            inputs, how, channels_last=channels_last
+            inputs, how, channels_last=channels_last, fusion=fusion
         )
+        if fusion.residual is not None:
+            return forward
         saved = forward.outputs
         assert saved.mean is not None and saved.invstd is not None
-        backward = self.backward(inputs, saved.mean, saved.invstd, how, channels_last=channels_last)
+        relu = (forward.results["relu_low"], forward.results["relu_high"]) if fusion.has_range else None
+        backward = self.backward(inputs, saved.mean, saved.invstd, how, channels_last=channels_last, relu=relu)
         gradients = {name: getattr(backward.outputs, name) for name in _OUTPUT_NAMES.values()}
-        return Run(replace(saved, **gradients), forward.launches + backward.launches, forward.plans + backward.plans)
+        return Run(
+            replace(saved, **gradients),
+            forward.launches + backward.launches,
+            forward.plans + backward.plans,
+            forward.results | backward.results,
+        )
 
-    def forward_train(self, inputs: Inputs, how: How, *, channels_last: bool) -> Run:
+    def forward_train(self, inputs: Inputs, how: How, *, channels_last: bool, fusion: Fusion = PLAIN) -> Run:
         names = ("x", "weight", "bias")
         tensors: list[tuple[str, str, Tensor]] = [(n, "in", t) for n in names if (t := getattr(inputs, n)) is not None]
         for name in ("running_mean", "running_var", "num_batches_tracked"):
             if (tensor := getattr(inputs, name)) is not None:
                 tensors.append((name, "inout", tensor))
-        tensors += self._forward_outputs(inputs)
+        tensors += self._forward_tensors(inputs, fusion)
         cumulative = inputs.momentum is None
         options = {"momentum": 0.0 if cumulative else inputs.momentum, "cumulative": int(cumulative), "eps": inputs.eps}
+        options["relu"] = int(fusion.relu)
         return self._run("forward_train", inputs.x, tensors, options, how, channels_last)
 
-    def forward_eval(self, inputs: Inputs, how: How, *, channels_last: bool) -> Run:
+    def forward_eval(self, inputs: Inputs, how: How, *, channels_last: bool, fusion: Fusion = PLAIN) -> Run:
         names = ("x", "weight", "bias", "running_mean", "running_var")
         tensors: list[tuple[str, str, Tensor]] = [(n, "in", t) for n in names if (t := getattr(inputs, n)) is not None]
-        tensors += self._forward_outputs(inputs)
-        return self._run("forward_eval", inputs.x, tensors, {"eps": inputs.eps}, how, channels_last)
+        tensors += self._forward_tensors(inputs, fusion)
+        options = {"eps": inputs.eps, "relu": int(fusion.relu)}
+        return self._run("forward_eval", inputs.x, tensors, options, how, channels_last)
 
     def backward(
         self,
@@ -157,11 +171,14 @@ class Server:
         *,
         channels_last: bool,
         need: tuple[bool, bool, bool] = (True, True, True),
+        relu: tuple[Tensor, Tensor] | None = None,
     ) -> Run:
-        """`need`: the gradients of x, weight and bias."""
+        """`need`: the gradients of x, weight and bias. `relu`: relu_low and relu_high, of a ReLU behind."""
         tensors = [("grad_y", "in", inputs.grad), ("x", "in", inputs.x), ("mean", "in", mean), ("invstd", "in", invstd)]
         if inputs.weight is not None:
             tensors.append(("weight", "in", inputs.weight))
+        if relu is not None:
+            tensors += [("relu_low", "in", relu[0]), ("relu_high", "in", relu[1])]
         vector = inputs.weight if inputs.weight is not None else mean
         for name, like, needed in zip(("grad_x", "grad_weight", "grad_bias"), (inputs.x, vector, vector), need):
             if needed:
@@ -212,11 +229,13 @@ class Server:
         return self._run(operation, x, tensors, options, how, channels_last)
 
     @staticmethod
-    def _forward_outputs(inputs: Inputs) -> list[tuple[str, str, Tensor]]:
-        channels = inputs.x.shape[1]
+    def _forward_tensors(inputs: Inputs, fusion: Fusion) -> list[tuple[str, str, Tensor]]:
+        """The residual, and what is written but for the running statistics."""
         saved = torch.float64 if inputs.x.dtype == torch.float64 else torch.float32
-        vectors = [(name, "out", torch.empty(channels, dtype=saved)) for name in ("mean", "invstd")]
-        return [("y", "out", torch.empty_like(inputs.x)), *vectors]
+        names = ("mean", "invstd", "relu_low", "relu_high") if fusion.has_range else ("mean", "invstd")
+        vectors = [(name, "out", torch.empty(inputs.x.shape[1], dtype=saved)) for name in names]
+        added = [] if fusion.residual is None else [("residual", "in", fusion.residual)]
+        return [*added, ("y", "out", torch.empty_like(inputs.x)), *vectors]
 
     def _run(
         self,
