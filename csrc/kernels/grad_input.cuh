@@ -32,7 +32,8 @@ struct GradInputParams {
   bool training;
 };
 
-template <typename T, Layout kLayout>
+// kGated: the forward ended with a ReLU.
+template <typename T, Layout kLayout, bool kGated>
 BNK_KERNEL(kMaxBlockThreads)
 grad_input_kernel(GradInputParams params) {
   using Walker_ = Walker<T, kLayout>;
@@ -47,42 +48,42 @@ grad_input_kernel(GradInputParams params) {
   const View<const T, kLayout> g{grad, elements_of(params.walk), Walker_::is_wide(params.walk, grad, lead)};
   const View<T, kLayout> grad_x{out, elements_of(params.walk), Walker_::is_wide(params.walk, out, lead)};
   const bool whole = Walker_::is_whole(params.walk) && x.wide && g.wide && grad_x.wide;
-  const bool gated = params.relu_low.data != nullptr;
 
   for (int64_t index = block_rank(); index < shares_of(params.walk); index += grid_blocks()) {
     const Share share = share_at(params.walk, index);
     Walker_ walker(params.walk, share, lead);
 
     Real scale[kColumns], mean[kColumns], mean_g[kColumns], slope[kColumns];
-    ReluGate<Real, kColumns> gate;
+    GateIf<kGated, Real, kColumns> gate;
 #pragma unroll
     for (int column = 0; column < kColumns; ++column) {
       if (!walker.has_channel(column)) continue;
       const int64_t channel = walker.channel(column);
       const double invstd = read(params.invstd, channel);
       scale[column] = static_cast<Real>(read_or(params.weight, channel, 1) * invstd);
-      if (gated) gate.read_channel(params.relu_low, params.relu_high, column, channel);
+      gate.read_channel(params.relu_low, params.relu_high, column, channel);
       if (!params.training) continue;
       mean[column] = static_cast<Real>(read(params.mean, channel));
       mean_g[column] = static_cast<Real>(read(params.mean_g, channel));
       slope[column] = static_cast<Real>(read(params.mean_g_xhat, channel) * invstd);
     }
 
-    // is_training.value and reads_x.value are constants.
-    const auto write_tile = [&](const auto& windows, auto is_training, auto reads_x) {
+    // is_training.value is a constant.
+    const auto write_tile = [&](const auto& windows, auto is_training) {
+      constexpr bool kReadsX = is_training.value || kGated;
       Vector<T> g_bits[kTile], x_bits[kTile];
       load_tile<Reuse::kLast>(g, windows, g_bits);
-      if constexpr (reads_x.value) load_tile<Reuse::kLast>(x, windows, x_bits);
+      if constexpr (kReadsX) load_tile<Reuse::kLast>(x, windows, x_bits);
 #pragma unroll
       for (int i = 0; i < kTile; ++i) {
         Real gs[Walker_::kElements], xs[Walker_::kElements];
         unpack_window(g_bits[i], windows[i], gs);
-        if constexpr (reads_x.value) unpack_window(x_bits[i], windows[i], xs);
+        if constexpr (kReadsX) unpack_window(x_bits[i], windows[i], xs);
 #pragma unroll
         for (int element = 0; element < Walker_::kElements; ++element) {
           const int column = element % kColumns;
           Real value = gs[element];
-          if constexpr (reads_x.value) value = gated ? gate(element, xs[element], value) : value;
+          if constexpr (kGated) value = gate(element, xs[element], value);
           if constexpr (is_training.value) {
             const Real deviation = xs[element] - mean[column];
             value = fused_multiply_add(-deviation, slope[column], value - mean_g[column]);
@@ -92,15 +93,10 @@ grad_input_kernel(GradInputParams params) {
         store_window(grad_x, windows[i], gs);
       }
     };
-    const auto write_tiles = [&](auto is_training, auto reads_x) {
-      visit_tiles<kTile>(walker, whole, [&](const auto& windows, int) { write_tile(windows, is_training, reads_x); });
-    };
     if (params.training) {
-      write_tiles(std::true_type{}, std::true_type{});
-    } else if (gated) {
-      write_tiles(std::false_type{}, std::true_type{});
+      visit_tiles<kTile>(walker, whole, [&](const auto& windows, int) { write_tile(windows, std::true_type{}); });
     } else {
-      write_tiles(std::false_type{}, std::false_type{});
+      visit_tiles<kTile>(walker, whole, [&](const auto& windows, int) { write_tile(windows, std::false_type{}); });
     }
   }
 }

@@ -29,7 +29,8 @@ struct GradSumsParams {
   double* partial;  // Sums of g and of g*xhat, see partials.cuh
 };
 
-template <typename T, Layout kLayout>
+// kGated: the forward ended with a ReLU.
+template <typename T, Layout kLayout, bool kGated>
 BNK_KERNEL(kMaxBlockThreads)
 grad_sums_kernel(GradSumsParams params) {
   using Walker_ = Walker<T, kLayout>;
@@ -42,21 +43,20 @@ grad_sums_kernel(GradSumsParams params) {
   const View<const T, kLayout> x{lead, elements_of(params.walk), Walker_::is_wide(params.walk, lead, lead)};
   const View<const T, kLayout> g{grad, elements_of(params.walk), Walker_::is_wide(params.walk, grad, lead)};
   const bool whole = Walker_::is_whole(params.walk) && x.wide && g.wide;
-  const bool gated = params.relu_low.data != nullptr;
 
   for (int64_t index = block_rank(); index < shares_of(params.walk); index += grid_blocks()) {
     const Share share = share_at(params.walk, index);
     Walker_ walker(params.walk, share, lead);
 
     Real mean[kColumns], invstd[kColumns];
-    ReluGate<Real, kColumns> gate;
+    GateIf<kGated, Real, kColumns> gate;
     Sums total[kColumns] = {};
 #pragma unroll
     for (int column = 0; column < kColumns; ++column) {
       if (!walker.has_channel(column)) continue;
       mean[column] = static_cast<Real>(read(params.mean, walker.channel(column)));
       invstd[column] = static_cast<Real>(read(params.invstd, walker.channel(column)));
-      if (gated) gate.read_channel(params.relu_low, params.relu_high, column, walker.channel(column));
+      gate.read_channel(params.relu_low, params.relu_high, column, walker.channel(column));
     }
 
     visit_tiles<kGradSumsTile>(walker, whole, [&](const auto& windows, int /*number*/) {
@@ -75,7 +75,7 @@ grad_sums_kernel(GradSumsParams params) {
           if (element < windows[i].begin || element >= windows[i].end) continue;
           const int column = element % kColumns;
           const Real xhat = (xs[i][element] - mean[column]) * invstd[column];
-          const Real gradient = gated ? gate(element, xs[i][element], gs[i][element]) : gs[i][element];
+          const Real gradient = gate(element, xs[i][element], gs[i][element]);
           tile_g[column] += gradient;
           tile_g_xhat[column] = fused_multiply_add(gradient, xhat, tile_g_xhat[column]);
         }

@@ -27,7 +27,8 @@ struct NormalizeParams {
   Epilogue epilogue;
 };
 
-template <typename T, Layout kLayout>
+// kFused: there is an epilogue.
+template <typename T, Layout kLayout, bool kFused>
 BNK_KERNEL(kMaxBlockThreads)
 normalize_kernel(NormalizeParams params) {
   using Walker_ = Walker<T, kLayout>;
@@ -35,7 +36,7 @@ normalize_kernel(NormalizeParams params) {
   constexpr int kColumns = Walker_::kColumns;
 
   const T* lead = static_cast<const T*>(params.x);
-  const T* more = static_cast<const T*>(params.epilogue.residual);
+  const T* more = kFused ? static_cast<const T*>(params.epilogue.residual) : nullptr;
   T* out = static_cast<T*>(params.y);
   const View<const T, kLayout> x{lead, elements_of(params.walk), Walker_::is_wide(params.walk, lead, lead)};
   const View<const T, kLayout> residual{more, elements_of(params.walk), Walker_::is_wide(params.walk, more, lead)};
@@ -66,7 +67,7 @@ normalize_kernel(NormalizeParams params) {
       Vector<T> bits[kNormalizeTile];
       ResidualTile<T, kNormalizeTile, true> added;
       load_tile<Reuse::kLast>(x, windows, bits);
-      added.load(residual, windows);
+      if constexpr (kFused) added.load(residual, windows);
 #pragma unroll
       for (int i = 0; i < kNormalizeTile; ++i) {
         Real values[Walker_::kElements];
@@ -76,17 +77,21 @@ normalize_kernel(NormalizeParams params) {
           const int column = element % kColumns;
           values[element] = normalized(values[element], mean[column], invstd[column], weight[column], bias[column]);
         }
-        added.add(residual, windows, i, values);
-        relu(params.epilogue.relu, values);
+        if constexpr (kFused) {
+          added.add(residual, windows, i, values);
+          relu(params.epilogue.relu, values);
+        }
         store_window(y, windows[i], values);
       }
     });
 
-    if (params.epilogue.low.data == nullptr || share.chunk != 0 || !walker.first_in_block()) continue;
-    for (int column = 0; column < kColumns; ++column) {
-      if (!walker.has_channel(column)) continue;
-      write_relu_range<T>(params.epilogue, walker.channel(column), mean[column], invstd[column], weight[column],
-                          bias[column]);
+    if constexpr (kFused) {
+      if (params.epilogue.low.data == nullptr || share.chunk != 0 || !walker.first_in_block()) continue;
+      for (int column = 0; column < kColumns; ++column) {
+        if (!walker.has_channel(column)) continue;
+        write_relu_range<T>(params.epilogue, walker.channel(column), mean[column], invstd[column], weight[column],
+                            bias[column]);
+      }
     }
   }
 }

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <limits>
+#include <type_traits>
 
 #include "per_channel.cuh"
 
@@ -38,5 +39,9 @@ struct OpenGate {
   BNK_DEVICE void read_channel(const ConstPerChannel&, const ConstPerChannel&, int, int64_t) {}
   BNK_DEVICE Real operator()(int, Real, Real g) const { return g; }
 };
+
+// kGated: the forward ended with a ReLU.
+template <bool kGated, typename Real, int kColumns>
+using GateIf = std::conditional_t<kGated, ReluGate<Real, kColumns>, OpenGate<Real, kColumns>>;
 
 }  // namespace bnk

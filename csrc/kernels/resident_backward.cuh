@@ -102,7 +102,6 @@ resident_backward_kernel(ResidentBackwardParams params) {
   constexpr int kResultTile = kGated && kColumns > 1 ? 1 : kTile;
   constexpr int kElements = Walker_::kElements;
   constexpr int kSlabChannels = kMaxSlabChannels<kLayout>;
-  using Gate = std::conditional_t<kGated, ReluGate<Real, kColumns>, OpenGate<Real, kColumns>>;
   BNK_SHARED(double, slots, (kResidentSlots<T, kLayout>));
   BNK_SHARED(Sums, totals, kSlabChannels);
   BNK_SHARED(Sums, told, kToldSlabs * kSlabChannels);
@@ -129,7 +128,7 @@ resident_backward_kernel(ResidentBackwardParams params) {
     const auto channel_of = [&](int local) { return first_channel(walk, slab) + local; };
     Walker_ walker(walk, {slab, member.rank}, lead);
     Real mean[kColumns];
-    Gate gate;
+    GateIf<kGated, Real, kColumns> gate;
 #pragma unroll
     for (int column = 0; column < kColumns; ++column) {
       if (!walker.has_channel(column)) continue;

@@ -113,7 +113,9 @@ void forward_train(const ForwardTrainArgs& args, const StreamingPlan& plan, doub
     constexpr Layout kLayout = decltype(layout)::value;
     executor.launch(plan.walk_launch, statistics_kernel<T, kLayout>, statistics);
     executor.launch(plan.finish_launch, finish_statistics, finish);
-    executor.launch(plan.walk_launch, normalize_kernel<T, kLayout>, normalize);
+    with_flag(args.epilogue.is_there(), [&](auto fused) {
+      executor.launch(plan.walk_launch, normalize_kernel<T, kLayout, decltype(fused)::value>, normalize);
+    });
   });
 }
 
@@ -136,7 +138,9 @@ void forward_eval(const ForwardEvalArgs& args, const StreamingPlan& plan, Execut
   with_types(args.problem, [&](auto type, auto layout) {
     using T = typename decltype(type)::type;
     constexpr Layout kLayout = decltype(layout)::value;
-    executor.launch(plan.walk_launch, normalize_kernel<T, kLayout>, normalize);
+    with_flag(args.epilogue.is_there(), [&](auto fused) {
+      executor.launch(plan.walk_launch, normalize_kernel<T, kLayout, decltype(fused)::value>, normalize);
+    });
   });
 }
 
@@ -164,11 +168,14 @@ void backward(const BackwardArgs& args, const StreamingPlan& plan, double* scrat
   with_types(args.problem, [&](auto type, auto layout) {
     using T = typename decltype(type)::type;
     constexpr Layout kLayout = decltype(layout)::value;
-    if (needs_sums) {
-      executor.launch(plan.walk_launch, grad_sums_kernel<T, kLayout>, sums);
-      executor.launch(plan.finish_launch, finish_grad_sums, finish);
-    }
-    if (args.grad_x != nullptr) executor.launch(plan.walk_launch, grad_input_kernel<T, kLayout>, input);
+    with_flag(args.behind_relu(), [&](auto gated) {
+      constexpr bool kGated = decltype(gated)::value;
+      if (needs_sums) {
+        executor.launch(plan.walk_launch, grad_sums_kernel<T, kLayout, kGated>, sums);
+        executor.launch(plan.finish_launch, finish_grad_sums, finish);
+      }
+      if (args.grad_x != nullptr) executor.launch(plan.walk_launch, grad_input_kernel<T, kLayout, kGated>, input);
+    });
   });
 }
 

@@ -43,7 +43,7 @@ void normalize(const NormalizeArgs& args, const StreamingPlan& plan, Executor& e
   const NormalizeParams params = streaming::normalize_by(args, plan);
   streaming::with_types(args.problem, [&](auto type, auto layout) {
     using T = typename decltype(type)::type;
-    executor.launch(plan.walk_launch, normalize_kernel<T, decltype(layout)::value>, params);
+    executor.launch(plan.walk_launch, normalize_kernel<T, decltype(layout)::value, false>, params);
   });
 }
 
@@ -61,7 +61,7 @@ void grad_sums(const GradSumsArgs& args, const StreamingPlan& plan, double* scra
   };
   streaming::with_types(args.problem, [&](auto type, auto layout) {
     using T = typename decltype(type)::type;
-    executor.launch(plan.walk_launch, grad_sums_kernel<T, decltype(layout)::value>, sums);
+    executor.launch(plan.walk_launch, grad_sums_kernel<T, decltype(layout)::value, false>, sums);
     executor.launch(plan.finish_launch, finish_grad_sums, finish);
   });
 }
@@ -77,7 +77,7 @@ void grad_input(const GradInputArgs& args, const StreamingPlan& plan, Launch joi
   executor.launch(join, join_grad_sums, means);
   streaming::with_types(args.problem, [&](auto type, auto layout) {
     using T = typename decltype(type)::type;
-    executor.launch(plan.walk_launch, grad_input_kernel<T, decltype(layout)::value>, input);
+    executor.launch(plan.walk_launch, grad_input_kernel<T, decltype(layout)::value, false>, input);
   });
 }
 
