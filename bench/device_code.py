@@ -17,6 +17,14 @@ sys.path.insert(0, str(ROOT))  # build_support, where a tool is run as a script
 
 import build_support  # noqa: E402
 
+# What a kernel's last template argument is, where it is true: an epilogue, or a backward of one.
+EPILOGUES = {
+    "normalize_kernel": "fused",
+    "grad_sums_kernel": "behind relu",
+    "grad_input_kernel": "behind relu",
+    "resident_forward_kernel": "fused",
+    "resident_backward_kernel": "behind relu",
+}
 ARCHS = tuple("sm_" + arch.replace(".", "") for arch in build_support.SUPPORTED_ARCHS)
 
 # What setup.py gives nvcc that changes the machine code (tests/test_bench_tools.py holds the two together), then what
@@ -77,7 +85,10 @@ def demangle(names: Sequence[str]) -> dict[str, str]:
 
 
 def shorten(name: str) -> str:
-    """ "void bnk::sum<float, (bnk::Layout)0>(bnk::Params)" -> "sum<float, (Layout)0>"."""
+    """ "void bnk::sum<float, (bnk::Layout)0>(bnk::Params)" -> "sum<float, (Layout)0>".
+
+    A kernel of EPILOGUES is told without the argument that says so: "...>" where it is plain, else "...> fused".
+    """
     name = re.sub(r"^void ", "", name)
     depth = 0
     for position, letter in enumerate(name):
@@ -85,4 +96,8 @@ def shorten(name: str) -> str:
         if letter == "(" and depth == 0:
             name = name[:position]
             break
-    return re.sub(r"\b\w+::", "", name)
+    name = re.sub(r"\b\w+::", "", name)
+    flagged = re.fullmatch(r"((\w+)<.*), (true|false)>", name)
+    if flagged is None or flagged[2] not in EPILOGUES:
+        return name
+    return f"{flagged[1]}>" + (f" {EPILOGUES[flagged[2]]}" if flagged[3] == "true" else "")

@@ -17,6 +17,9 @@ csrc/kernels), and through others, which it has to look at, in a second form of 
   windows        whole, where all rows begin and end on 16 bytes; any, where they do not, and for the last few of a
                  thread. Of these the fast path is a tile that happens to be whole
 
+  add            in a main loop's name: an epilogue's residual, which the fast path, as the longest, loads and adds.
+                 With a ReLU alone a turn is shorter
+
   16-byte        16-byte global accesses on the fast path, of all global accesses on it
   in flight      16-byte loads under way when the first is waited for, of those that a turn has: what hides latency
   double         instructions on it for the double-precision units, an element
@@ -57,9 +60,24 @@ from bench.sass_paths import FastPath, Kind, fast_path, in_flight, is_narrow, is
 # makes 31 slots an element forward (4 bytes) and 46 backward (6).
 SLOTS_PER_BYTE = 132 * 128 * 1.98e9 / 4.3e12
 
-# 16-byte loads that a thread must have in flight, and where fewer are all that it has registers for.
+# 16-byte loads that a thread must have in flight, and where it has fewer, by variant and loop of whole windows: behind
+# a ReLU it holds an end of an interval for each of its columns as well. An entry that no longer holds is an offence.
 IN_FLIGHT = 4
-FEWER_IN_FLIGHT: dict[tuple[str, str], int] = {}
+FEWER_IN_FLIGHT: dict[tuple[str, str], int] = {
+    **{
+        (f"resident_backward_kernel<{element}, {layout}> behind relu", "load, write"): 2
+        for element in ("NS_8BFloat16E", "NS_4HalfE", "f", "d")
+        for layout in (1, 2)
+    },
+    **{
+        (f"{kernel}<{element}, 1> behind relu", role): 3
+        for element in ("NS_8BFloat16E", "NS_4HalfE")
+        for kernel, role in (("grad_sums_kernel", "load"), ("grad_input_kernel", "load, write"))
+    },
+    ("resident_backward_kernel<f, 1> behind relu", "load, keep"): 7,
+    ("resident_backward_kernel<f, 2> behind relu", "load, keep"): 7,
+    ("resident_backward_kernel<d, 2> behind relu", "load, keep"): 4,
+}
 
 # The main loops of each kernel, by what their fast paths do.
 LOOPS = {
@@ -77,6 +95,15 @@ LOOPS = {
 # Kernels of which no turn of a loop of any windows can be told: two tensors' checks of every window, which ptxas has
 # merged. They are held to whole windows alone. An entry that no longer holds is an offence as well.
 UNTOLD = {f"grad_sums_kernel<{element}, 0>" for element in ("NS_8BFloat16E", "NS_4HalfE", "f", "d")}
+UNTOLD |= {f"grad_sums_kernel<{element}, 0> behind relu" for element in ("NS_8BFloat16E", "NS_4HalfE", "f")}
+# Kernels whose loop of whole windows, of one window a turn, ptxas has made one with that of any. As UNTOLD, and as
+# FEWER_IN_FLIGHT, without entries that no longer hold.
+MERGED = {
+    f"resident_backward_kernel<{element}, 2> behind relu": {"load, write"} for element in ("NS_8BFloat16E", "NS_4HalfE")
+}
+# What is added to whole windows that are at hand is loaded ahead, all together; else one by one (ResidualTile, in
+# epilogue.cuh).
+ADDED_AHEAD = {("normalize_kernel", "load, add, write"), ("resident_forward_kernel", "kept, add, write")}
 
 # Tensors that a window is loaded of, where it is not one.
 LOADED = {"grad_sums_kernel": 2, "grad_input_kernel": 2, "resident_backward_kernel": 2}
@@ -84,11 +111,13 @@ LOADED = {"grad_sums_kernel": 2, "grad_input_kernel": 2, "resident_backward_kern
 # The functions through which the copy on chip is reached, wherever they are inlined.
 KEPT_ACCESS = {"operator[]", "fetch_tile", "keep_tile"}
 FALLBACK = re.compile(r"\w+_rescued")
-# The function through which whole windows are visited.
+# The function through which whole windows are visited, and the file of what is added to them.
 WHOLE = "visit_whole"
+EPILOGUE = "epilogue.cuh"
 
 _ELEMENT = re.compile(r"_kernelI(NS_8BFloat16E|NS_4HalfE|f|d)")
 _LAYOUT = re.compile(r"LayoutE(\d)E")
+_EPILOGUE = re.compile(r"LayoutE\dELb1E")
 _BYTES = {"NS_8BFloat16E": 2, "NS_4HalfE": 2, "f": 4, "d": 8}
 
 
@@ -105,6 +134,11 @@ class MainLoop:
     @property
     def loads(self) -> int:
         return self._wide("LDG")
+
+    @property
+    def added(self) -> int:
+        """Of the loads, those of a residual."""
+        return self.path.count(is_added)
 
     @property
     def stores(self) -> int:
@@ -124,8 +158,14 @@ class MainLoop:
 
     @property
     def role(self) -> str:
-        parts = ["load"] * bool(self.loads) + ["kept"] * bool(self.kept_loads)
-        return ", ".join([*parts, *["keep"] * bool(self.kept_stores), *["write"] * bool(self.stores)])
+        parts = {
+            "load": self.loads - self.added,
+            "kept": self.kept_loads,
+            "add": self.added,
+            "keep": self.kept_stores,
+            "write": self.stores,
+        }
+        return ", ".join(part for part, count in parts.items() if count)
 
     @property
     def is_whole(self) -> bool:
@@ -171,10 +211,24 @@ class Kernel:
         return sum(map(chosen, self.function.instructions))
 
     @property
+    def epilogue(self) -> str:
+        """Which, of device_code.EPILOGUES; empty: none."""
+        return device_code.EPILOGUES.get(self.plain_name, "") if _EPILOGUE.search(self.name) else ""
+
+    @property
     def variant(self) -> str:
-        """Its name with the template arguments as the linker writes them: grad_sums_kernel<f, 0>."""
+        """Its name, with template arguments as the linker writes them: grad_sums_kernel<f, 0>, or ...> behind relu."""
         element, layout = _ELEMENT.search(self.name), _LAYOUT.search(self.name)
-        return f"{self.plain_name}<{element[1] if element else ''}, {layout[1] if layout else ''}>"
+        name = f"{self.plain_name}<{element[1] if element else ''}, {layout[1] if layout else ''}>"
+        return f"{name} {self.epilogue}".strip()
+
+    @property
+    def roles(self) -> set[str]:
+        """The main loops that it must have, of whole windows."""
+        writes = "add, write" if self.epilogue == "fused" else "write"
+        return {role.replace("write", writes) for role in LOOPS.get(self.plain_name, set())} - MERGED.get(
+            self.variant, set()
+        )
 
     def totals(self) -> dict[str, list[MainLoop]]:
         """The loops that an element goes through: of whole windows or of any, where it is kept and where it is not."""
@@ -213,6 +267,12 @@ def is_window(instruction: Instruction) -> bool:
     if instruction.is_global:
         return True
     return instruction.is_shared and bool(KEPT_ACCESS & _functions(instruction.places))
+
+
+def is_added(instruction: Instruction) -> bool:
+    """Of a window of what an epilogue adds."""
+    wide = instruction.is_global and instruction.is_load and is_wide(instruction)
+    return wide and any(Path(file).name == EPILOGUE for file, _ in instruction.places)
 
 
 def find_main_loops(kernel: str, element_bytes: int, flow: Flow) -> tuple[list[MainLoop], list[str]]:
@@ -271,17 +331,23 @@ def offences(kernel: Kernel) -> list[str]:
     if not kernel.usage.in_registers or kernel.count(lambda each: each.is_local):
         found.append(f"local memory: a stack frame of {kernel.usage.stack_bytes} bytes")
     roles = {loop.role for loop in kernel.loops if loop.is_whole}
-    found += [f"no main loop '{role}' of whole windows" for role in sorted(LOOPS.get(kernel.plain_name, set()) - roles)]
+    found += [f"no main loop '{role}' of whole windows" for role in sorted(kernel.roles - roles)]
+    found += [f"a loop '{role}' of its own: not to be named in MERGED" for role in sorted(roles - kernel.roles)]
     for loop in kernel.loops:
         where = f"loop '{loop.role}' at {Path(loop.place[0]).name}:{loop.place[1]}"
         if loop.narrow:
             found.append(f"{where}: {loop.narrow} narrow global accesses on the fast path")
         if calls := loop.path.count(lambda each: each.base == "CALL"):
             found.append(f"{where}: {calls} calls on the fast path")
-        if loop.loads and loop.in_flight < FEWER_IN_FLIGHT.get((kernel.plain_name, loop.role), IN_FLIGHT):
+        ahead = loop.is_whole and (kernel.plain_name, loop.role) in ADDED_AHEAD
+        together = loop.loads if ahead else loop.loads - loop.added
+        fewer = FEWER_IN_FLIGHT.get((kernel.variant, loop.role))
+        if together and loop.in_flight < (fewer or IN_FLIGHT):
             found.append(f"{where}: {loop.in_flight} loads in flight")
-        if loop.in_flight < loop.loads:
-            found.append(f"{where}: of {loop.loads} loads a turn, {loop.in_flight} are in flight together")
+        if fewer and loop.is_whole and loop.in_flight != fewer:
+            found.append(f"{where}: {loop.in_flight} loads in flight, not what FEWER_IN_FLIGHT names")
+        if loop.in_flight < (fewer or together):
+            found.append(f"{where}: of {together} loads a turn, {loop.in_flight} are in flight together")
     for name, loops in kernel.totals().items():
         instructions, slots = sum(loop.instructions for loop in loops), sum(loop.slots for loop in loops)
         if instructions > slots:

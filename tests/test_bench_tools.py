@@ -76,6 +76,14 @@ def test_kernel_names_are_shortened():
     assert device_code.shorten("plain") == "plain"
 
 
+def test_epilogues_are_told_in_words():
+    for kernel, words in device_code.EPILOGUES.items():
+        full = f"void bnk::{kernel}<bnk::Half, (bnk::Layout)1, %s>(bnk::Params)"
+        assert device_code.shorten(full % "false") == f"{kernel}<Half, (Layout)1>"
+        assert device_code.shorten(full % "true") == f"{kernel}<Half, (Layout)1> {words}"
+    assert device_code.shorten("void bnk::other_kernel<float, true>(int)") == "other_kernel<float, true>"
+
+
 def test_device_code_is_compiled_as_setup_does():
     """The flags of setup.py that change machine code are the ones that the reports are made with."""
     given = re.search(r'flags\["nvcc"\] = \[(.*)\]', (ROOT / "setup.py").read_text())

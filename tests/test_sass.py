@@ -39,8 +39,16 @@ def names_of(kernels: Sequence[sass.Kernel]) -> dict[str, str]:
 
 def test_every_kernel_is_looked_at(kernels: list[sass.Kernel]):
     counted = {name: sum(kernel.plain_name == name for kernel in kernels) for name in sass.LOOPS}
-    # Four dtypes, and the layouts of their path: channels-first, channels-last, and packed where it is resident.
-    assert counted == {name: 12 if name.startswith("resident") else 8 for name in sass.LOOPS}
+    # Four dtypes, and the layouts of their path: channels-first, channels-last, and packed where it is resident; plain
+    # and with an epilogue, or behind one, where there are both.
+    assert counted == {
+        name: (12 if name.startswith("resident") else 8) * (2 if name in device_code.EPILOGUES else 1)
+        for name in sass.LOOPS
+    }
+    assert all(
+        sum(bool(kernel.epilogue) for kernel in kernels if kernel.plain_name == name) == counted[name] / 2
+        for name in device_code.EPILOGUES
+    )
     for kernel in kernels:
         expected = (
             set() if kernel.plain_name not in sass.LOOPS else {True} if kernel.variant in sass.UNTOLD else {True, False}
@@ -100,10 +108,13 @@ def test_main_loops_hold_the_arithmetic_of_their_formula(kernels: list[sass.Kern
         ("resident_forward_kernel", "kept"): 3,  # d = x - p; sum += d; squares += d * d
         ("resident_forward_kernel", "kept, write"): 3,  # (x - mean) * invstd * weight + bias
         ("resident_forward_kernel", "load, write"): 3,
+        ("resident_forward_kernel", "kept, add, write"): 4,  # + residual
+        ("resident_forward_kernel", "load, add, write"): 4,
         ("resident_backward_kernel", "load, keep"): 3,  # sum += g; product += g * (x - mean)
         ("resident_backward_kernel", "kept, write"): 4,  # (g - mean(g) - (x - mean) * slope) * scale
         ("resident_backward_kernel", "load, write"): 4,
         ("normalize_kernel", "load, write"): 3,
+        ("normalize_kernel", "load, add, write"): 4,
         ("grad_input_kernel", "load, write"): 4,
     }
     inference = ("grad_input_kernel", 1)  # of grad_y alone: one tensor is loaded
