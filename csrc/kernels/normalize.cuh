@@ -87,6 +87,7 @@ normalize_kernel(NormalizeParams params) {
 
     if constexpr (kFused) {
       if (params.epilogue.low.data == nullptr || share.chunk != 0 || !walker.first_in_block()) continue;
+#pragma unroll
       for (int column = 0; column < kColumns; ++column) {
         if (!walker.has_channel(column)) continue;
         write_relu_range<T>(params.epilogue, walker.channel(column), mean[column], invstd[column], weight[column],
