@@ -166,6 +166,18 @@ def test_alignments(plain: Server, pair: tuple[str, str], layout: str) -> None:
                     assert_same(sound, run, misaligned)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("pair", PAIRS)
+def test_whole_windows_but_for_the_residual(plain: Server, pair: tuple[str, str], layout: str) -> None:
+    """Of the streaming path, in shares that have tiles of them."""
+    inputs = make(WHOLE[layout], pair)
+    how = How(block=32, chunks=1, seeds=range(2))
+    aligned = call(plain, inputs, how, "residual_relu", layout == "channels_last")
+    for shift in range(1, 16 // DTYPES[pair[0]].itemsize):
+        other = replace(how, misaligned={"residual": shift})
+        assert_same(aligned, call(plain, inputs, other, "residual_relu", layout == "channels_last"), shift)
+
+
 @pytest.mark.parametrize("layout", RESIDENT_LAYOUTS)
 @pytest.mark.parametrize("pair", PAIRS)
 def test_resident_alignments(plain: Server, pair: tuple[str, str], layout: str) -> None:
