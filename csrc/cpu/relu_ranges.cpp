@@ -10,41 +10,44 @@ namespace {
 constexpr int64_t kSerialChannels = 1024;  // below, starting threads costs more than it saves
 constexpr int64_t kPieceChannels = 256;
 
-// As the kernels round a result, and as it is then compared with 0.
+// Of the bits of a 16-bit float: not 0 or less. NaN is not. Widened it could be subnormal, which is slow.
+bool passes_relu(uint16_t bits, uint16_t infinity) {
+  const uint16_t magnitude = bits & 0x7fff;
+  return magnitude > infinity || (magnitude != 0 && magnitude == bits);
+}
+
+// What of a value y is left by storage, and the largest value of which nothing is.
 template <typename T>
-struct Rounded;
-template <>
-struct Rounded<double> {
-  using Real = double;
-  static double of(double value) { return value; }
+struct Stored {
+  using Real = T;
+  static constexpr T kLargestZero = 0;
+  static bool passes(T value) { return !(value <= 0); }
 };
 template <>
-struct Rounded<float> {
+struct Stored<Float16> {
   using Real = float;
-  static float of(float value) { return value; }
+  static constexpr float kLargestZero = 0x1p-25f;
+  static bool passes(float value) { return passes_relu(to_float16(value).bits, 0x7c00); }
 };
 template <>
-struct Rounded<Float16> {
+struct Stored<BFloat16> {
   using Real = float;
-  static float of(float value) { return to_float(to_float16(value)); }
-};
-template <>
-struct Rounded<BFloat16> {
-  using Real = float;
-  static float of(float value) { return to_float(to_bfloat16(value)); }
+  static constexpr float kLargestZero = 0;  // or too near to matter
+  static bool passes(float value) { return passes_relu(to_bfloat16(value).bits, 0x7f80); }
 };
 
 template <typename T>
 void write_ranges(const Epilogue& epilogue, const AffineVectors& affine, int64_t begin, int64_t end) {
-  using Real = typename Rounded<T>::Real;
+  using Real = typename Stored<T>::Real;
   for (int64_t c = begin; c < end; ++c) {
     const Real mean = static_cast<const Real*>(affine.mean)[c];
     const Real invstd = static_cast<const Real*>(affine.invstd)[c];
     const Real weight = static_cast<const Real*>(affine.weight)[c];
     const Real bias = static_cast<const Real*>(affine.bias)[c];
     // The formula of AffineVectors, operation by operation.
-    const auto passes = [=](Real x) { return !(Rounded<T>::of((x - mean) * invstd * weight + bias) <= 0); };
-    const ReluRange<Real> range = relu_range(mean, invstd, weight, bias, passes);
+    const auto passes = [=](Real x) { return Stored<T>::passes((x - mean) * invstd * weight + bias); };
+    // The bias that is given serves the estimate from which the end is searched, and this alone.
+    const ReluRange<Real> range = relu_range(mean, invstd, weight, bias - Stored<T>::kLargestZero, passes);
     static_cast<Real*>(epilogue.low.data)[c] = range.low;
     static_cast<Real*>(epilogue.high.data)[c] = range.high;
   }
