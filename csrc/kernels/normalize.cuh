@@ -65,7 +65,7 @@ normalize_kernel(NormalizeParams params) {
 
     visit_tiles<kNormalizeTile>(walker, whole, [&](const auto& windows, int /*number*/) {
       Vector<T> bits[kNormalizeTile];
-      ResidualTile<T, kNormalizeTile, true> added;
+      [[maybe_unused]] ResidualTile<T, kNormalizeTile, true> added;
       load_tile<Reuse::kLast>(x, windows, bits);
       if constexpr (kFused) added.load(residual, windows);
 #pragma unroll

@@ -226,7 +226,7 @@ resident_forward_kernel(ResidentForwardParams params) {
     const View<const T, kLayout> residual{more, y.elements, y.wide};
     visit_again<kTile>(walker, residence.kept, whole, [&](const auto& windows, int first, auto is_kept) {
       Vector<T> bits[kTile];
-      ResidualTile<T, kTile, is_kept.value> added;
+      [[maybe_unused]] ResidualTile<T, kTile, is_kept.value> added;
       if constexpr (kFused) added.load(residual, windows);
       if constexpr (is_kept.value) {
         fetch_tile(kept, windows, first, bits);
