@@ -25,8 +25,13 @@ from bench import device_code
 from bench.device_code import ARCHS, demangle
 from bench.markdown import table
 
-# Kernel (a substring of the demangled name) -> why its spills or stack frame do no harm. Empty, and best left so.
-ALLOWED: dict[str, str] = {}
+_ONCE_A_SLAB = "one register, stored and loaded outside of the loops over windows"
+
+# Kernel (a substring of the demangled name, "on", architecture) -> why its spills or stack frame do no harm.
+ALLOWED: dict[str, str] = {
+    "resident_forward_kernel<BFloat16, (Layout)1> fused on sm_100": _ONCE_A_SLAB,
+    "resident_forward_kernel<Half, (Layout)1> fused on sm_100": _ONCE_A_SLAB,
+}
 
 
 @dataclass(frozen=True)
@@ -122,11 +127,8 @@ def offenders(usages: Iterable[Usage]) -> list[str]:
     """A line for every kernel that uses local memory without leave."""
     bad = [usage for usage in usages if not usage.in_registers]
     names = demangle(sorted({usage.kernel for usage in bad})) if bad else {}
-    return [
-        f"{names[usage.kernel]} on {usage.arch}: {cell(usage)}"
-        for usage in bad
-        if not any(part in names[usage.kernel] for part in ALLOWED)
-    ]
+    lines = [f"{names[usage.kernel]} on {usage.arch}: {cell(usage)}" for usage in bad]
+    return [line for line in lines if not any(part in line for part in ALLOWED)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -148,7 +150,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(render(usages, archs))
     bad = offenders(usages)
     count = len({usage.kernel for usage in usages})
-    print(f"\n{count} kernels on {len(archs)} architectures; {len(bad)} use local memory")
+    allowed = sum(not usage.in_registers for usage in usages) - len(bad)
+    print(f"\n{count} kernels on {len(archs)} architectures; {len(bad)} use local memory, and {allowed} with leave")
     for line in bad:
         print(f"  {line}")
     return 1 if bad else 0

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from compatibility import cells, row
 from fusing import (
     CHANNELS,
     CLOSE,
@@ -178,6 +179,11 @@ STRUCTURES = {
 }
 
 
+@row(
+    "Fusion",
+    "fuse() of torchvision's and timm's residual networks",
+    cells(training=(True,), compiled=(False,), channels_last=(False,)),
+)
 @pytest.mark.parametrize("make", STRUCTURES, ids=lambda make: make.__name__)
 def test_a_residual_network(make: Callable[[], nn.Module]) -> None:
     """Each addition and each ReLU has become part of a BatchNorm; what is left is a residual."""

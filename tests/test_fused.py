@@ -67,7 +67,7 @@ def gradients(y: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
 @each_fusion
 @trainings
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
-@row("Basics", "an addition, a ReLU or both behind the layer", cells(compiled=(False,)))
+@row("Fusion", "an addition, a ReLU or both behind a layer", cells(compiled=(False,)))
 def test_is_the_parts(activation: str | None, adds: bool, training: bool, layout: str, device: str) -> None:
     """Result, memory format, gradients of everything, and buffers: torch's parts, in float64."""
     fused = layer(activation, device).train(training)
@@ -221,7 +221,7 @@ class Block(nn.Module):
         return self.third(self.second(y, x), y)  # type: ignore[no-any-return]
 
 
-@row("torch.compile", "an addition, a ReLU or both behind the layer", cells(compiled=(True,)))
+@row("Fusion", "the same in one graph (inductor)", cells(compiled=(True,)))
 @trainings
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_compiled(training: bool, channels_last: bool, device: str) -> None:
