@@ -7,6 +7,7 @@ callers see: gradients to any order, buffers, errors, tracing, and which tensors
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -205,6 +206,43 @@ def test_no_gradient_is_asked_for(activation: str | None, adds: bool, device: st
         torch.testing.assert_close(
             gradients(fused(x, residual), *wanted), tuple(grad for grad, needed in zip(every, chosen) if needed)
         )
+
+
+def on(device: str, inputs: testing.Inputs) -> testing.Inputs:
+    """Layouts stay."""
+
+    def moved(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    return testing.Inputs(*(moved(getattr(inputs, field.name)) for field in dataclasses.fields(inputs)))
+
+
+@pytest.mark.parametrize("case", list(testing.cases("quick"))[::7], ids=str)
+def test_numbers(case: testing.Case, device: str) -> None:
+    """Within the gate for each dtype, layout and family; the backward knows every bit of the forward's ReLU."""
+    inputs = case.inputs()
+    more = testing.make_residual(inputs)
+    for epilogue in (testing.Epilogue(relu=True), testing.Epilogue(more), testing.Epilogue(more, relu=True)):
+        i = on(device, case.inputs())  # whose buffers change
+        residual = None if epilogue.residual is None else epilogue.residual.to(device)
+        if i.training:
+            buffers = (i.running_mean, i.running_var, i.num_batches_tracked)
+            y, mean, invstd, relu_range = ops.fused_forward_train(
+                i.x, residual, i.weight, i.bias, *buffers, i.momentum, i.eps, epilogue.relu
+            )
+        else:
+            y, mean, invstd, relu_range = ops.fused_forward_eval(
+                i.x, residual, i.weight, i.bias, i.running_mean, i.running_var, i.eps, epilogue.relu
+            )
+        outputs = testing.Outputs(y.cpu(), mean.cpu(), invstd.cpu())
+        if epilogue.has_range:
+            testing.assert_range_is_exact(inputs, y.cpu(), *relu_range.cpu(), str(case))
+            needs = (True, i.weight is not None, True)
+            dx, dweight, dbias = ops.relu_backward(i.grad, i.x, i.weight, mean, invstd, relu_range, i.training, *needs)
+            outputs = dataclasses.replace(
+                outputs, dx=dx.cpu(), dweight=None if dweight is None else dweight.cpu(), dbias=dbias.cpu()
+            )
+        testing.assert_within(testing.judge_fused(inputs, epilogue, outputs), str(case))
 
 
 class Block(nn.Module):

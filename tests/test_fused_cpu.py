@@ -17,18 +17,22 @@ import torch
 from test_cpu_backend import EVERY, SCHEDULES, in_subprocess, levels, threads
 from torch import Tensor
 
-from bnkernels import ops, reference
+from bnkernels import ops
 from bnkernels.testing import (
     DTYPES,
     Case,
+    Epilogue,
     Inputs,
     Outputs,
     assert_within,
     cases,
-    expect_forward,
+    expect_fused,
     judge,
     judge_call,
+    let_through,
+    make_residual,
     same_bits,
+    wrongly_gated,
 )
 from bnkernels.testing.gate import accumulate_dtype
 
@@ -57,42 +61,9 @@ def plain(i: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     return ops.forward_eval(i.x, i.weight, i.bias, i.running_mean, i.running_var, i.eps)
 
 
-def residual_of(i: Inputs) -> Tensor:
-    values = torch.randn(i.x.shape, generator=torch.Generator().manual_seed(5)).to(i.x.dtype)
-    return torch.empty_like(i.x).copy_(values)
-
-
 def assert_same_values(a: Tensor, b: Tensor, what: str) -> None:
     """The same bits, but for the sign of a zero and of a NaN, and for what a NaN carries."""
     torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True, msg=lambda text: f"{what}: {text}")
-
-
-def let_through(x: Tensor, relu_range: Tensor) -> Tensor:
-    """The elements that the backward of a ReLU takes for positive."""
-    low, high = relu_range.view(2, 1, -1, *(1,) * (x.dim() - 2))
-    wide = x.to(relu_range.dtype)
-    return ((low <= wide) & (wide <= high)) | wide.isnan()
-
-
-def wrongly_gated(x: Tensor, weight: Tensor | None, y: Tensor, relu_range: Tensor) -> Tensor:
-    """Where the interval and y = relu(...) disagree. A weight of 0 makes y NaN where the deviation overflows,
-    far from the mean on both sides of it: no interval holds just those."""
-    flat = torch.zeros(x.shape[1], dtype=torch.bool) if weight is None else weight == 0
-    beyond = flat.view(1, -1, *(1,) * (x.dim() - 2)) & y.isnan() & ~x.isnan()
-    return (let_through(x, relu_range) == (y <= 0)) & ~beyond
-
-
-def judge_forward(i: Inputs, residual: Tensor | None, relu: bool, y: Tensor, context: str) -> None:
-    ref = reference.forward(
-        i.x, i.weight, i.bias, i.running_mean, i.running_var, None, i.training, i.momentum or 0.0, i.eps
-    )
-    expected = expect_forward(i.x, i.weight, i.bias, i.running_mean, i.running_var, ref, i.training, 0.0)["y"]
-    if residual is not None:
-        more = residual.double()
-        expected = replace(expected, value=expected.value + more, scale=expected.scale + more.abs())
-    if relu:
-        expected = replace(expected, value=expected.value.relu())
-    assert_within([judge(y, expected)], context)
 
 
 def backward(i: Inputs, mean: Tensor, invstd: Tensor, relu_range: Tensor | None, grad: Tensor) -> list[Tensor]:
@@ -111,7 +82,7 @@ def everything(i: Inputs) -> list[Tensor]:
     """Every result of every fusion on these inputs."""
     found: list[Tensor] = []
     for adds, relu in FUSIONS:
-        y, mean, invstd, relu_range = fused(i, residual_of(i) if adds else None, relu)
+        y, mean, invstd, relu_range = fused(i, make_residual(i) if adds else None, relu)
         found += [y, mean, invstd, relu_range]
         if not adds:
             found += backward(i, mean, invstd, relu_range, i.grad)
@@ -120,7 +91,7 @@ def everything(i: Inputs) -> list[Tensor]:
 
 def check(i: Inputs, context: str) -> None:
     plain_y, mean, invstd = plain(i)
-    residual = residual_of(i)
+    residual = make_residual(i)
     for adds, relu in FUSIONS:
         what = f"{context}, adds={adds}, relu={relu}"
         added = residual if adds else None
@@ -129,15 +100,15 @@ def check(i: Inputs, context: str) -> None:
         assert same_bits(fused_invstd, invstd), what
         assert y.stride() == plain_y.stride(), what
         if adds and i.x.dtype != accumulate_dtype(i.x.dtype):
-            judge_forward(i, added, relu, y, what)  # torch adds to the rounded y
+            assert_within([judge(y, expect_fused(i, Epilogue(added, relu)))], what)  # torch adds to the rounded y
         else:
             parts = plain_y + residual if adds else plain_y
             assert_same_values(y, torch.relu(parts) if relu else parts, what)
         if adds:
             assert relu_range.numel() == 0, what
             continue
-        assert not wrongly_gated(i.x, i.weight, y, relu_range).any(), what
-        masked = torch.empty_like(i.x).copy_(i.grad.where(let_through(i.x, relu_range), 0))
+        assert not wrongly_gated(i, y, *relu_range).any(), what
+        masked = torch.empty_like(i.x).copy_(i.grad.where(let_through(i.x, *relu_range), 0))
         ours = backward(i, mean, invstd, relu_range, i.grad)
         for a, b in zip(ours, backward(i, mean, invstd, None, masked), strict=True):
             assert_same_values(a, b, what)
@@ -177,10 +148,13 @@ def test_forward_and_backward_are_within_the_gate() -> None:
     """By the reference: no mistake that the plain kernels and the fused ones share hides behind their agreement."""
     for case in some_cases():
         i = case.inputs()
-        residual = residual_of(i)
+        residual = make_residual(i)
         for adds, relu in FUSIONS:
             y, mean, invstd, relu_range = fused(i, residual if adds else None, relu)
-            judge_forward(i, residual if adds else None, relu, y, f"{case}, adds={adds}, relu={relu}")
+            assert_within(
+                [judge(y, expect_fused(i, Epilogue(residual if adds else None, relu)))],
+                f"{case}, adds={adds}, relu={relu}",
+            )
             if adds:
                 continue
             need = i.weight is not None
@@ -305,7 +279,7 @@ def test_an_interval_holds_exactly_what_is_positive(dtype: str, in_runs: bool) -
             x = x.T.unsqueeze(0).contiguous()
         inputs = Inputs(x, x, weight, bias, mean, var, None, False, None, 1e-5)
         y, _, _, relu_range = fused(inputs, None, True)
-        wrong = wrongly_gated(x, weight, y, relu_range)
+        wrong = wrongly_gated(inputs, y, *relu_range)
         assert not wrong.any(), (x[wrong][:5], y[wrong][:5], wrong.nonzero()[:5])
         return y, relu_range
 

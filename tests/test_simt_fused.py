@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 from simt.common import BUILDS, FIRST, LAST, LAYOUTS, PAIRS, SEEDS, Servers, assert_same, make
-from simt.fusion import Fusion, assert_fused, make_residual
+from simt.epilogues import assert_fused
 from simt.resident_cases import (
     ALONE,
     CLUSTER,
@@ -27,14 +27,14 @@ from simt.resident_cases import (
 )
 from simt.server import How, Launch, Run, Server
 
-from bnkernels.testing import DTYPES, FAMILIES, Case, Inputs
+from bnkernels.testing import DTYPES, FAMILIES, Case, Epilogue, Inputs, make_residual
 
 pytest_plugins = ["simt.fixtures"]
 
-FUSIONS: dict[str, Callable[[Inputs], Fusion]] = {
-    "relu": lambda inputs: Fusion(relu=True),
-    "residual": lambda inputs: Fusion(make_residual(inputs)),
-    "residual_relu": lambda inputs: Fusion(make_residual(inputs), relu=True),
+EPILOGUES: dict[str, Callable[[Inputs], Epilogue]] = {
+    "relu": lambda inputs: Epilogue(relu=True),
+    "residual": lambda inputs: Epilogue(make_residual(inputs)),
+    "residual_relu": lambda inputs: Epilogue(make_residual(inputs), relu=True),
 }
 # What sanitizers see does not hang on the arithmetic: a window of many elements, and one of few.
 BUILDS_AND_PAIRS = [
@@ -51,14 +51,14 @@ TENSORS = ("x", "residual", "y", "grad_y", "grad_x")
 
 def call(server: Server, inputs: Inputs, how: How, kind: str, last: bool | None = None) -> Run:
     """Judged. Forward and, behind a ReLU alone, backward: of the resident path each is one launch."""
-    fusion = FUSIONS[kind](inputs)
+    epilogue = EPILOGUES[kind](inputs)
     if last is None:
         assert how.resident is not None
         last = how.resident.layout == "channels_last"
-    run = server.call(inputs, how, channels_last=last, fusion=fusion)
+    run = server.call(inputs, how, channels_last=last, epilogue=epilogue)
     forward, backward = (1, 1) if how.resident is not None else (3 if inputs.training else 1, 3)
     assert len(run.launches) == forward + (backward if kind == "relu" else 0)
-    assert_fused(inputs, fusion, run.outputs, run.results, (kind, how))
+    assert_fused(inputs, epilogue, run.outputs, run.results, (kind, how))
     return run
 
 
@@ -75,7 +75,7 @@ def test_seeds_change_no_bit(servers: Servers, name: str, pair: tuple[str, str],
         whole = shape == WHOLE[layout]
         inputs = make(shape, pair, training, "normal" if whole else "mixed")
         how = How(block=32 if whole else 64, chunks=1 if whole else 2, finish_block=64, grid=2, seeds=SEEDS)
-        for kind in FUSIONS:
+        for kind in EPILOGUES:
             call(servers(name), inputs, how, kind, last)
 
 
@@ -88,7 +88,7 @@ def test_resident_seeds_change_no_bit(servers: Servers, name: str, pair: tuple[s
     ways = ((1, 2, ALONE), (3, 1, CLUSTER), (3, 1, EACH), (2, 2, DIVIDED))
     for number, (members, groups, way) in enumerate(ways):
         how = How(resident=plan(layout, shape, pair[0], members, groups, **way), seeds=SEEDS)
-        for kind in FUSIONS if number == 0 and name == "plain" else ("relu", "residual_relu"):
+        for kind in EPILOGUES if number == 0 and name == "plain" else ("relu", "residual_relu"):
             call(servers(name), inputs, how, kind)
     # Whole windows: tiles that are kept, tiles that are not, and a last one that is no whole tile; then all kept.
     shape = RESIDENT_WHOLE[layout]
@@ -97,7 +97,7 @@ def test_resident_seeds_change_no_bit(servers: Servers, name: str, pair: tuple[s
         resident = plan(layout, shape, pair[0], members, 2, kept=kept, **way)
         windows = share_windows(resident, shape, pair[0])
         assert windows >= kept + 4 if kept == 4 else 4 <= windows <= kept
-        for kind in FUSIONS if name == "plain" else ("relu", "residual_relu"):
+        for kind in EPILOGUES if name == "plain" else ("relu", "residual_relu"):
             call(servers(name), inputs, How(resident=resident, seeds=SEEDS), kind)
 
 
@@ -231,7 +231,7 @@ def cells(pair: tuple[str, str], shape: tuple[int, ...], training: bool = True) 
 def test_values_and_weights(plain: Server, pair: tuple[str, str], layout: str, training: bool) -> None:
     last = layout == "channels_last"
     for inputs in cells(pair, (FIRST if not last else LAST)[0], training):
-        for kind in FUSIONS:
+        for kind in EPILOGUES:
             call(plain, inputs, How(block=64, chunks=2), kind, last)
 
 
@@ -241,7 +241,7 @@ def test_resident_values_and_weights(plain: Server, pair: tuple[str, str], layou
     shape = {"channels_first": (6, 5, 301), "channels_last": (130, 19), "packed": (150, 8, 12)}[layout]
     for inputs in cells(pair, shape):
         for members, kept in ((1, 4), (2, 8)):
-            for kind in FUSIONS:
+            for kind in EPILOGUES:
                 call(plain, inputs, How(resident=plan(layout, shape, pair[0], members, kept=kept)), kind)
 
 
@@ -292,7 +292,7 @@ def test_bytes(plain: Server, pair: tuple[str, str]) -> None:
             inputs = make(shape, pair, training)
             sound = plain.call(inputs, how, channels_last=last)
             all_of_x = inputs.x.numel() * inputs.x.element_size()
-            for kind in FUSIONS:
+            for kind in EPILOGUES:
                 run = call(plain, inputs, how, kind, last)
                 if training:
                     assert_moves_no_more(sound, run, inputs, kind)
@@ -309,7 +309,7 @@ def test_bytes(plain: Server, pair: tuple[str, str]) -> None:
         assert share_windows(resident, shape, pair[0]) <= resident.kept
         sound = plain.call(inputs, How(resident=resident), channels_last=layout == "channels_last")
         all_of_x = inputs.x.numel() * inputs.x.element_size()
-        for kind in FUSIONS:
+        for kind in EPILOGUES:
             run = call(plain, inputs, How(resident=resident), kind)
             assert (run.launches[0].read["x"], run.launches[0].written["y"]) == (all_of_x, all_of_x)
             assert_moves_no_more(sound, run, inputs, kind)

@@ -13,11 +13,19 @@ import math
 import pytest
 import torch
 from simt.common import PAIRS
-from simt.fusion import Fusion, assert_range_is_exact, behind_relu
 from simt.server import How, Server
 from torch import Tensor
 
-from bnkernels.testing import DTYPES, Inputs, Outputs, assert_within, judge_call
+from bnkernels.testing import (
+    DTYPES,
+    Epilogue,
+    Inputs,
+    Outputs,
+    assert_range_is_exact,
+    assert_within,
+    behind_relu,
+    judge_call,
+)
 
 pytest_plugins = ["simt.fixtures"]
 
@@ -53,10 +61,10 @@ def test_interval_is_exact(plain: Server, pair: tuple[str, str]) -> None:
     dtype, held = DTYPES[pair[0]], DTYPES[pair[1]]
     table = list(itertools.product(MEANS, VARIANCES, WEIGHTS, BIASES))
     parameters = torch.tensor(table, dtype=torch.float64).T.to(held).contiguous()
-    fusion = Fusion(relu=True)
+    epilogue = Epilogue(relu=True)
     how = How(block=64, grid=5)
     first = plain.call(
-        inputs_of(torch.zeros(2, len(table), dtype=dtype), parameters), how, channels_last=True, fusion=fusion
+        inputs_of(torch.zeros(2, len(table), dtype=dtype), parameters), how, channels_last=True, epilogue=epilogue
     )
     low, high = first.results["relu_low"], first.results["relu_high"]
     assert bool((low.isinf() | high.isinf()).all())  # one end is open
@@ -66,7 +74,7 @@ def test_interval_is_exact(plain: Server, pair: tuple[str, str]) -> None:
     assert int((found & high.isfinite()).sum()) > len(table) // 8
     x = around(torch.where(found, edges, torch.zeros_like(edges)), parameters[2], dtype)
     inputs = inputs_of(x, parameters)
-    run = plain.call(inputs, how, channels_last=True, fusion=fusion)
+    run = plain.call(inputs, how, channels_last=True, epilogue=epilogue)
     assert bool((run.results["relu_low"] == low).all()) and bool((run.results["relu_high"] == high).all())
     assert run.outputs.y is not None
     assert_range_is_exact(inputs, run.outputs.y, low, high, pair)

@@ -2,6 +2,7 @@
 
     gate       how far an output may lie from the float64 reference
     calls      the inputs and outputs of one call, judged
+    epilogue     the same with an addition, a ReLU or both behind it
     families   adversarial values
     shapes     shapes, each with its reason
     layouts    strides, guard bands, poisoned memory
@@ -12,6 +13,16 @@ Pure torch: nothing here knows a backend, so that what judges a kernel shares no
 
 from .calls import Inputs, Outputs, judge_call, judge_calls
 from .cases import DTYPE_PAIRS, DTYPES, TIERS, Case, cases
+from .epilogue import (
+    Epilogue,
+    assert_range_is_exact,
+    behind_relu,
+    expect_fused,
+    judge_fused,
+    let_through,
+    make_residual,
+    wrongly_gated,
+)
 from .families import FAMILIES, GRADS, WEIGHTS, Family
 from .gate import (
     REPORT_FROM,
@@ -38,6 +49,7 @@ __all__ = [
     "UNIT_ROUNDOFF",
     "WEIGHTS",
     "Case",
+    "Epilogue",
     "Expectation",
     "Family",
     "Guarded",
@@ -46,16 +58,23 @@ __all__ = [
     "Outputs",
     "Verdict",
     "accumulate_roundoff",
+    "assert_range_is_exact",
     "assert_within",
+    "behind_relu",
     "cases",
     "expect_backward",
     "expect_forward",
+    "expect_fused",
     "guarded",
     "judge",
     "judge_call",
     "judge_calls",
+    "judge_fused",
     "lay_out",
+    "let_through",
+    "make_residual",
     "misaligned",
     "poisoned_allocations",
     "same_bits",
+    "wrongly_gated",
 ]

@@ -22,12 +22,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bnkernels.testing import Inputs, Outputs
+from bnkernels.testing import Epilogue, Inputs, Outputs
 
 from . import build
-from .fusion import PLAIN, Fusion
 from .plans import Limits, Plan, Resident
 
+PLAIN = Epilogue()
 SCHEDULES = ("seeded", "in_order", "reverse", "stall_one")
 
 
@@ -121,19 +121,19 @@ class Server:
         self._process.kill()
         self._process.wait()
 
-    def call(self, inputs: Inputs, how: How, *, channels_last: bool, fusion: Fusion = PLAIN) -> Run:
+    def call(self, inputs: Inputs, how: How, *, channels_last: bool, epilogue: Epilogue = PLAIN) -> Run:
         """The forward that `inputs.training` asks for, then the backward from what it saved.
 
         Without the latter where something is added: the kernels have no gradient of their own for that.
         """
         forward = (self.forward_train if inputs.training else self.forward_eval)(
-            inputs, how, channels_last=channels_last, fusion=fusion
+            inputs, how, channels_last=channels_last, epilogue=epilogue
         )
-        if fusion.residual is not None:
+        if epilogue.residual is not None:
             return forward
         saved = forward.outputs
         assert saved.mean is not None and saved.invstd is not None
-        relu = (forward.results["relu_low"], forward.results["relu_high"]) if fusion.has_range else None
+        relu = (forward.results["relu_low"], forward.results["relu_high"]) if epilogue.has_range else None
         backward = self.backward(inputs, saved.mean, saved.invstd, how, channels_last=channels_last, relu=relu)
         gradients = {name: getattr(backward.outputs, name) for name in _OUTPUT_NAMES.values()}
         return Run(
@@ -143,23 +143,23 @@ class Server:
             forward.results | backward.results,
         )
 
-    def forward_train(self, inputs: Inputs, how: How, *, channels_last: bool, fusion: Fusion = PLAIN) -> Run:
+    def forward_train(self, inputs: Inputs, how: How, *, channels_last: bool, epilogue: Epilogue = PLAIN) -> Run:
         names = ("x", "weight", "bias")
         tensors: list[tuple[str, str, Tensor]] = [(n, "in", t) for n in names if (t := getattr(inputs, n)) is not None]
         for name in ("running_mean", "running_var", "num_batches_tracked"):
             if (tensor := getattr(inputs, name)) is not None:
                 tensors.append((name, "inout", tensor))
-        tensors += self._forward_tensors(inputs, fusion)
+        tensors += self._forward_tensors(inputs, epilogue)
         cumulative = inputs.momentum is None
         options = {"momentum": 0.0 if cumulative else inputs.momentum, "cumulative": int(cumulative), "eps": inputs.eps}
-        options["relu"] = int(fusion.relu)
+        options["relu"] = int(epilogue.relu)
         return self._run("forward_train", inputs.x, tensors, options, how, channels_last)
 
-    def forward_eval(self, inputs: Inputs, how: How, *, channels_last: bool, fusion: Fusion = PLAIN) -> Run:
+    def forward_eval(self, inputs: Inputs, how: How, *, channels_last: bool, epilogue: Epilogue = PLAIN) -> Run:
         names = ("x", "weight", "bias", "running_mean", "running_var")
         tensors: list[tuple[str, str, Tensor]] = [(n, "in", t) for n in names if (t := getattr(inputs, n)) is not None]
-        tensors += self._forward_tensors(inputs, fusion)
-        options = {"eps": inputs.eps, "relu": int(fusion.relu)}
+        tensors += self._forward_tensors(inputs, epilogue)
+        options = {"eps": inputs.eps, "relu": int(epilogue.relu)}
         return self._run("forward_eval", inputs.x, tensors, options, how, channels_last)
 
     def backward(
@@ -229,12 +229,12 @@ class Server:
         return self._run(operation, x, tensors, options, how, channels_last)
 
     @staticmethod
-    def _forward_tensors(inputs: Inputs, fusion: Fusion) -> list[tuple[str, str, Tensor]]:
+    def _forward_tensors(inputs: Inputs, epilogue: Epilogue) -> list[tuple[str, str, Tensor]]:
         """The residual, and what is written but for the running statistics."""
         saved = torch.float64 if inputs.x.dtype == torch.float64 else torch.float32
-        names = ("mean", "invstd", "relu_low", "relu_high") if fusion.has_range else ("mean", "invstd")
+        names = ("mean", "invstd", "relu_low", "relu_high") if epilogue.has_range else ("mean", "invstd")
         vectors = [(name, "out", torch.empty(inputs.x.shape[1], dtype=saved)) for name in names]
-        added = [] if fusion.residual is None else [("residual", "in", fusion.residual)]
+        added = [] if epilogue.residual is None else [("residual", "in", epilogue.residual)]
         return [*added, ("y", "out", torch.empty_like(inputs.x)), *vectors]
 
     def _run(
