@@ -22,7 +22,7 @@ logger = logging.getLogger("bnkernels")
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
-_OURS: dict[type[nn.Module], type[nn.Module]] = {
+OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: modules.BatchNorm1d,
     nn.BatchNorm2d: modules.BatchNorm2d,
     nn.BatchNorm3d: modules.BatchNorm3d,
@@ -31,7 +31,9 @@ _OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.LazyBatchNorm3d: modules.LazyBatchNorm3d,
     nn.SyncBatchNorm: sync.SyncBatchNorm,
 }
-_TORCHS = {ours: torchs for torchs, ours in _OURS.items()}
+_TORCHS = {ours: torchs for torchs, ours in OURS.items()}
+OTHER_ACTIVATION = "it has an attribute activation that is not bnkernels'"
+"""Why a BatchNorm of torch is left to which somebody has given what would be read as the activation of ours."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def convert(
     Returns:
         model.
     """
-    return _change(model, _OURS, filter_fn, report, "converted")
+    return _change(model, OURS, filter_fn, report, "converted")
 
 
 def revert(
@@ -155,7 +157,8 @@ def _reason_to_skip(
     if after is None:
         return "a subclass, whose forward may be its own"
     if getattr(module, "activation", None) is not None:
-        return "it has an activation, which torch's BatchNorm has not"
+        ours = isinstance(module, modules.ForwardMixin)
+        return "it has an activation, which torch's BatchNorm has not" if ours else OTHER_ACTIVATION
     if "forward" in module.__dict__:
         return "its forward has been replaced on the object"
     if filter_fn is not None and not filter_fn(module, name):
@@ -175,7 +178,7 @@ def _log(report: ConversionReport, verb: str, model: str) -> None:
 
 def _qualified(cls: type[nn.Module]) -> str:
     """nn.BatchNorm2d, bnkernels.BatchNorm2d, or the full name of another class."""
-    if cls in _OURS:
+    if cls in OURS:
         return f"nn.{cls.__name__}"
     if cls in _TORCHS:
         return f"bnkernels.{cls.__name__}"

@@ -174,9 +174,9 @@ def _fused_train_fake(
     eps: float,
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check(x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     _check_residual(residual, x)
-    return _like(x), _statistic(x), _statistic(x), _relu_range(x, residual, relu)
+    plain = _train_fake(x, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps)
+    return *plain, _relu_range(x, residual, relu)
 
 
 @torch.library.register_fake("bnkernels::batch_norm_fused_train_functional")
@@ -192,11 +192,11 @@ def _fused_train_functional_fake(
     eps: float,
     relu: bool,
 ) -> tuple[Tensor, ...]:
-    _check(x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     _check_residual(residual, x)
-    mean, invstd = _statistic(x), _statistic(x)
-    updated = _updated(mean, running_mean, running_var, num_batches_tracked)
-    return _like(x), mean, invstd, _relu_range(x, residual, relu), *updated
+    y, mean, invstd, *updated = _train_functional_fake(
+        x, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps
+    )
+    return y, mean, invstd, _relu_range(x, residual, relu), *updated
 
 
 @torch.library.register_fake("bnkernels::batch_norm_fused_eval")
@@ -210,9 +210,8 @@ def _fused_eval_fake(
     eps: float,
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check(x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     _check_residual(residual, x)
-    return _like(x), _statistic(x), _statistic(x), _relu_range(x, residual, relu)
+    return *_eval_fake(x, weight, bias, running_mean, running_var, eps), _relu_range(x, residual, relu)
 
 
 @torch.library.register_fake("bnkernels::batch_norm_relu_backward")
@@ -228,13 +227,11 @@ def _relu_backward_fake(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_grad(grad, x)
-    _check(x, weight=weight, mean=mean, invstd=invstd)
     torch._check(
         relu_range.dim() == 2 and relu_range.shape[0] == 2 and relu_range.shape[1] == x.shape[1],
         lambda: f"batch_norm backward: expected a relu_range of shape [2, {x.shape[1]}], but got {relu_range.shape}",
     )
-    return _like(x) if need_input else x.new_empty(0), *_parameter_grads(x, weight, mean, need_weight, need_bias)
+    return _backward_fake(grad, x, weight, mean, invstd, training, need_input, need_weight, need_bias)
 
 
 @torch.library.register_fake("bnkernels::sync_batch_norm_statistics")

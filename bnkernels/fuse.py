@@ -15,17 +15,10 @@ from dataclasses import dataclass, field
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import modules
-from .convert import Skip
+from .convert import OURS, Skip
 from .patterns import CALL_HOOKS, Match, Modules, called, drop_identities, matches
 
 logger = logging.getLogger("bnkernels")
-
-_OURS: dict[type[nn.Module], type[modules.ForwardMixin]] = {
-    nn.BatchNorm1d: modules.BatchNorm1d,
-    nn.BatchNorm2d: modules.BatchNorm2d,
-    nn.BatchNorm3d: modules.BatchNorm3d,
-}
 
 
 @dataclass(frozen=True)
@@ -154,7 +147,7 @@ def _twin(layer: nn.Module, activation: str | None) -> nn.Module:
     The dictionaries of both are shared, not only the tensors: .to() of either puts new tensors in their place.
     """
     twin = copy.copy(layer)
-    twin.__class__ = _OURS.get(type(layer), type(layer))  # type: ignore[assignment]
+    twin.__class__ = OURS.get(type(layer), type(layer))  # type: ignore[assignment]
     if activation is not None:
         twin.activation = activation  # type: ignore[assignment]
     for hooks in CALL_HOOKS:  # not these: whoever registers one means the result of one of the two

@@ -15,16 +15,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
-from . import modules
+from .convert import OTHER_ACTIVATION, OURS
+from .modules import ForwardMixin
 
-_FUSIBLE = {
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
-    modules.BatchNorm1d,
-    modules.BatchNorm2d,
-    modules.BatchNorm3d,
-}
+_FUSIBLE = {*OURS, *OURS.values()}  # but for those that _reason_to_leave names before
 
 _RELU_FUNCTIONS = {nn.functional.relu, torch.relu, torch.relu_}
 _RELU_METHODS = {"relu", "relu_"}
@@ -123,8 +117,8 @@ def _reason_to_leave(layer: nn.Module) -> str:
         return "a SyncBatchNorm, whose kernels take neither residual nor activation"
     if type(layer) not in _FUSIBLE:
         return "a subclass, whose forward may be its own"
-    if isinstance(layer, modules.ForwardMixin) and layer.activation is not None:
-        return "it has an activation already"
+    if getattr(layer, "activation", None) is not None:
+        return "it has an activation already" if isinstance(layer, ForwardMixin) else OTHER_ACTIVATION
     return _own_behaviour(layer)
 
 

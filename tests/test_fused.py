@@ -342,6 +342,19 @@ def test_revert_leaves_what_torch_has_not(device: str) -> None:
     assert [skip.reason for skip in report.skipped] == ["it has an activation, which torch's BatchNorm has not"]
 
 
+@pytest.mark.parametrize("foreign", ["relu", nn.ReLU()], ids=["a name", "a module"])
+def test_an_activation_of_somebody_else(foreign: object) -> None:
+    """A BatchNorm of torch with an attribute of that name is left: its class changed, it would be taken for ours."""
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU())
+    model[1].activation = foreign
+    converted, fused = bnk.ConversionReport(), bnk.FusionReport()
+    bnk.convert(model, report=converted)
+    bnk.fuse(model, report=fused)
+    for left in (converted.skipped, fused.left):
+        assert [skip.reason for skip in left] == ["it has an attribute activation that is not bnkernels'"]
+    assert type(model[1]) is nn.BatchNorm2d
+
+
 def test_sync_batch_norm_keeps_the_activation(device: str) -> None:
     model = bnk.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(layer("relu", device), layer(None, device)))
     assert [module.activation for module in model] == ["relu", None]
