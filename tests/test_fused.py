@@ -100,6 +100,11 @@ def test_gradcheck_to_the_second_order(activation: str | None, adds: bool, train
     inputs = [images(device), fused.weight, fused.bias, *([images(device)] if adds else [])]
     assert gradcheck(function, inputs)
     assert gradgradcheck(function, inputs)
+    # gradgradcheck holds the differentiable backward to its own derivatives alone: its values are the kernels'.
+    by_kernels, differentiable = (
+        torch.autograd.grad(function(*inputs).square().sum(), inputs, create_graph=again) for again in (False, True)
+    )
+    torch.testing.assert_close(differentiable, by_kernels)
 
 
 @each_fusion
