@@ -21,7 +21,7 @@ from .modules import (
     LazyBatchNorm2d,
     LazyBatchNorm3d,
 )
-from .ops import build_info
+from .ops import build_info, empty_cache
 from .sync import DistributedDataParallel, SyncBatchNorm
 from .tracking import checkpoint_contexts, no_statistics_update
 
@@ -43,6 +43,7 @@ __all__ = [
     "build_info",
     "checkpoint_contexts",
     "convert",
+    "empty_cache",
     "explain",
     "explain_model",
     "fuse",

@@ -105,6 +105,7 @@ try:
     fused_forward_train = _C.fused_forward_train
     fused_forward_eval = _C.fused_forward_eval
     relu_backward = _C.relu_backward
+    _empty_cache = _C.empty_cache
 
     # How the CUDA kernels would run a pass, by arithmetic alone, and the limits of a CUDA device that this depends on
     # (csrc/plan.h).
@@ -136,6 +137,16 @@ except AttributeError as error:  # built from sources that did not have it yet, 
 def build_info() -> dict[str, object]:
     """What this installation was built with: versions of torch, CUDA and the compiler, GPU architectures, CPU SIMD."""
     return dict(_C.build_info())
+
+
+def empty_cache() -> int:
+    """Gives the memory that CPU results keep for later ones back to the system, and returns how many bytes that was.
+
+    What torch.cuda.empty_cache() is for a GPU. Results of 256 KiB and more leave theirs when they are freed, as fresh
+    memory costs more time than a BatchNorm does: up to BNKERNELS_CPU_KEPT_MB (MiB, default 1024; 0: nothing). The
+    system takes most of it by itself when it is short.
+    """
+    return _empty_cache()
 
 
 from . import fakes  # noqa: E402, F401 (of ops that are there now)

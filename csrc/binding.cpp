@@ -8,6 +8,7 @@
 
 #include "binding_plan.h"
 #include "cpu/backend.h"
+#include "cpu/kept_memory.h"
 #include "ops.h"
 
 #ifndef BNK_WITH_CUDA
@@ -88,6 +89,11 @@ Gradients relu_backward(const at::Tensor& grad, const at::Tensor& x, const Optio
       need_input, need_weight && weight.has_value(), need_bias);
 }
 
+size_t empty_cache() {
+  const py::gil_scoped_release release;
+  return cpu::release_kept_memory();
+}
+
 py::dict build_info() {
   py::dict info;
   info["tag"] = static_cast<const char*>(kBuildTag);
@@ -131,6 +137,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
              arg("running_mean"), arg("running_var"), arg("eps"), arg("relu"));
   module.def("relu_backward", &bnk::relu_backward, arg("grad"), arg("x"), arg("weight"), arg("mean"), arg("invstd"),
              arg("relu_range"), arg("training"), arg("need_input"), arg("need_weight"), arg("need_bias"));
+  module.def("empty_cache", &bnk::empty_cache);
   module.def("build_info", &bnk::build_info);
   bnk::bind_plan(module);
 }

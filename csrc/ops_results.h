@@ -3,12 +3,12 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 
 #include <tuple>
 #include <vector>
 
 #include "arguments.h"
+#include "backend_memory.h"
 
 namespace bnk {
 
@@ -33,9 +33,7 @@ auto find_op(const char* name) {
 
 // What a result is written to: of the input's shape and dtype, dense in its memory format, whatever the strides of its
 // dimensions of size 1.
-inline at::Tensor empty_result(const Input& input) {
-  return at::empty_like(input.tensor, {}, input.tensor.suggest_memory_format());
-}
+inline at::Tensor empty_result(const Input& input) { return empty_result_like(input.tensor); }
 
 // The buffers of a functional op: copies, which it changes and returns in their place.
 struct Changed {

@@ -2,6 +2,7 @@
 //
 // Shapes: x (N, C, *), N may be 0; weight, bias, running_mean, running_var, mean, invstd (C,); a rank's rows are float64.
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 

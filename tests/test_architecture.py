@@ -47,8 +47,8 @@ ROOMS = {
     "paths": Room(frozenset({"problem", "plan", "kernels", "primitives"})),
     # Launchers take a stream, not torch's.
     "cuda": Room(frozenset({"problem", "plan", "kernels", "primitives", "paths"}), (CUDA_RUNTIME, CUDA_TYPES)),
-    # at::parallel_for is all of torch that the CPU backend sees; of the system, the advice it gives on memory.
-    "cpu": Room(frozenset({"problem", "relu"}), (re.compile(r"^<(ATen/Parallel|sys/mman)\.h>$"),)),
+    # at::parallel_for is all of torch that the CPU backend sees; of the system, its memory and what a fork() leaves.
+    "cpu": Room(frozenset({"problem", "relu"}), (re.compile(r"^<(ATen/Parallel|sys/mman|pthread)\.h>$"),)),
     # Tensors end here: what is checked becomes raw pointers.
     "arguments": Room(frozenset({"problem"}), (TORCH,)),
     # CPU or CUDA, and which device and stream.

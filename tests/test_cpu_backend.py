@@ -7,15 +7,13 @@ level, for every number of threads and however often it is called.
 from __future__ import annotations
 
 import hashlib
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
+from interpreter import in_subprocess
 from torch import Tensor
 
 from bnkernels import ops
@@ -58,12 +56,6 @@ def threads(count: int) -> Iterator[None]:
 
 
 # ---- SIMD levels ----
-
-
-def in_subprocess(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "2", **environment}
-    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=600)
 
 
 def levels() -> list[str]:
@@ -137,7 +129,7 @@ def test_huge_pages_change_nothing_and_are_validated() -> None:
     answers = {value: in_subprocess(code, BNKERNELS_CPU_HUGE_PAGES=value) for value in ("0", "1", "", "2")}
     assert answers["0"].stdout == answers["1"].stdout == answers[""].stdout != ""
     assert answers["2"].returncode != 0
-    assert "BNKERNELS_CPU_HUGE_PAGES=2: expected 0 or 1" in answers["2"].stderr
+    assert "BNKERNELS_CPU_HUGE_PAGES=2: expected a whole number from 0 to 1" in answers["2"].stderr
 
 
 # ---- threads ----

@@ -14,7 +14,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_cpu_backend import EVERY, SCHEDULES, in_subprocess, levels, threads
+from interpreter import in_subprocess
+from test_cpu_backend import EVERY, SCHEDULES, levels, threads
 from torch import Tensor
 
 from bnkernels import ops

@@ -7,7 +7,6 @@
 #include <cmath>
 
 #include "layout.h"
-#include "pages.h"
 #include "ranks.h"
 #include "relu_ranges.h"
 #include "scalar.h"
@@ -52,8 +51,6 @@ class Coefficients {
   std::unique_ptr<double[]> heap_;
   double in_place_[kInPlaceValues];
 };
-
-int64_t bytes_of(const Problem& problem) { return problem.elements() * size_of(problem.dtype); }
 
 // Channels-first in the widest form: one channel is one run, whatever the outer size.
 Problem normal_form(Problem problem) {
@@ -154,7 +151,6 @@ struct Backward {
 template <typename Args>
 void normalize_given(const Args& args, const Epilogue& epilogue, int tensors) {
   const Problem problem = normal_form(args.problem);
-  prefer_huge_pages(args.y, bytes_of(problem));
   const Coefficients weight(args.weight, 1, problem);
   const Coefficients bias(args.bias, 0, problem);
   const AffineVectors affine{args.mean.data, args.invstd.data, weight.data(), bias.data()};
@@ -174,7 +170,6 @@ void forward_train(const ForwardTrainArgs& args) {
     if (args.cumulative) factor = 1.0 / static_cast<double>(*args.num_batches_tracked);
   }
   const Problem problem = normal_form(args.problem);
-  prefer_huge_pages(args.y, bytes_of(problem));
   const Coefficients weight(args.weight, 1, problem);
   const Coefficients bias(args.bias, 0, problem);
   const AffineVectors affine{args.mean.data, args.invstd.data, weight.data(), bias.data()};
@@ -204,7 +199,6 @@ void backward(const BackwardArgs& args) {
   const bool has_partials =
       args.grad_weight.data != nullptr || args.grad_bias.data != nullptr || (args.training && has_apply);
   if (!has_apply && !has_partials) return;
-  if (has_apply) prefer_huge_pages(args.grad_x, bytes_of(problem));
   Coefficients scale(problem), mean_g(problem), slope(problem);
   if (has_apply) {
     for (int64_t c = 0; c < problem.channels; ++c) {
@@ -258,7 +252,6 @@ void normalize(const NormalizeArgs& args) { normalize_given(args, {}, 2); }
 
 void grad_input(const GradInputArgs& args) {
   const Problem problem = normal_form(args.problem);
-  prefer_huge_pages(args.grad_x, bytes_of(problem));
   Coefficients scale(problem), mean_g(problem), slope(problem);
   for (int64_t c = 0; c < problem.channels; ++c) {
     const double invstd = read(args.invstd, c);

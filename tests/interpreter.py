@@ -1,0 +1,14 @@
+"""Code that runs in an interpreter of its own: for settings that are read once, and for what ends a process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+
+def in_subprocess(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs `code` with the tests' own modules at hand, two threads, and these environment variables set."""
+    path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "2", **environment}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=600)

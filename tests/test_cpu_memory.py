@@ -1,0 +1,177 @@
+"""The memory that large CPU results leave to later ones (csrc/cpu/kept_memory.h): used again, bounded, the system's to
+take, and never in use twice. Settings are read once, so most of it runs in an interpreter of its own.
+"""
+
+from __future__ import annotations
+
+import pickle
+import sys
+import threading
+
+import pytest
+import torch
+from interpreter import in_subprocess
+from torch.profiler import ProfilerActivity, profile
+
+import bnkernels as bnk
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is kept on Linux alone")
+
+MIB = 1 << 20
+
+STEP = """
+import os, resource, threading, torch, bnkernels as bnk
+torch.set_num_threads(1)
+layer = bnk.BatchNorm2d(64)
+
+def step(n=8):
+    x = torch.randn(n, 64, 56, 56, requires_grad=True)         # n * 0.77 MiB
+    grad = torch.randn_like(x)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    y = layer(x)
+    dx = torch.autograd.grad(y, x, grad)[0]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, y, dx
+"""
+
+
+def answer_of(code: str, **environment: str) -> str:
+    answer = in_subprocess(STEP + code, **environment)
+    assert answer.returncode == 0, answer.stderr
+    return answer.stdout.strip()
+
+
+def test_a_step_on_memory_kept_has_no_page_faults() -> None:
+    """Two results of 6 MiB are 3136 pages; and with small pages as well as with huge ones."""
+    code = "faults = [step()[0] for _ in range(8)]; print(max(faults[3:]))"
+    for huge_pages in ("0", "1"):
+        assert int(answer_of(code, BNKERNELS_CPU_HUGE_PAGES=huge_pages)) < 100
+
+
+@pytest.mark.parametrize("limit", [0, 13, 1024])
+def test_no_more_is_kept_than_allowed(limit: int) -> None:
+    """What empty_cache() says was kept: of four results of 6.125 MiB as many as fit, and then nothing any more."""
+    code = "held = [step()[1:] for _ in range(2)]; del held; print(bnk.empty_cache(), bnk.empty_cache())"
+    kept, after = map(int, answer_of(code, BNKERNELS_CPU_KEPT_MB=str(limit)).split())
+    size = 8 * 64 * 56 * 56 * 4
+    blocks = min(4, limit * MIB // size)
+    assert blocks * size <= kept <= min(limit * MIB, blocks * size * 9 // 8)
+    assert after == 0
+
+
+def test_empty_cache_gives_memory_back() -> None:
+    """Resident memory falls by what it says."""
+    code = """
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+y, dx = step(64)[1:]
+del y, dx
+before = resident()
+kept = bnk.empty_cache()
+print(kept, before - resident())
+"""
+    kept, fallen = map(int, answer_of(code).split())
+    assert kept >= 2 * 64 * 64 * 56 * 56 * 4
+    assert fallen == pytest.approx(kept, rel=0.1)
+
+
+def test_what_is_kept_is_offered_to_the_system() -> None:
+    """All but the 64 MiB freed last are pages that the system may take without asking (LazyFree in smaps)."""
+    code = """
+y, dx = step(128)[1:]
+del y, dx
+fields = (line.split() for line in open("/proc/self/smaps_rollup"))
+print(next(int(f[1]) for f in fields if f[0] == "LazyFree:") * 1024)
+"""
+    assert int(answer_of(code)) >= 128 * 64 * 56 * 56 * 4
+
+
+@pytest.mark.parametrize("value", ["-1", "many", "1.5", "99999999999999999999"])
+def test_a_wrong_limit_is_refused(value: str) -> None:
+    answer = in_subprocess(STEP + "step()", BNKERNELS_CPU_KEPT_MB=value)
+    assert answer.returncode != 0
+    assert f"BNKERNELS_CPU_KEPT_MB={value}: expected a whole number from 0 to " in answer.stderr
+
+
+def test_a_forked_process_goes_on() -> None:
+    """Forked while another thread takes and gives back without a pause, which may hold the mutex just then."""
+    code = """
+stop = False
+def hammer():
+    with torch.no_grad():
+        x = torch.randn(64, 1024)
+        while not stop:
+            bnk.batch_norm(x, None, None, training=True)
+
+thread = threading.Thread(target=hammer)
+thread.start()
+codes = []
+for _ in range(50):
+    child = os.fork()
+    if child == 0:
+        with torch.no_grad():
+            held = [layer(torch.randn(2, 64, 56, 56)) for _ in range(3)]
+        os._exit(0)
+    codes.append(os.waitpid(child, 0)[1])
+stop = True
+thread.join()
+print(set(codes))
+"""
+    assert answer_of(code) == "{0}"
+
+
+def test_results_may_outlive_the_interpreter() -> None:
+    assert answer_of("y, dx = step()[1:]; torch.kept = y; print(y.numel())") == str(8 * 64 * 56 * 56)
+
+
+def test_no_two_results_share_memory() -> None:
+    """Threads that make, hold and free results of many sizes: each result still has its own values when it is freed."""
+    wrong: list[str] = []
+
+    def work(seed: int) -> None:
+        random = torch.Generator().manual_seed(seed)
+        zero, one = torch.zeros(16), torch.ones(16)
+        held: list[tuple[torch.Tensor, float]] = []
+        for turn in range(200):
+            rows = int(torch.randint(2_000, 60_000, (), generator=random))
+            value = float(1000 * seed + turn)
+            y = bnk.batch_norm(torch.full((rows, 16), value), zero, one, training=False, eps=0.0)
+            held.append((y, value))
+            if len(held) > 4:
+                old, expected = held.pop(int(torch.randint(0, 5, (), generator=random)))
+                if not bool((old == expected).all()):
+                    wrong.append(f"seed {seed}, turn {turn}: {old.unique()[:3].tolist()}, expected {expected}")
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_result_is_a_tensor_like_any_other(layout: torch.memory_format) -> None:
+    """Resized, shared with other processes, pickled and seen by numpy, as one on torch's own memory."""
+    x = torch.randn(4, 32, 48, 48).contiguous(memory_format=layout)
+    y = bnk.BatchNorm2d(32)(x).detach()
+    expected = y.clone()
+    assert y.is_contiguous(memory_format=layout) and y.data_ptr() % 64 == 0
+    array = y.numpy()
+    assert torch.equal(pickle.loads(pickle.dumps(y)), expected)
+    assert y.share_memory_().is_shared() and torch.equal(y, expected)
+    y = bnk.BatchNorm2d(32)(x).detach()
+    y.untyped_storage().resize_(2 * y.untyped_storage().nbytes())
+    assert torch.equal(y, expected)
+    del y
+    assert array.shape == x.shape
+
+
+def test_torchs_memory_profiler_sees_it() -> None:
+    x = torch.randn(16, 64, 28, 28)
+    layer = bnk.BatchNorm2d(64).eval()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, torch.no_grad():
+        y = layer(x)
+        del y
+    ops = {event.key: event for event in profiler.key_averages()}
+    assert ops["bnkernels::batch_norm_eval"].cpu_memory_usage >= 4 * x.numel()
