@@ -18,6 +18,7 @@
 #   INTERPRETER=python3    no environment: this interpreter as it is. Nothing is installed and no network is needed; it must
 #                          have torch and what the target uses (pyproject.toml: demo, bench, dev)
 #   PYTEST_ARGS="-k cpu"   handed to pytest
+#   WORKERS=2              processes that `make test` shares the test files between, where pytest-xdist is installed; 0: none
 #   RESULTS=DIR            where `make gpu` and `make bench` write (default: out/gpu, out/bench)
 #   MAX_JOBS=N             compilers run at a time (default: the cores)
 #   TORCH_CUDA_ARCH_LIST, CUDA_HOME, FORCE_CUDA: as in setup.py. Unlike there, where no GPU is present only sm_90 is compiled.
@@ -30,6 +31,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 TORCH ?= torch>=2.11
 PYTEST_ARGS ?=
+WORKERS ?= 2
 RESULTS ?=
 MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 export MAX_JOBS
@@ -84,8 +86,10 @@ why:
 	-$(MAKE) examples
 	$(PY) examples/study.py out/examples docs/why.md
 
+# Threads that wait do not spin: those of another process could work meanwhile.
+test: export OMP_WAIT_POLICY ?= passive
 test: $(call environment,dev)
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest $$($(PY) -c "import xdist; print('-n $(WORKERS) --dist loadfile')" 2>/dev/null) --durations 15 $(PYTEST_ARGS)
 
 format: $(call environment,dev)
 	$(PY) -m ruff check --fix --select I .
