@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from . import cuda, gate, harness, machine
-from .cases import DTYPES, FLOOR_TENSORS, LAYOUTS, Case
+from .cases import DTYPES, EPILOGUES, FLOOR_TENSORS, LAYOUTS, Case
 from .contestants import BUILDERS, COMPILED, TITLES, why_no_compiler
 from .report import render
 from .results import Run
@@ -106,6 +106,12 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument(
         "--directions", type=_one_of(FLOOR_TENSORS), metavar="D,..", help=f"of {', '.join(FLOOR_TENSORS)}"
     )
+    parse.add_argument(
+        "--epilogue",
+        choices=[name for name in EPILOGUES if name],
+        default="",
+        help="what follows BatchNorm: in bnkernels' kernels, and as torch's operations, in place, behind torch's layer",
+    )
     parse.add_argument("--contestants", type=_one_of(BUILDERS), metavar="C,..", help=f"of {', '.join(BUILDERS)}")
     parse.add_argument(
         "--modes", type=_one_of(cuda.MODES), metavar="M,..", help="GPU only, of cold, warm, user; default: cold,warm"
@@ -115,7 +121,11 @@ def parser() -> argparse.ArgumentParser:
     )
     parse.add_argument("--threads", type=int, metavar="T", help="CPU threads (default: torch's)")
     parse.add_argument("--out", type=Path, default=Path("out/bench"), metavar="DIR", help="default: out/bench")
-    parse.add_argument("--name", metavar="WHAT", help="last part of the files' name (default: quick, default or full)")
+    parse.add_argument(
+        "--name",
+        metavar="WHAT",
+        help="last part of the files' name (default: quick, default or full, and the epilogue)",
+    )
     parse.add_argument("--no-plot", action="store_true")
     parse.add_argument(
         "--render", type=Path, metavar="JSON", help="measure nothing: write the report of this run again"
@@ -137,7 +147,7 @@ def make_plan(options: argparse.Namespace) -> harness.Plan:
         effort = Effort(effort.sample_s, options.budget, effort.min_rounds, effort.max_rounds)
     shapes = options.shapes or FAMILIES["quick" if options.quick else "resnet50"]()
     cases = [
-        Case(shape, batch, layout, dtype)
+        Case(shape, batch, layout, dtype, options.epilogue)
         for dtype in options.dtypes or defaults.dtypes
         for layout in options.layouts or tuple(LAYOUTS)
         for batch in options.batch or defaults.batch
@@ -231,7 +241,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except gate.GateError as error:
         print(f"{error}\nnothing is reported", file=sys.stderr)
         return 1
-    stem = options.out / f"{facts['date'][:10]}-{machine.slug(facts)}-{options.name or preset}"
+    what = options.name or "-".join(filter(None, (preset, options.epilogue.replace("+", "-"))))
+    stem = options.out / f"{facts['date'][:10]}-{machine.slug(facts)}-{what}"
     written = write(run, stem, not options.no_plot)
     print(render(run).split("## All cases")[0].rstrip())
     print("\nwritten: " + ", ".join(str(path) for path in written))

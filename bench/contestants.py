@@ -15,6 +15,7 @@ EAGER = "eager"
 COMPILED = "compiled"
 COPY = "copy"
 
+# With an epilogue, bnkernels' layer has it in its kernels, and torch's has torch's operations behind it.
 TITLES: dict[str, str] = {
     OURS: "bnkernels",
     EAGER: "nn.BatchNorm2d",
@@ -40,24 +41,42 @@ def make_layer(case: Case, device: torch.device, seed: int = 1) -> nn.BatchNorm2
     return layer.to(device)
 
 
-def _convert(layer: nn.BatchNorm2d) -> nn.Module:
+class WithEpilogue(nn.Module):
+    """torch's layer and torch's operations behind it, in place, as networks have them."""
+
+    def __init__(self, layer: nn.BatchNorm2d, relu: bool) -> None:
+        super().__init__()
+        self.layer = layer
+        self.relu = relu
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y: Tensor = self.layer(x)
+        if residual is not None:
+            y += residual
+        return torch.relu_(y) if self.relu else y
+
+
+def _convert(layer: nn.BatchNorm2d, case: Case) -> nn.Module:
     import bnkernels  # here, so that the parts that time nothing of ours work without the extension
 
     converted: nn.Module = bnkernels.convert(layer)
+    if case.relu:
+        converted.activation = "relu"  # type: ignore[assignment]
     return converted
 
 
-def _compile(layer: nn.BatchNorm2d) -> nn.Module:
+def _eager(layer: nn.BatchNorm2d, case: Case) -> nn.Module:
+    return WithEpilogue(layer, case.relu) if case.epilogue else layer
+
+
+def _compile(layer: nn.BatchNorm2d, case: Case) -> nn.Module:
     torch._dynamo.reset()  # each case is compiled for its own shape, as the first one is
-    layer.compile(dynamic=False, fullgraph=True)
-    return layer
+    module = _eager(layer, case)
+    module.compile(dynamic=False, fullgraph=True)
+    return module
 
 
-BUILDERS: dict[str, Callable[[nn.BatchNorm2d], nn.Module]] = {
-    OURS: _convert,
-    EAGER: lambda layer: layer,
-    COMPILED: _compile,
-}
+BUILDERS: dict[str, Callable[[nn.BatchNorm2d, Case], nn.Module]] = {OURS: _convert, EAGER: _eager, COMPILED: _compile}
 
 
 @dataclass
@@ -73,14 +92,14 @@ class Contestant:
     def make(cls, name: str, case: Case, device: torch.device) -> Contestant:
         layer = make_layer(case, device)
         initial = {key: value.clone() for key, value in layer.state_dict().items()}
-        return cls(name, layer, BUILDERS[name](layer), initial)
+        return cls(name, layer, BUILDERS[name](layer, case), initial)
 
     def reset(self) -> None:
         """Parameters and running statistics as make_layer made them, in place."""
         self.layer.load_state_dict(self.initial)
 
     def leaves(self, buffers: Buffers) -> tuple[Tensor, ...]:
-        return (buffers.x, self.layer.weight, self.layer.bias)
+        return (buffers.x, self.layer.weight, self.layer.bias, *buffers.inputs[1:])
 
 
 def make_call(contestant: Contestant, direction: str, ring: Sequence[Buffers]) -> Callable[[int], object]:
@@ -95,18 +114,18 @@ def make_call(contestant: Contestant, direction: str, ring: Sequence[Buffers]) -
 
         def evaluate(index: int) -> object:
             with torch.no_grad():
-                return module(ring[index].x)
+                return module(*ring[index].inputs)
 
         return evaluate
 
     if direction == "forward":
-        return lambda index: module(ring[index].x)
+        return lambda index: module(*ring[index].inputs)
 
     if direction == "step":
 
         def step(index: int) -> object:
             buffers = ring[index]
-            y = module(buffers.x)
+            y = module(*buffers.inputs)
             return y, torch.autograd.grad(y, contestant.leaves(buffers), buffers.grad)
 
         return step
@@ -126,11 +145,11 @@ def make_call(contestant: Contestant, direction: str, ring: Sequence[Buffers]) -
 def _forward_for_many_backwards(contestant: Contestant, ring: Sequence[Buffers]) -> list[Tensor]:
     """The outputs for every buffer, whose graphs can be gone back through again and again."""
     if contestant.name != COMPILED:
-        return [contestant.module(buffers.x) for buffers in ring]
+        return [contestant.module(*buffers.inputs) for buffers in ring]
     # A compiled backward may overwrite what its forward saved, unless it is told at compile time not to.
     torch._dynamo.reset()
     with torch._functorch.config.patch(donated_buffer=False):
-        return [contestant.module(buffers.x) for buffers in ring]
+        return [contestant.module(*buffers.inputs) for buffers in ring]
 
 
 def make_copy(ring: Sequence[Buffers]) -> Callable[[int], object]:

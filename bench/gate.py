@@ -1,7 +1,8 @@
 """No number without this: each contestant's results, elementwise against the float64 reference, before it is timed.
 
 The bound is bnkernels.testing's, the same that the tests and `python -m bnkernels.check` hold every backend to. The
-reference runs on the device of the inputs, once for all contestants, a block of channels at a time.
+reference runs on the device of the inputs, a block of channels at a time; once for all contestants, unless something
+follows, as each has to know the gradient of a ReLU behind its own y.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bnkernels import reference
-from bnkernels.testing import gate
+from bnkernels.testing import Epilogue, Inputs, Outputs, behind_relu, gate, judge_fused
 
 from .cases import Buffers, Case
 from .contestants import OURS, TITLES, Contestant, make_layer
@@ -36,6 +37,7 @@ class Outcome:
     dx: Tensor | None = None
     dweight: Tensor | None = None
     dbias: Tensor | None = None
+    dresidual: Tensor | None = None
 
 
 def run_once(contestant: Contestant, buffers: Buffers, training: bool) -> Outcome:
@@ -45,16 +47,14 @@ def run_once(contestant: Contestant, buffers: Buffers, training: bool) -> Outcom
     module.train(training)
     if not training:
         with torch.no_grad():
-            return Outcome(module(buffers.x).clone())
-    y = module(buffers.x)
-    dx, dweight, dbias = torch.autograd.grad(y, contestant.leaves(buffers), buffers.grad)
+            return Outcome(module(*buffers.inputs).clone())
+    y = module(*buffers.inputs)
+    grads = torch.autograd.grad(y, contestant.leaves(buffers), buffers.grad)
     assert layer.running_mean is not None and layer.running_var is not None
-    return Outcome(y.detach(), layer.running_mean.clone(), layer.running_var.clone(), dx, dweight, dbias)
+    return Outcome(y.detach(), layer.running_mean.clone(), layer.running_var.clone(), *grads)
 
 
-def _channels(tensor: Tensor | None, block: slice) -> Tensor | None:
-    if tensor is None:
-        return None
+def _channels(tensor: Tensor, block: slice) -> Tensor:
     return tensor[block] if tensor.dim() == 1 else tensor[:, block]
 
 
@@ -68,31 +68,61 @@ def judge(
     worst: dict[str, dict[str, gate.Verdict]] = {name: {} for name in outcomes}
     for start in range(0, channels, step):
         block = slice(start, start + step)
-        expected = _expect(layer, buffers, block, training)
+        inputs = _inputs(layer, buffers, block, training)
+        expected = {} if case.epilogue else _expect(inputs)
         for name, outcome in outcomes.items():
-            for quantity, expectation in expected.items():
-                out = _channels(getattr(outcome, quantity, None), block)
-                if out is None:
-                    continue
-                verdict = gate.judge(out, expectation)
-                known = worst[name].get(quantity)
+            given = {name: _channels(out, block) for name, out in vars(outcome).items() if out is not None}
+            if case.epilogue:
+                residual = None if buffers.residual is None else _channels(buffers.residual.detach(), block)
+                verdicts = _judge_fused(inputs, Epilogue(residual, case.relu), given)
+            else:
+                verdicts = [gate.judge(given[quantity], expected[quantity]) for quantity in given.keys() & expected]
+            for verdict in verdicts:
+                known = worst[name].get(verdict.quantity)
                 if known is None or verdict.ratio > known.ratio:
-                    worst[name][quantity] = verdict
+                    worst[name][verdict.quantity] = verdict
     return {name: sorted(verdicts.values(), key=lambda v: -v.ratio) for name, verdicts in worst.items()}
 
 
-def _expect(layer: torch.nn.BatchNorm2d, buffers: Buffers, block: slice, training: bool) -> dict[str, gate.Expectation]:
-    x, grad = buffers.x.detach()[:, block], buffers.grad[:, block]
-    weight, bias = layer.weight.detach()[block], layer.bias.detach()[block]
-    running_mean, running_var = _channels(layer.running_mean, block), _channels(layer.running_var, block)
-    forward = reference.forward(
-        x, weight, bias, running_mean, running_var, training=training, momentum=layer.momentum, eps=layer.eps
+def _inputs(layer: torch.nn.BatchNorm2d, buffers: Buffers, block: slice, training: bool) -> Inputs:
+    assert layer.running_mean is not None and layer.running_var is not None
+    return Inputs(
+        x=buffers.x.detach()[:, block],
+        grad=buffers.grad[:, block],
+        weight=layer.weight.detach()[block],
+        bias=layer.bias.detach()[block],
+        running_mean=layer.running_mean[block],
+        running_var=layer.running_var[block],
+        num_batches_tracked=None,
+        training=training,
+        momentum=layer.momentum,
+        eps=layer.eps,
     )
-    expected = gate.expect_forward(x, weight, bias, running_mean, running_var, forward, training, layer.momentum)
-    if training:
-        backward = reference.backward(grad, x, weight, forward.mean, forward.invstd)
-        expected |= gate.expect_backward(grad, x, weight, forward.mean, forward.invstd, backward, training)
+
+
+def _expect(i: Inputs) -> dict[str, gate.Expectation]:
+    forward = reference.forward(
+        i.x, i.weight, i.bias, i.running_mean, i.running_var, training=i.training, momentum=i.momentum, eps=i.eps
+    )
+    expected = gate.expect_forward(
+        i.x, i.weight, i.bias, i.running_mean, i.running_var, forward, i.training, i.momentum
+    )
+    if i.training:
+        backward = reference.backward(i.grad, i.x, i.weight, forward.mean, forward.invstd)
+        expected |= gate.expect_backward(i.grad, i.x, i.weight, forward.mean, forward.invstd, backward, i.training)
     return expected
+
+
+def _judge_fused(inputs: Inputs, epilogue: Epilogue, given: Mapping[str, Tensor]) -> list[gate.Verdict]:
+    """One contestant's. The residual's gradient is that of the sum, unrounded."""
+    behind = behind_relu(inputs, given["y"]) if epilogue.relu else inputs
+    outputs = Outputs(**{name: out for name, out in given.items() if name != "dresidual"})
+    verdicts = judge_fused(behind, epilogue, outputs, inputs.x.device)
+    if "dresidual" in given:
+        value = behind.grad.double()
+        exact = gate.Expectation("dresidual", value, torch.zeros_like(value), u_acc=0.0)
+        verdicts.append(gate.judge(given["dresidual"], exact))
+    return verdicts
 
 
 def hold(case: Case, contestants: Mapping[str, Contestant], buffers: Buffers, training: bool) -> list[GateRecord]:

@@ -19,7 +19,7 @@ PYTHON=${PYTHON:-python3}
 RESULTS=${RESULTS:-bench/results/gpu-$(date +%F)}
 BENCH=${BENCH:-quick}
 SANITIZE=${SANITIZE:-full}
-STEPS=${STEPS:-build registers check tests planted memcheck racecheck synccheck bench tiny ncu}
+STEPS=${STEPS:-build registers check tests planted memcheck racecheck synccheck bench fused tiny ncu}
 TOTAL=${TOTAL:-570}
 export MAX_JOBS=${MAX_JOBS:-$(nproc --all)}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
@@ -117,7 +117,7 @@ sanitize() {
 }
 
 # The line of a step's log that says most, where it is not the last one (a pattern of grep).
-declare -A tells=([build]='^bnkernels: building' [registers]='use local memory$' [check]=' cases ' [bench]='^- against' [tiny]='^- against')
+declare -A tells=([build]='^bnkernels: building' [registers]='use local memory$' [check]=' cases ' [bench]='^- against' [fused]='^- against' [tiny]='^- against')
 
 step build 240 cpu "$PYTHON" setup.py -q build_ext --inplace
 step registers 120 cpu "$PYTHON" bench/registers.py --arch "$arch"
@@ -128,13 +128,13 @@ sanitize memcheck
 sanitize racecheck
 sanitize synccheck
 step bench 300 gpu "$PYTHON" -m bench --device cuda "${bench_options[@]}" --out "$LOGS/bench" --name "$BENCH"
+step fused 60 gpu "$PYTHON" -m bench --device cuda --quick --epilogue add+relu --batch 256 --modes cold --directions forward,backward --no-plot --out "$LOGS/bench" --name "$BENCH-add-relu"
 step tiny 60 gpu "$PYTHON" -m bench --device cuda --shapes tiny --batch 2 --modes user --no-plot --out "$LOGS/tiny" --name tiny
 step ncu 120 gpu "$PYTHON" -m bench.ncu --out "$LOGS/ncu.md"
 
-# At most 8 files: summary, logs, registers, tiny, ncu, and the bench's three.
-find "$LOGS" -path "$LOGS/bench/*" -type f -exec cp {} "$RESULTS/" \;
+# At most 8 files: summary, logs, tiny, ncu, the bench's three, and the fused one's JSON (bench --render makes its report).
+find "$LOGS" -path "$LOGS/bench/*" -type f ! -name '*-add-relu.md' -exec cp {} "$RESULTS/" \;
 find "$LOGS" \( -path "$LOGS/tiny/*.md" -o -name ncu.md \) -type f -exec cp {} "$RESULTS/" \;
-[[ -s $LOGS/registers.log ]] && cp "$LOGS/registers.log" "$RESULTS/registers.md"
 for log in "$LOGS"/*.log; do
   [[ -e $log ]] || continue
   printf '===== %s\n' "$(basename "$log" .log)"

@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator
 
-from .cases import DIRECTION_TITLES
+from .cases import DIRECTION_TITLES, EPILOGUE_TITLES
 from .contestants import COPY, OURS, TITLES
 from .results import Record, Run
 from .stats import Spread
@@ -84,13 +84,14 @@ def plot_ratios(run: Run, path: Path) -> None:
             axes.set_title(f"{DIRECTION_TITLES[direction]}, N = {batch}", fontsize=10)
             axes.label_outer()
     for axes in panels[-1]:
-        axes.set_xlabel("time of nn.BatchNorm2d / time of bnkernels")
+        axes.set_xlabel("time of torch / time of bnkernels")
     for row in panels:
         row[0].set_ylabel("channels x height x width")
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=max(1, len(labels)), frameon=False)
     figure.suptitle(
-        "Speed-up over nn.BatchNorm2d by layer of ResNet-50 (right of 1x: bnkernels is faster)\n" + _footer(run),
+        f"{EPILOGUE_TITLES[run.epilogue]}: speed-up over torch, by layer of ResNet-50 (right of 1x: bnkernels wins)\n"
+        + _footer(run),
         fontsize=11,
     )
     figure.savefig(path, dpi=110)
@@ -140,7 +141,11 @@ def plot_bandwidth(run: Run, path: Path) -> None:
         axes.set_xlabel("size of x [MiB]")
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=max(1, len(labels)), frameon=False)
-    figure.suptitle("Achieved bandwidth, L2 cold, ResNet-50 layers (higher is better)\n" + _footer(run), fontsize=11)
+    figure.suptitle(
+        f"{EPILOGUE_TITLES[run.epilogue]}: achieved bandwidth, L2 cold, ResNet-50 layers (higher is better)\n"
+        + _footer(run),
+        fontsize=11,
+    )
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

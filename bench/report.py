@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .cases import DIRECTION_TITLES
+from .cases import DIRECTION_TITLES, EPILOGUE_TITLES
 from .contestants import OURS, TITLES
 from .markdown import table
 from .results import Comparison, Record, Run
@@ -186,7 +186,12 @@ def gate_lines(run: Run) -> list[str]:
 def render(run: Run, plot: str | None = None) -> str:
     """The report of a run; `plot` is the picture's file name beside it."""
     where = run.machine["gpu"]["name"] if run.on_gpu else run.machine["cpu"]
-    parts = [f"# BatchNorm on {where}", "\n".join(machine_lines(run))]
+    parts = [f"# {EPILOGUE_TITLES[run.epilogue]} on {where}", "\n".join(machine_lines(run))]
+    if run.epilogue:
+        parts.append(
+            "What follows BatchNorm is in bnkernels' own kernels. Behind torch's layer it is torch's operations, in "
+            "place, which torch.compile may fuse; in 16 bits it rounds between them, which the bound has no room for."
+        )
     if run.notes:
         parts.append("\n".join(f"- note: {note}" for note in run.notes))
     parts.append("\n".join(gate_lines(run)))

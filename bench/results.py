@@ -32,6 +32,7 @@ class Record:
     floor_bytes: int
     method: dict[str, str]  # how each contestant's time was taken
     seconds: dict[str, list[float]]  # a call, one value a sample
+    epilogue: str = ""  # of cases.EPILOGUES; the same in all records of a run
 
     @classmethod
     def of(
@@ -49,6 +50,7 @@ class Record:
             floor_bytes=case.floor_bytes(direction),
             method=method,
             seconds={name: [float(f"{sample:.5g}") for sample in samples] for name, samples in seconds.items()},
+            epilogue=case.epilogue,
         )
 
     @property
@@ -136,6 +138,10 @@ class Run:
     @property
     def on_gpu(self) -> bool:
         return "gpu" in self.machine
+
+    @property
+    def epilogue(self) -> str:
+        return next((record.epilogue for record in self.records), "")
 
     def contestants(self) -> list[str]:
         """The names that occur, ours first, the copy last."""

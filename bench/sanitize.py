@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,12 +22,17 @@ import bnkernels
 from bnkernels.check.ranks import call_in_ranks
 from bnkernels.testing import (
     DTYPE_PAIRS,
+    EPILOGUES,
     LAYOUTS,
     Case,
+    Epilogue,
     Inputs,
     Outputs,
     Verdict,
+    behind_relu,
     judge_call,
+    judge_fused,
+    make_epilogue,
     misaligned,
     poisoned_allocations,
 )
@@ -46,9 +53,22 @@ SHAPES: tuple[tuple[int, ...], ...] = (
 KERNEL_LAYOUTS = ("contiguous", "channels_last", "offset", "channels_last_offset")
 
 
+FUSED_SHAPES = (SHAPES[4], SHAPES[5])  # epilogues have no paths of their own, but every variant is another kernel
+
+
 def cases(quick: bool = False) -> Iterator[Case]:
-    """Dtypes x layouts x alignments x training and inference, for each shape; quick: only the smallest of each."""
-    for shape in SHAPES[3:5] if quick else SHAPES:
+    """Dtypes x layouts x alignments x training and inference, for each shape; quick: only the smallest of each.
+
+    With each epilogue too, for two of the shapes, or for one.
+    """
+    yield from _plain_cases(SHAPES[3:5] if quick else SHAPES)
+    for epilogue in EPILOGUES[1:]:
+        for case in _plain_cases(FUSED_SHAPES[:1] if quick else FUSED_SHAPES):
+            yield replace(case, epilogue=epilogue)
+
+
+def _plain_cases(shapes: Sequence[tuple[int, ...]]) -> Iterator[Case]:
+    for shape in shapes:
         for layout in KERNEL_LAYOUTS:
             if not LAYOUTS[layout].applies(shape):
                 continue
@@ -64,15 +84,23 @@ def _copy(statistics: Tensor | None) -> Tensor | None:
     return misaligned(statistics) if statistics.storage_offset() else statistics.clone()
 
 
-def run_case(inputs: Inputs) -> list[Verdict]:
+def run_case(inputs: Inputs, epilogue: Epilogue) -> list[Verdict]:
     """Forward and backward through the public function, all gradients asked for, judged."""
     mean, var = _copy(inputs.running_mean), _copy(inputs.running_var)
     leaves = [t.detach().requires_grad_() for t in (inputs.x, inputs.weight, inputs.bias) if t is not None]
     x, weight, bias = leaves
-    y = bnkernels.batch_norm(x, mean, var, weight, bias, inputs.training, inputs.momentum or 0.0, inputs.eps)
-    dx, dweight, dbias = torch.autograd.grad(y, leaves, inputs.grad)
+    more: dict[str, Any] = {}
+    if epilogue.residual is not None:
+        more["residual"] = epilogue.residual.detach().requires_grad_()
+        leaves.append(more["residual"])
+    if epilogue.relu:
+        more["activation"] = "relu"
+    y = bnkernels.batch_norm(x, mean, var, weight, bias, inputs.training, inputs.momentum or 0.0, inputs.eps, **more)
+    dx, dweight, dbias, *_ = torch.autograd.grad(y, leaves, inputs.grad)
     outputs = Outputs(y=y.detach(), running_mean=mean, running_var=var, dx=dx, dweight=dweight, dbias=dbias)
-    return judge_call(inputs, outputs)
+    if epilogue.is_empty:
+        return judge_call(inputs, outputs)
+    return judge_fused(behind_relu(inputs, y.detach()) if epilogue.relu else inputs, epilogue, outputs)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -85,8 +113,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for case in cases(options.quick):
         inputs = case.inputs(options.device)
         with poisoned_allocations():
-            verdicts = run_case(inputs)
-            if case.training:  # the kernels of SyncBatchNorm: one rank without data, and two that share the rest
+            verdicts = run_case(inputs, make_epilogue(case.epilogue, inputs))
+            if (
+                case.training and not case.epilogue
+            ):  # the kernels of SyncBatchNorm: one rank without data, and two that share the rest
                 half = case.shape[0] // 2
                 verdicts += judge_call(inputs, call_in_ranks(inputs, (0, 0, half, case.shape[0])))
         count += 1

@@ -1,5 +1,6 @@
 #include "backend_memory.h"
 
+#include <ATen/Context.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/core/Allocator.h>
@@ -36,11 +37,17 @@ class ResultAllocator final : public c10::Allocator {
   void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
 };
 
+// torch.utils.deterministic.fill_uninitialized_memory: what is not written is to show.
+bool fills_fresh_memory() {
+  const at::Context& context = at::globalContext();
+  return context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory();
+}
+
 }  // namespace
 
 at::Tensor empty_result_like(const at::Tensor& x) {
   const at::MemoryFormat format = x.suggest_memory_format();
-  if (!x.is_cpu()) return at::empty_like(x, {}, format);
+  if (!x.is_cpu() || fills_fresh_memory()) return at::empty_like(x, {}, format);
   static ResultAllocator& allocator = *new ResultAllocator;  // never destroyed: results may outlive all that is static
   return at::detail::empty_generic(x.sizes(), &allocator, c10::DispatchKeySet(c10::DispatchKey::CPU), x.scalar_type(),
                                    format);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import gate, report, shapes
-from bench.cases import DTYPES, FLOOR_TENSORS, Case, make_buffers, make_ring, ring_length
+from bench.cases import DTYPES, EPILOGUES, FLOOR_TENSORS, Case, make_buffers, make_ring, ring_length
 from bench.contestants import BUILDERS, COMPILED, COPY, EAGER, OURS, Contestant, make_call
 from bench.markdown import table
 from bench.results import Comparison, GateRecord, Record, Run
@@ -75,6 +76,26 @@ def test_floor_bytes(dtype: str):
     # Read x, write y; read x and grad, write grad_x; both.
     assert [case.floor_bytes(name) / tensor for name in ("forward", "eval", "backward", "step")] == [2, 2, 3, 5]
     assert set(FLOOR_TENSORS) == {"forward", "eval", "backward", "step"}
+
+
+@pytest.mark.parametrize(
+    ("epilogue", "tensors"),
+    [
+        ("relu", [2, 2, 3, 5]),
+        # The residual is read; y's gradient is its own.
+        ("add", [3, 3, 3, 6]),
+        # And behind a ReLU it is another tensor, which is written.
+        ("add+relu", [3, 3, 4, 7]),
+    ],
+)
+def test_floor_bytes_with_an_epilogue(epilogue: str, tensors: list[int]):
+    case = Case(LayerShape(3, 5, 5), 4, "nchw", "fp32", epilogue)
+    floors = [case.floor_bytes(name) / case.tensor_bytes for name in ("forward", "eval", "backward", "step")]
+    assert floors == tensors
+    assert str(case) == f"4x3x5x5 nchw fp32 {epilogue}"
+    (residual,) = make_buffers(case, CPU).inputs[1:] if case.adds else (None,)
+    assert (residual is None) == (epilogue == "relu")
+    assert residual is None or (residual.is_leaf and residual.requires_grad)
 
 
 def test_ring_is_longer_than_the_cache_and_within_the_limit():
@@ -186,7 +207,7 @@ def test_calls_return_what_they_make(direction: str):
         make_call(Contestant.make(EAGER, SMALL, CPU), "sideways", ring)
 
 
-def wrong_eps(layer: nn.BatchNorm2d) -> nn.Module:
+def wrong_eps(layer: nn.BatchNorm2d, case: Case) -> nn.Module:
     layer.eps = 1e-2
     return layer
 
@@ -194,7 +215,7 @@ def wrong_eps(layer: nn.BatchNorm2d) -> nn.Module:
 class WrongElement(nn.Module):
     """A layer that gets one element of y wrong, by one part in a thousand."""
 
-    def __init__(self, layer: nn.BatchNorm2d) -> None:
+    def __init__(self, layer: nn.BatchNorm2d, case: Case) -> None:
         super().__init__()
         self.layer = layer
 
@@ -205,7 +226,7 @@ class WrongElement(nn.Module):
         return y * factor
 
 
-def no_running_statistics(layer: nn.BatchNorm2d) -> nn.Module:
+def no_running_statistics(layer: nn.BatchNorm2d, case: Case) -> nn.Module:
     layer.momentum = 0.0
     return layer
 
@@ -227,15 +248,51 @@ def test_gate_refuses_a_wrong_contestant(monkeypatch: pytest.MonkeyPatch, wrong)
         gate.hold(SMALL, {OURS: Contestant.make(OURS, SMALL, CPU)}, buffers, training=True)
 
 
-def test_gate_judges_channels_in_blocks(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+def test_gate_judges_channels_in_blocks(epilogue: str, monkeypatch: pytest.MonkeyPatch):
     """Cut into single channels, the gate sees the same worst error as in one piece."""
-    buffers = make_buffers(SMALL, CPU)
-    outcomes = {EAGER: gate.run_once(Contestant.make(EAGER, SMALL, CPU), buffers, training=True)}
-    whole = gate.judge(SMALL, buffers, outcomes, training=True)[EAGER]
+    case = replace(SMALL, epilogue=epilogue)
+    buffers = make_buffers(case, CPU)
+    outcomes = {EAGER: gate.run_once(Contestant.make(EAGER, case, CPU), buffers, training=True)}
+    whole = gate.judge(case, buffers, outcomes, training=True)[EAGER]
     monkeypatch.setattr(gate, "_ELEMENTS_AT_ONCE", 1)
-    cut = gate.judge(SMALL, buffers, outcomes, training=True)[EAGER]
+    cut = gate.judge(case, buffers, outcomes, training=True)[EAGER]
     assert {(v.quantity, v.ratio) for v in whole} == {(v.quantity, v.ratio) for v in cut}
-    assert {v.quantity for v in whole} == {"y", "running_mean", "running_var", "dx", "dweight", "dbias"}
+    quantities = {"y", "running_mean", "running_var", "dx", "dweight", "dbias"}
+    assert {v.quantity for v in whole} == quantities | ({"dresidual"} if case.adds else set())
+
+
+class Leaky(nn.Module):
+    """A ReLU that lets a thousandth through, and of the gradient too."""
+
+    def __init__(self, layer: nn.BatchNorm2d, case: Case) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = self.layer(x)
+        return nn.functional.leaky_relu(y if residual is None else y + residual, 1e-3)
+
+
+class Doubled(Leaky):
+    """The right value, and twice the residual's gradient."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        assert residual is not None
+        return torch.relu(self.layer(x) + 2 * residual - residual.detach())
+
+
+@pytest.mark.parametrize(("epilogue", "wrong"), [("relu", Leaky), ("add+relu", Leaky), ("add+relu", Doubled)])
+def test_gate_holds_epilogues(epilogue: str, wrong, monkeypatch: pytest.MonkeyPatch):
+    """All contestants compute the same function, each behind its own y; and one that does not is refused."""
+    case = replace(SMALL, epilogue=epilogue)
+    buffers = make_buffers(case, CPU)
+    for training in (True, False):
+        right = {name: Contestant.make(name, case, CPU) for name in (OURS, EAGER)}
+        assert all(record.passed for record in gate.hold(case, right, buffers, training))
+    monkeypatch.setitem(BUILDERS, OURS, wrong)
+    with pytest.raises(gate.GateError, match=f"4x3x5x5 nchw fp32 {re.escape(epilogue)}"):
+        gate.hold(case, {OURS: Contestant.make(OURS, case, CPU)}, buffers, training=True)
 
 
 def test_a_nan_does_not_pass():

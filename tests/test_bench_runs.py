@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from bench import cli, cuda, report
+from bench.cases import EPILOGUE_TITLES, Case
 from bench.contestants import BUILDERS, COMPILED, COPY, EAGER, OURS
 from bench.results import Run
 from bench.sampling import Ring
@@ -25,7 +26,7 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def wrong_eps(layer: nn.BatchNorm2d) -> nn.Module:
+def wrong_eps(layer: nn.BatchNorm2d, case: Case) -> nn.Module:
     layer.eps = 1e-2
     return layer
 
@@ -54,6 +55,22 @@ def test_a_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     text = stem.with_suffix(".md").read_text()
     assert text == report.render(run, stem.with_suffix(".png").name if drawn else None)
     assert cli.main(["--render", str(stem), "--no-plot"]) == 0
+
+
+@pytest.mark.parametrize("epilogue", ["relu", "add+relu"])
+def test_a_run_with_an_epilogue(epilogue: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Its name, its floor, and what its report says of the contestants."""
+    options = [*TINY_RUN, "--quick", "--dtypes", "fp32", "--epilogue", epilogue, "--no-plot", "--out", str(tmp_path)]
+    assert cli.main(options) == 0
+    stem = next(tmp_path.glob(f"*-quick-{epilogue.replace('+', '-')}.json"))
+    run = Run.load(stem)
+    assert run.epilogue == epilogue and all(record.epilogue == epilogue for record in run.records)
+    step = next(record for record in run.records if record.direction == "step")
+    assert step.floor_bytes == (5 if epilogue == "relu" else 7) * step.tensor_bytes
+    text = stem.with_suffix(".md").read_text()
+    assert text.startswith(f"# {EPILOGUE_TITLES[epilogue]} on ")
+    assert "torch's operations, in place" in text
+    capsys.readouterr()
 
 
 def test_our_wrong_result_stops_the_run(tmp_path: Path, monkeypatch, capsys):
@@ -88,6 +105,7 @@ def test_a_compiler_that_does_not_work_is_noted(tmp_path: Path, monkeypatch, cap
         ["--shapes", "0x4x4"],
         ["--batch", "0"],
         ["--batch", "x"],
+        ["--epilogue", "gelu"],
     ],
 )
 def test_bad_options_are_refused(options: list[str]):

@@ -13,6 +13,7 @@ from bench import device_code, ncu, registers, sanitize
 from bench.cases import Case
 from bench.contestants import OURS
 from bench.shapes import LayerShape
+from bnkernels.testing import EPILOGUES
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -143,13 +144,17 @@ def test_sanitizer_driver_covers_the_variants():
     assert {(case.dtype, case.parameters) for case in cases} == set(sanitize.DTYPE_PAIRS)
     assert {case.layout for case in cases} == set(sanitize.KERNEL_LAYOUTS)
     assert {case.shape for case in cases} == set(sanitize.SHAPES)
+    plain = {(case.dtype, case.parameters, case.layout, case.training) for case in cases if not case.epilogue}
+    for epilogue in EPILOGUES[1:]:
+        fused = {(c.dtype, c.parameters, c.layout, c.training) for c in cases if c.epilogue == epilogue}
+        assert fused == plain, epilogue
     assert len({str(case) for case in cases}) == len(cases)
     assert sanitize.main(["--device", "cpu", "--quick"]) == 0
 
 
 def test_sanitizer_driver_sees_a_wrong_result(monkeypatch: pytest.MonkeyPatch, capsys):
     right = bnkernels.batch_norm
-    monkeypatch.setattr(bnkernels, "batch_norm", lambda *arguments: right(*arguments) * 1.001)
+    monkeypatch.setattr(bnkernels, "batch_norm", lambda *arguments, **more: right(*arguments, **more) * 1.001)
     monkeypatch.setattr(sanitize, "SHAPES", sanitize.SHAPES[:5])
     assert sanitize.main(["--device", "cpu", "--quick"]) == 1
     assert "float32" in capsys.readouterr().out

@@ -21,7 +21,7 @@ from torch import Tensor
 import bnkernels
 from bnkernels import check
 from bnkernels.check import progress, report, runner
-from bnkernels.testing import FAMILIES, GRADS, WEIGHTS, Case, K, Verdict, cases
+from bnkernels.testing import EPILOGUES, FAMILIES, GRADS, WEIGHTS, Case, K, Verdict, cases, fused_cases
 
 ROOT = Path(__file__).resolve().parent.parent
 GOOD = "normal/4x3x5x7/float32/contiguous/normal/normal/train"
@@ -61,13 +61,13 @@ def test_quick_passes(quick: tuple[int, str, dict[str, Any]]) -> None:
     code, said, data = quick
     assert code == 0, said
     assert data["passed"] is True
-    assert f"cpu: ok, {len(list(cases('quick')))} cases within bounds" in said
+    assert f"cpu: ok, {len([*cases('quick'), *fused_cases('quick')])} cases within bounds" in said
 
 
 def test_table_fits_a_terminal(quick: tuple[int, str, dict[str, Any]]) -> None:
     table = [line for line in quick[1].splitlines() if "python -m" not in line]
     assert max(map(len, table)) <= 80, max(table, key=len)
-    for name in (*FAMILIES, *GRADS, *WEIGHTS):
+    for name in (*FAMILIES, *GRADS, *WEIGHTS, *EPILOGUES[1:]):
         assert any(line.startswith(f"{name} ") for line in table), name
 
 
@@ -82,11 +82,12 @@ def test_json_schema(quick: tuple[int, str, dict[str, Any]]) -> None:
     (backend,) = data["backends"]
     assert set(backend) == {
         *("device", "name", "passed", "stopped", "seconds", "cases", "worst", "failures"),
-        *("activations", "gradients", "weights", "dtypes"),
+        *("activations", "gradients", "weights", "dtypes", "epilogues"),
     }
     assert list(backend["activations"]) == list(FAMILIES)
+    assert list(backend["epilogues"]) == ["none", *EPILOGUES[1:]]
     total = backend["cases"]
-    for field in ("activations", "gradients", "weights", "dtypes"):
+    for field in ("activations", "gradients", "weights", "dtypes", "epilogues"):
         groups = backend[field]
         assert sum(group["cases"] for group in groups.values()) == total
         for group in groups.values():
@@ -190,6 +191,35 @@ class Wrong:
     def raises(x: Tensor, *rest: Any) -> Tensor:
         raise RuntimeError("no kernel for this")
 
+    @staticmethod
+    def writes_residual(x: Tensor, *rest: Any, residual: Tensor, activation: str | None) -> Tensor:
+        y = own(x, *rest, residual=residual, activation=activation)
+        residual.data.neg_()
+        return y
+
+    @staticmethod
+    def hands_on_too_much(x: Tensor, *rest: Any, residual: Tensor, activation: str | None) -> Tensor:
+        y = own(x, *rest, residual=residual, activation=activation)
+        return y + (residual - residual.detach()) * 2.0**-20
+
+
+class WrongReLU:
+    """Layers whose ReLU is nearly right."""
+
+    @staticmethod
+    def is_leaky(x: Tensor, *rest: Any, residual: Tensor | None, activation: str | None) -> Tensor:
+        y = own(x, *rest, residual=residual)
+        return y if activation is None else torch.nn.functional.leaky_relu(y, 1e-3)
+
+    @staticmethod
+    def lets_gradients_through(x: Tensor, *rest: Any, residual: Tensor | None, activation: str | None) -> Tensor:
+        y = own(x, *rest, residual=residual)
+        return y if activation is None else y + (y.relu() - y).detach()
+
+    @staticmethod
+    def forgets_the_residual(x: Tensor, *rest: Any, residual: Tensor | None, activation: str | None) -> Tensor:
+        return own(x, *rest, activation=activation) + (0 if residual is None else 0 * residual)
+
 
 @pytest.mark.parametrize(
     ("layer", "mode", "problem"),
@@ -206,6 +236,8 @@ class Wrong:
         (Wrong.is_not_repeatable, "train", "y has other bits when called again"),
         (Wrong.widens, "train", "y is torch.float64"),
         (Wrong.raises, "train", "raised RuntimeError: no kernel for this"),
+        (Wrong.writes_residual, "train/add", "changed its input residual"),
+        (Wrong.hands_on_too_much, "eval/add+relu", "the residual's gradient is not the one that arrives at the sum"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -220,6 +252,27 @@ def test_broken_promises_exit_1(
     assert problem in said and f"--case {case}" in said
 
 
+@pytest.mark.parametrize(
+    ("layer", "epilogue"),
+    [
+        (WrongReLU.is_leaky, "relu"),
+        (WrongReLU.lets_gradients_through, "relu"),
+        (WrongReLU.lets_gradients_through, "add+relu"),
+        (WrongReLU.forgets_the_residual, "add"),
+        (WrongReLU.forgets_the_residual, "add+relu"),
+    ],
+)
+def test_wrong_epilogues_exit_1(
+    layer: BatchNorm, epilogue: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = f"{GOOD}/{epilogue}"
+    assert run("--case", case) == 0, "ours is right"
+    plant(monkeypatch, layer)
+    assert run("--case", case) == 1
+    said = capsys.readouterr().out
+    assert "out of bounds" in said and f"--case {case}" in said
+
+
 def could_not_run(capsys: pytest.CaptureFixture[str], reason: str) -> None:
     said = capsys.readouterr()
     assert said.err.startswith("bnkernels.check could not run: ") and reason in said.err, said
@@ -231,8 +284,9 @@ def could_not_run(capsys: pytest.CaptureFixture[str], reason: str) -> None:
     [
         (["--device", "tpu"], "no such device: tpu"),
         (["--device", "meta"], "no backend for meta"),
-        (["--case", "normal"], "1 fields, not 7"),
+        (["--case", "normal"], "1 fields, not 7 or 8"),
         (["--case", GOOD.replace("normal/4", "odd/4")], "no family 'odd'"),
+        (["--case", GOOD + "/sigmoid"], "no epilogue 'sigmoid'; there are: relu, add, add+relu"),
     ],
 )
 def test_bad_arguments_exit_2(arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:

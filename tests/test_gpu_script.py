@@ -14,7 +14,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-ON_A_GPU = ("tests", "planted", "memcheck", "racecheck", "synccheck", "bench", "tiny", "ncu")
+ON_A_GPU = ("tests", "planted", "memcheck", "racecheck", "synccheck", "bench", "fused", "tiny", "ncu")
 
 
 def run(results: Path, **settings: str) -> subprocess.CompletedProcess[str]:

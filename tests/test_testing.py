@@ -17,12 +17,14 @@ from torch import Tensor
 from bnkernels.testing import (
     DTYPE_PAIRS,
     DTYPES,
+    EPILOGUES,
     FAMILIES,
     GRADS,
     LAYOUTS,
     WEIGHTS,
     Case,
     cases,
+    fused_cases,
     guarded,
     lay_out,
     misaligned,
@@ -179,11 +181,26 @@ def test_deterministic_across_processes() -> None:
 
 
 def test_names_reproduce_cases() -> None:
-    for case in {*QUICK, *FULL, *cases("huge")}:
+    for case in {*QUICK, *FULL, *cases("huge"), *fused_cases("full")}:
         assert Case.parse(str(case)) == case
     case = Case("one_nan", (3, 4), "float16", "float32", "offset", "transposed", "xhat", "mixed", False, 12)
     assert str(case) == "one_nan/3x4/float16+float32/offset+transposed/xhat/mixed/eval+12"
     assert Case.parse(str(case)) == case
+    case = Case("normal", (2, 4), training=False, epilogue="add+relu")
+    assert str(case) == "normal/2x4/float32/contiguous/normal/normal/eval/add+relu"
+
+
+@pytest.mark.parametrize("tier", ["quick", "full"])
+def test_every_epilogue_meets_every_dtype(tier: str) -> None:
+    """In training and inference; in the full tier each family too. Plain cases have none, and are what they were."""
+    fused = list(fused_cases(tier))
+    met = {(c.epilogue, c.dtype, c.parameters, c.training) for c in fused}
+    assert met == {(e, *pair, t) for e in EPILOGUES[1:] for pair in DTYPE_PAIRS for t in (True, False)}
+    if tier == "full":
+        families = {(c.family, c.dtype, c.parameters) for c in fused if c.epilogue == "relu" and c.training}
+        assert families == pairs_that_fit()
+    assert not any(case.epilogue for case in cases(tier))
+    assert list(fused_cases("huge")) == []
 
 
 def test_seeds_dtypes_and_layouts() -> None:
@@ -208,7 +225,7 @@ def test_long_rows_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("normal/2x4/float32/contiguous/normal/normal", "6 fields, not 7"),
+        ("normal/2x4/float32/contiguous/normal/normal", "6 fields, not 7 or 8"),
         ("nope/2x4/float32/contiguous/normal/normal/train", "no family 'nope'; there are: normal,"),
         ("normal/2x4/int8/contiguous/normal/normal/train", "no dtype"),
         ("normal/2x4/float32+float16/contiguous/normal/normal/train", "float16 parameters do not go with float32"),
@@ -217,6 +234,7 @@ def test_long_rows_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
         ("normal/2x4/float32/contiguous/nope/normal/train", "no gradient"),
         ("normal/2x4/float32/contiguous/normal/nope/train", "no weight"),
         ("normal/2x4/float32/contiguous/normal/normal/test", "train or eval"),
+        ("normal/2x4/float32/contiguous/normal/normal/train/gelu", "no epilogue 'gelu'; there are: relu, add, add"),
         ("normal/2xfour/float32/contiguous/normal/normal/train", "no number"),
         ("normal/1x4/float32/contiguous/normal/normal/train", "2 or more values"),
         ("normal/4/float32/contiguous/normal/normal/train", "expected"),

@@ -22,7 +22,7 @@ import torch
 
 import bnkernels
 
-from ..testing import Case, cases
+from ..testing import Case, cases, fused_cases
 from . import environment, progress, report
 from .runner import Result, is_out_of_memory, run_case
 
@@ -115,7 +115,7 @@ def _check(arguments: argparse.Namespace) -> int:
         return _tell_environment(arguments.json)
     tier = arguments.tier or "quick"
     try:
-        chosen = [Case.parse(name) for name in arguments.case] if arguments.case else list(cases(tier))
+        chosen = [Case.parse(name) for name in arguments.case] if arguments.case else [*cases(tier), *fused_cases(tier)]
     except ValueError as error:
         raise CannotRun(str(error)) from None
     devices = _devices(arguments.device)

@@ -11,7 +11,7 @@ import torch
 
 import bnkernels
 
-from ..testing import DTYPE_PAIRS, FAMILIES, GRADS, REPORT_FROM, WEIGHTS, Case, K, Verdict
+from ..testing import DTYPE_PAIRS, EPILOGUES, FAMILIES, GRADS, REPORT_FROM, WEIGHTS, Case, K, Verdict
 from .runner import Result, worst_ratio
 
 FORMAT = 1
@@ -80,6 +80,7 @@ GROUPINGS = (
     Grouping(
         "dtypes", lambda case: _dtypes(case.dtype, case.parameters), tuple(_dtypes(*pair) for pair in DTYPE_PAIRS)
     ),
+    Grouping("epilogues", lambda case: case.epilogue or "none", tuple(name or "none" for name in EPILOGUES)),
 )
 
 

@@ -6,16 +6,33 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import bnkernels
 
-from ..testing import Case, Inputs, Outputs, Verdict, guarded, judge_calls, poisoned_allocations, same_bits
+from ..testing import (
+    Case,
+    Epilogue,
+    Inputs,
+    Outputs,
+    Verdict,
+    behind_relu,
+    guarded,
+    judge_calls,
+    judge_fused,
+    make_epilogue,
+    poisoned_allocations,
+    same_bits,
+)
 
 BatchNorm = Callable[..., Tensor]
-"""Called as torch.nn.functional.batch_norm is."""
+"""Called as bnkernels.batch_norm is, with residual= and activation= where there is an epilogue."""
+
+
+NO_EPILOGUE = Epilogue()
 
 
 @dataclass(frozen=True)
@@ -47,11 +64,12 @@ def run_case(case: Case, device: torch.device) -> Result:
     threads = nullcontext if math.prod(case.shape) > _LARGE else _one_thread
     with threads():
         inputs = case.inputs(device)
+        epilogue = make_epilogue(case.epilogue, inputs)
     contestants: list[Outputs] = []
     problems: list[str] = []
     try:
         # The attribute, at every call: a check of this installation is a check of what users call.
-        ours, problems = _promises(bnkernels.batch_norm, inputs)
+        ours, problems = _promises(bnkernels.batch_norm, inputs, epilogue)
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # so that a fault of a kernel is raised here, and not in what comes next
         contestants.append(ours)
@@ -61,8 +79,8 @@ def run_case(case: Case, device: torch.device) -> Result:
         return Result(case, (), None, (f"raised {type(error).__name__}: {error}",))
     with threads():
         with suppress(RuntimeError):
-            contestants.append(call(torch.nn.functional.batch_norm, inputs))
-        verdicts = [tuple(v) for v in judge_calls(inputs, contestants)]
+            contestants.append(call(_torchs, inputs, epilogue))
+        verdicts = _judged(inputs, epilogue, contestants)
     return Result(case, verdicts[0], verdicts[1] if len(verdicts) > 1 else None, tuple(problems))
 
 
@@ -86,14 +104,35 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def call(layer: BatchNorm, inputs: Inputs) -> Outputs:
+def call(layer: BatchNorm, inputs: Inputs, epilogue: Epilogue = NO_EPILOGUE) -> Outputs:
     """One forward and backward through autograd. Nothing of `inputs` is given away to be changed."""
-    outputs, _ = _call(layer, inputs)
+    outputs, _ = _call(layer, inputs, epilogue)
     return outputs
 
 
-def _call(layer: BatchNorm, inputs: Inputs) -> tuple[Outputs, list[str]]:
+def _torchs(x: Tensor, *rest: Any, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
+    y = torch.nn.functional.batch_norm(x, *rest)
+    y = y if residual is None else y + residual
+    return y if activation is None else torch.relu(y)
+
+
+def _judged(inputs: Inputs, epilogue: Epilogue, contestants: list[Outputs]) -> list[tuple[Verdict, ...]]:
+    if epilogue.is_empty:
+        return [tuple(verdicts) for verdicts in judge_calls(inputs, contestants)]
+    return [tuple(judge_fused(_behind(epilogue, inputs, o.y), epilogue, o)) for o in contestants]
+
+
+def _behind(epilogue: Epilogue, inputs: Inputs, y: Tensor | None) -> Inputs:
+    """The inputs with the gradient that arrives at the sum, behind whose ReLU y came out."""
+    return behind_relu(inputs, y) if epilogue.relu and y is not None else inputs
+
+
+def _call(layer: BatchNorm, inputs: Inputs, epilogue: Epilogue) -> tuple[Outputs, list[str]]:
     problems = []
+    residual = None if epilogue.residual is None else epilogue.residual.detach().requires_grad_()
+    more: dict[str, Any] = {}
+    if not epilogue.is_empty:
+        more = {"residual": residual, "activation": "relu" if epilogue.relu else None}
     x = inputs.x.detach().requires_grad_()
     weight, bias = (t if t is None else t.detach().requires_grad_() for t in (inputs.weight, inputs.bias))
     guards = {}
@@ -113,11 +152,15 @@ def _call(layer: BatchNorm, inputs: Inputs) -> tuple[Outputs, list[str]]:
         inputs.training,
         inputs.momentum,
         inputs.eps,
+        **more,
     )
-    leaves = {"dx": x, "dweight": weight, "dbias": bias}
+    leaves = {"dx": x, "dweight": weight, "dbias": bias, "dresidual": residual}
     wanted = {name: leaf for name, leaf in leaves.items() if leaf is not None}
     grads = dict(zip(wanted, torch.autograd.grad(y, list(wanted.values()), inputs.grad)))
-    outputs = Outputs(y=y.detach(), **running, **grads)
+    judged = {name: grad for name, grad in grads.items() if name != "dresidual"}
+    outputs = Outputs(y=y.detach(), **running, **judged)
+    if residual is not None and not same_bits(grads["dresidual"], _behind(epilogue, inputs, outputs.y).grad):
+        problems.append("the residual's gradient is not the one that arrives at the sum")
     for name, guard in guards.items():
         if not guard.intact():
             problems.append(f"wrote beyond the end of {name}")
@@ -129,17 +172,20 @@ def _call(layer: BatchNorm, inputs: Inputs) -> tuple[Outputs, list[str]]:
     return outputs, problems
 
 
-def _promises(layer: BatchNorm, inputs: Inputs) -> tuple[Outputs, list[str]]:
+def _promises(layer: BatchNorm, inputs: Inputs, epilogue: Epilogue) -> tuple[Outputs, list[str]]:
     """The outputs, and the promises broken: inputs are read only, memory is written in full and nowhere else, and the
     same call gives the same bits, whatever the number of threads."""
     names = ("x", "grad", "weight", "bias", "running_mean", "running_var")
     before = {name: None if (t := getattr(inputs, name)) is None else t.clone() for name in names}
-    outputs, problems = _call(layer, inputs)
+    residual = None if epilogue.residual is None else epilogue.residual.clone()
+    outputs, problems = _call(layer, inputs, epilogue)
     for name in names:
         if not same_bits(getattr(inputs, name), before[name]):
             problems.append(f"changed its input {name}")
+    if not same_bits(epilogue.residual, residual):
+        problems.append("changed its input residual")
     with poisoned_allocations(), _one_thread():
-        again, _ = _call(layer, inputs)
+        again, _ = _call(layer, inputs, epilogue)
     for name in ("y", "dx", "dweight", "dbias", "running_mean", "running_var"):
         if not same_bits(getattr(outputs, name), getattr(again, name)):
             problems.append(f"{name} has other bits when called again, in one thread and with NaN in fresh memory")

@@ -12,14 +12,16 @@ Pure torch: nothing here knows a backend, so that what judges a kernel shares no
 """
 
 from .calls import Inputs, Outputs, judge_call, judge_calls
-from .cases import DTYPE_PAIRS, DTYPES, TIERS, Case, cases
+from .cases import DTYPE_PAIRS, DTYPES, TIERS, Case, cases, fused_cases
 from .epilogue import (
+    EPILOGUES,
     Epilogue,
     assert_range_is_exact,
     behind_relu,
     expect_fused,
     judge_fused,
     let_through,
+    make_epilogue,
     make_residual,
     wrongly_gated,
 )
@@ -41,6 +43,7 @@ from .layouts import LAYOUTS, Guarded, guarded, lay_out, misaligned, poisoned_al
 __all__ = [
     "DTYPES",
     "DTYPE_PAIRS",
+    "EPILOGUES",
     "FAMILIES",
     "GRADS",
     "LAYOUTS",
@@ -65,6 +68,7 @@ __all__ = [
     "expect_backward",
     "expect_forward",
     "expect_fused",
+    "fused_cases",
     "guarded",
     "judge",
     "judge_call",
@@ -72,6 +76,7 @@ __all__ = [
     "judge_fused",
     "lay_out",
     "let_through",
+    "make_epilogue",
     "make_residual",
     "misaligned",
     "poisoned_allocations",

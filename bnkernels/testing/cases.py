@@ -1,9 +1,10 @@
 """Cases: one call of BatchNorm with inputs that its name alone reproduces, and the grids that tests and check run.
 
-A name is seven fields joined by "/":
+A name is seven fields joined by "/", or eight:
 
-    family / shape / dtype[+parameters'] / layout[+gradient's] / gradient / weight / train|eval[+seed]
+    family / shape / dtype[+parameters'] / layout[+gradient's] / gradient / weight / train|eval[+seed] [/ epilogue]
     offset_1e4/8x64x14x14/float16+float32/channels_last/xhat/normal/train
+    normal/4x3x5x7/float32/contiguous/normal/normal/eval/add+relu
 
 Values depend on family, shape, seed and the families of gradient and weight; dtype only rounds them and layout only
 moves them, so cases that differ in nothing else hold the same numbers.
@@ -15,7 +16,7 @@ import math
 import random
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 from .. import reference
 from . import shapes
 from .calls import Inputs
+from .epilogue import EPILOGUES
 from .families import FAMILIES, GRADS, WEIGHTS
 from .layouts import LAYOUTS, lay_out, misaligned
 from .shapes import Shape
@@ -59,6 +61,8 @@ class Case:
     weight: str = "normal"
     training: bool = True
     seed: int = 0
+    epilogue: str = ""
+    """What follows in the same kernel (EPILOGUES). Only fused_cases() have one."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parameters", self.parameters or self.dtype)
@@ -71,9 +75,10 @@ class Case:
             ("layout", self.grad_layout, LAYOUTS),
             ("gradient", self.grad, GRADS),
             ("weight", self.weight, WEIGHTS),
+            ("epilogue", self.epilogue, EPILOGUES),
         ):
             if value not in known:
-                raise ValueError(f"no {field} {value!r}; there are: {', '.join(known)}")
+                raise ValueError(f"no {field} {value!r}; there are: {', '.join(filter(None, known))}")
         if len(self.shape) < 2 or min(self.shape) < 1 or self.elements_per_channel < 2:
             raise ValueError(f"shape {self.shape}: expected (N, C, *) with 2 or more values per channel")
         if (self.dtype, self.parameters) not in DTYPE_PAIRS:
@@ -98,6 +103,7 @@ class Case:
                 self.grad,
                 self.weight,
                 ("train" if self.training else "eval") + (f"+{self.seed}" if self.seed else ""),
+                *((self.epilogue,) if self.epilogue else ()),
             )
         )
 
@@ -105,10 +111,11 @@ class Case:
     def parse(name: str) -> Case:
         """The inverse of str(case). Raises ValueError."""
         fields = name.strip().split("/")
-        if len(fields) != 7:
-            expected = "family/shape/dtype/layout/gradient/weight/train|eval"
-            raise ValueError(f"a case is {expected}; {name!r} has {len(fields)} fields, not 7")
-        family, shape, dtype, layout, grad, weight, mode = fields
+        if len(fields) not in (7, 8):
+            expected = "family/shape/dtype/layout/gradient/weight/train|eval[/epilogue]"
+            raise ValueError(f"a case is {expected}; {name!r} has {len(fields)} fields, not 7 or 8")
+        family, shape, dtype, layout, grad, weight, mode = fields[:7]
+        epilogue = "".join(fields[7:])
         dtype, _, parameters = dtype.partition("+")
         layout, _, grad_layout = layout.partition("+")
         mode, _, seed = mode.partition("+")
@@ -119,7 +126,9 @@ class Case:
             number = int(seed or 0)
         except ValueError:
             raise ValueError(f"shape or seed is no number in {name!r}") from None
-        return Case(family, sizes, dtype, parameters, layout, grad_layout, grad, weight, mode == "train", number)
+        return Case(
+            *(family, sizes, dtype, parameters, layout, grad_layout, grad, weight, mode == "train", number, epilogue)
+        )
 
     def inputs(self, device: torch.device | str = "cpu") -> Inputs:
         """The tensors of this case on `device`, each call anew; equal bits every time."""
@@ -304,3 +313,25 @@ def cases(tier: str = "quick") -> Iterator[Case]:
         for pair in DTYPE_PAIRS if tier == "full" else (("float32", "float32"), ("bfloat16", "float32")):
             yield deal("normal", pair, shape)
             yield deal(None, pair, shape)
+
+
+def fused_cases(tier: str = "quick") -> Iterator[Case]:
+    """Every epilogue in every pair of dtypes, in training and inference, the same in every process.
+
+    quick   some families of each; full: all of them; huge: none, the plain cases have the indices.
+    """
+    if tier not in TIERS:
+        raise ValueError(f"no tier {tier!r}; there are: {', '.join(TIERS)}")
+    if tier == "huge":
+        return
+    deal = _Dealer(shapes.QUICK).case
+    for training in (True, False):
+        for epilogue in EPILOGUES[1:]:
+            for pair in DTYPE_PAIRS:
+                fitting = [name for name, family in FAMILIES.items() if family.fits(DTYPES[pair[0]])]
+                dealt: list[str | None] = [*fitting] if tier == "full" else [None] * _FAMILIES_OF_A_FUSED_CASE
+                for family in dealt:
+                    yield replace(deal(family, pair, training=training), epilogue=epilogue)
+
+
+_FAMILIES_OF_A_FUSED_CASE = 3

@@ -16,6 +16,9 @@ from .. import reference
 from .calls import Inputs, Outputs, judge_call
 from .gate import Expectation, Verdict, accumulate_roundoff, expect_forward, judge
 
+EPILOGUES = ("", "relu", "add", "add+relu")
+"""By the names that cases have for them."""
+
 
 @dataclass(frozen=True)
 class Epilogue:
@@ -26,9 +29,20 @@ class Epilogue:
     relu: bool = False
 
     @property
+    def is_empty(self) -> bool:
+        """Whether nothing follows."""
+        return self.residual is None and not self.relu
+
+    @property
     def has_range(self) -> bool:
         """Whether the forward leaves the interval of x that the ReLU lets through."""
         return self.relu and self.residual is None
+
+
+def make_epilogue(name: str, inputs: Inputs) -> Epilogue:
+    """The one of that name in EPILOGUES, for these inputs."""
+    parts = name.split("+")
+    return Epilogue(make_residual(inputs) if "add" in parts else None, "relu" in parts)
 
 
 def expect_fused(inputs: Inputs, epilogue: Epilogue) -> Expectation:
@@ -50,11 +64,16 @@ def behind_relu(inputs: Inputs, y: Tensor) -> Inputs:
     return replace(inputs, grad=inputs.grad.masked_fill(y <= 0, 0))
 
 
-def judge_fused(inputs: Inputs, epilogue: Epilogue, outputs: Outputs) -> list[Verdict]:
-    """y against the reference with the epilogue; gradients against its backward behind the forward's own y."""
+def judge_fused(
+    inputs: Inputs, epilogue: Epilogue, outputs: Outputs, device: torch.device | str = "cpu"
+) -> list[Verdict]:
+    """y against the reference with the epilogue; gradients against its backward behind the forward's own y.
+
+    `device`: as for judge_call, of the gradients; y is judged where x is.
+    """
     assert outputs.y is not None
     own = behind_relu(inputs, outputs.y) if epilogue.has_range else inputs
-    return [judge(outputs.y, expect_fused(inputs, epilogue)), *judge_call(own, replace(outputs, y=None))]
+    return [judge(outputs.y, expect_fused(inputs, epilogue)), *judge_call(own, replace(outputs, y=None), device)]
 
 
 def let_through(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
