@@ -104,11 +104,20 @@ def command_line(arguments: Sequence[str]) -> str:
     return shlex.join(["python", "-m", "bench", *kept])
 
 
+_SETTINGS = re.compile(r"BNKERNELS_\w+|(OMP|GOMP|KMP|MALLOC)_\w+|GLIBC_TUNABLES|LD_PRELOAD")
+
+
+def settings() -> dict[str, str]:
+    """The environment variables that are set, of those that move the figures: the package's, threads', allocators'."""
+    return {name: os.environ[name] for name in sorted(os.environ) if _SETTINGS.fullmatch(name)}
+
+
 def describe(device: torch.device, arguments: Sequence[str]) -> dict[str, Any]:
     """Everything above for one run; plain JSON types only. `arguments`: what followed `python -m bench`."""
     facts: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": command_line(arguments),
+        "settings": settings(),
         **commit(),
         "cpu": cpu_model(),
         "cores": cores(),

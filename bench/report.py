@@ -57,6 +57,8 @@ def machine_lines(run: Run) -> list[str]:
         f"{facts['last_level_cache_bytes'] >> 20} MiB; load average at the start {facts['load_average_at_start']}",
         f"- torch {facts['torch']}, Python {facts['python']}, {facts['system']}",
     ]
+    if facts.get("settings"):
+        lines.append("- set: " + ", ".join(f"`{name}={value}`" for name, value in facts["settings"].items()))
     if run.on_gpu:
         gpu = facts["gpu"]
         lines.append(

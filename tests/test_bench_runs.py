@@ -73,6 +73,16 @@ def test_a_run_with_an_epilogue(epilogue: str, tmp_path: Path, capsys: pytest.Ca
     capsys.readouterr()
 
 
+def test_settings_that_move_figures_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setenv("BNKERNELS_CPU_KEPT_MB", "7")
+    monkeypatch.setenv("NOT_OURS", "7")
+    options = [*TINY_RUN, "--dtypes", "fp32", "--layouts", "nchw", "--directions", "eval", "--no-plot"]
+    assert cli.main([*options, "--out", str(tmp_path)]) == 0
+    said = next(line for line in next(tmp_path.glob("*.md")).read_text().splitlines() if line.startswith("- set: "))
+    assert "`BNKERNELS_CPU_KEPT_MB=7`" in said and "NOT_OURS" not in said
+    capsys.readouterr()
+
+
 def test_our_wrong_result_stops_the_run(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setitem(BUILDERS, OURS, wrong_eps)
     assert cli.main([*TINY_RUN, "--dtypes", "fp32", "--layouts", "nchw", "--out", str(tmp_path)]) == 1
