@@ -163,12 +163,45 @@ def test_dtype_and_layout_in_any_words() -> None:
         ({"x": (8, 8), "device": "cuda:x"}, ValueError, r"expected cuda or cuda:N with N a number, but got 'cuda:x'"),
         ({"x": (8, 8), "device": "cuda:99"}, ValueError, r"cuda:99: .*Named devices need no GPU: device='h200'"),
         ({"x": (2**40, 2**40), "device": "h200"}, ValueError, "2\\^57 bytes"),
+        ({"x": (8, 8), "activation": "gelu"}, ValueError, "activation must be None or 'relu', but got 'gelu'"),
     ],
 )
 def test_what_is_wrong_is_said(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     given = {"device": "h200", **arguments}
     with pytest.raises(error, match=message):
         bnk.explain(given.pop("x"), **given)
+
+
+# What follows in the same kernels
+
+EPILOGUES = [
+    # residual, activation: tensors that each pass moves, and its launches, where BatchNorm itself is at the floor
+    (False, "relu", (2, 1), (3, 1), "BatchNorm and ReLU"),
+    (True, None, (3, 1), (3, 1), "BatchNorm and an addition"),
+    (True, "relu", (3, 1), (6, 2), "BatchNorm, an addition and ReLU"),
+]
+
+
+@pytest.mark.parametrize(("residual", "activation", "forward", "backward", "title"), EPILOGUES)
+def test_epilogues(
+    residual: bool, activation: str | None, forward: tuple[int, int], backward: tuple[int, int], title: str
+) -> None:
+    """BatchNorm's own plan stays; what is read and written beside it is in the bytes, the ratio and the time."""
+    plain = bnk.explain(SHAPE, dtype="bf16", device="h200")
+    fused = bnk.explain(SHAPE, dtype="bf16", device="h200", residual=residual, activation=activation)
+    tensor = fused.subject.bytes
+    for own, whole, (tensors, launches) in zip(plain.passes, fused.passes, (forward, backward)):
+        assert (own.resident, own.floor, own.predicted) == (whole.resident, whole.floor, whole.predicted)
+        assert whole.whole.total == tensors * tensor and whole.launches == launches
+        assert whole.seconds == pytest.approx(tensors * tensor / 4.8e12)
+    # Of the six tensors of the last backward four would do: x and grad in, their gradients out.
+    floors = (forward[0], 4 if backward[1] == 2 else 3)
+    assert [plan.whole_floor.total // tensor for plan in fused.passes] == list(floors)
+    assert str(fused).startswith(f"{title} in training of ")
+    assert ("threshold_backward, 1 launch" in str(fused)) == (backward[1] == 2)
+    data = fused.as_json()
+    assert data["epilogue"] == {"residual": residual, "relu": activation is not None}
+    assert data["passes"]["backward_train"]["whole_predicted_bytes"] == backward[0] * tensor
 
 
 # Devices
@@ -235,6 +268,9 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert told["passes"]["forward_train"]["ratio"] == explanation.passes[0].ratio
     assert cli.main(["--shape", "8x4", "--inference", "--device", "t4", "--json"]) == 0
     assert set(json.loads(capsys.readouterr().out)["passes"]) == {"forward_eval", "backward_eval"}
+    assert cli.main([*arguments, "--residual", "--activation", "relu"]) == 0
+    fused = bnk.explain(SHAPE, dtype="bf16", layout="nhwc", device="h200", residual=True, activation="relu")
+    assert capsys.readouterr().out == f"{fused}\n"
 
 
 @pytest.mark.parametrize("arguments", [["--shape", "8"], ["--shape", "8,4", "--device", "h300"]])

@@ -98,6 +98,31 @@ def test_a_layer_itself_and_the_cpu() -> None:
     assert explanation.seconds is None and explanation.as_json()["launches"] == 0
 
 
+def test_what_is_fused_counts() -> None:
+    """Of a fused model, the additions and the ReLUs that its layers have; their bytes are in the sums."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(8, 8, 1)
+            self.first = nn.BatchNorm2d(8)
+            self.second = nn.BatchNorm2d(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.second(torch.relu(self.first(self.conv(x)))) + x)
+
+    block = Block()
+    plain = bnk.explain_model(block, (4, 8, 6, 6), device="h200")
+    fused = bnk.explain_model(bnk.fuse(block), (4, 8, 6, 6), device="h200")
+    first, second = (layer.explanation for layer in fused.layers)
+    shape = (4, 8, 6, 6)
+    assert first == bnk.explain(shape, device="h200", activation="relu")
+    assert second == bnk.explain(shape, device="h200", residual=True, activation="relu")
+    more = fused.as_json()["predicted_bytes"] - plain.as_json()["predicted_bytes"]
+    assert more == 4 * first.subject.bytes  # the residual; and threshold_backward's three
+    assert "second + an addition + ReLU" in str(fused) and "first + ReLU" in str(fused)
+
+
 def test_sync_batch_norm_is_left_out() -> None:
     model = nn.Sequential(nn.SyncBatchNorm(4), nn.BatchNorm2d(4)).eval()
     assert [layer.name for layer in bnk.explain_model(model, (2, 4, 3, 3), device="t4").layers] == ["1"]

@@ -33,6 +33,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--device", help=f"cuda, cuda:N, cpu or a name (default: the GPU of this machine, or {DEFAULT})"
     )
+    parser.add_argument("--residual", action="store_true", help="with one that is added")
+    parser.add_argument("--activation", help="with this behind: relu")
     parser.add_argument("--inference", action="store_true", help="explain inference, not training")
     parser.add_argument("--json", action="store_true", help="print all figures as JSON")
     return parser.parse_args(argv)
@@ -43,7 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = _arguments(argv)
     try:
         explanation = explain(
-            given.shape, dtype=given.dtype, layout=given.layout, device=given.device, training=not given.inference
+            given.shape,
+            dtype=given.dtype,
+            layout=given.layout,
+            device=given.device,
+            training=not given.inference,
+            residual=given.residual,
+            activation=given.activation,
         )
     except (TypeError, ValueError) as error:
         print(f"bnkernels.explain: {error}", file=sys.stderr)

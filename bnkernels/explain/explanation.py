@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..functional import check_activation
 from . import words
 from .devices import DEFAULT, Device, at_hand, has_gpu, named
 from .passes import PassPlan, plan_of
-from .subject import Subject, subject_of
+from .subject import NO_EPILOGUE, Epilogue, Subject, subject_of
 
 CPU_LINE = "cpu: plans concern CUDA; the CPU backend cuts the work by the problem alone (SIMD level {simd})"
 
@@ -31,6 +32,7 @@ class Explanation:
     assumed: bool
     forward: PassPlan | None
     backward: PassPlan | None
+    epilogue: Epilogue = NO_EPILOGUE
 
     @property
     def passes(self) -> tuple[PassPlan, ...]:
@@ -41,6 +43,7 @@ class Explanation:
         return {
             "subject": {**asdict(self.subject), "bytes": self.subject.bytes},
             "training": self.training,
+            "epilogue": asdict(self.epilogue),
             "device": None if self.device is None else asdict(self.device),
             "device_assumed": self.assumed,
             "passes": {plan.name: plan.as_json() for plan in self.passes},
@@ -48,7 +51,7 @@ class Explanation:
 
     def __str__(self) -> str:
         mode = "training" if self.training else "inference"
-        title = f"BatchNorm in {mode} of {self.subject}: {words.amount(self.subject.bytes)} a tensor"
+        title = f"{self.epilogue} in {mode} of {self.subject}: {words.amount(self.subject.bytes)} a tensor"
         if not self.subject.aligned:
             title += ", not on a boundary of 16 bytes"
         return "\n".join([title, device_text(self.device, self.assumed), *map(words.pass_text, self.passes)])
@@ -79,15 +82,19 @@ def device_of(device: torch.device | str | None, x: object) -> tuple[Device | No
     return at_hand(int(number) if number else torch.cuda.current_device() if has_gpu() else 0), False
 
 
-def explain_subject(subject: Subject, device: Device | None, assumed: bool, training: bool) -> Explanation:
+def explain_subject(
+    subject: Subject, device: Device | None, assumed: bool, training: bool, epilogue: Epilogue = NO_EPILOGUE
+) -> Explanation:
     """Of what was parsed already."""
     if training and subject.outer * subject.inner < 2:
         raise ValueError(f"expected more than 1 value per channel when training, but got a shape of {subject.shape}")
     if device is None:
-        return Explanation(subject, training, None, assumed, None, None)
+        return Explanation(subject, training, None, assumed, None, None, epilogue)
     mode = "train" if training else "eval"
-    forward, backward = (plan_of(subject, f"{direction}_{mode}", device) for direction in ("forward", "backward"))
-    return Explanation(subject, training, device, assumed, forward, backward)
+    forward, backward = (
+        plan_of(subject, f"{direction}_{mode}", device, epilogue) for direction in ("forward", "backward")
+    )
+    return Explanation(subject, training, device, assumed, forward, backward, epilogue)
 
 
 def explain(
@@ -97,6 +104,8 @@ def explain(
     layout: torch.memory_format | str | None = None,
     device: torch.device | str | None = None,
     training: bool = True,
+    residual: bool = False,
+    activation: str | None = None,
 ) -> Explanation:
     """How batch_norm() over an input runs on a GPU: which kernels, which grid, how many bytes, how far from the floor.
 
@@ -111,12 +120,17 @@ def explain(
         device: "cuda" or "cuda:N" for a GPU at hand, "cpu", or a name of explain.devices.NAMED, e.g. "h200" or
             "h100-1g.10gb" (default: the tensor's if that is a GPU, else the GPU at hand, else "h200").
         training: False explains inference.
+        residual: whether one of x's shape and dtype is added, as by batch_norm(..., residual=).
+        activation: None or "relu", as batch_norm()'s.
 
     Returns:
         An Explanation: print it, or read its fields.
 
     Raises:
-        TypeError, ValueError: shape, dtype, layout or device are none; in training, a single value per channel.
+        TypeError, ValueError: shape, dtype, layout, device or activation are none; in training, a single value per
+            channel.
     """
+    check_activation(activation)
     found, assumed = device_of(device, x)
-    return explain_subject(subject_of(x, dtype, layout), found, assumed, training)
+    epilogue = Epilogue(residual=residual, relu=activation is not None)
+    return explain_subject(subject_of(x, dtype, layout), found, assumed, training, epilogue)

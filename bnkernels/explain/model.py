@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import index
 from typing import Any
 
@@ -18,7 +19,7 @@ from . import words
 from .devices import Device
 from .explanation import Explanation, device_of, device_text, explain_subject
 from .passes import PassPlan
-from .subject import subject_of
+from .subject import Epilogue, subject_of
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class ModelExplanation:
     def ratio(self, direction: str | None = None) -> float:
         """Predicted bytes over the floor, of all layers: "forward", "backward", or both."""
         plans = self._plans(direction)
-        return sum(p.predicted.total for p in plans) / sum(p.floor.total for p in plans)
+        return sum(p.whole.total for p in plans) / sum(p.whole_floor.total for p in plans)
 
     @property
     def seconds(self) -> float | None:
@@ -57,8 +58,8 @@ class ModelExplanation:
         plans = self._plans()
         return {
             "layers": [{"name": layer.name, **layer.explanation.as_json()} for layer in self.layers],
-            "floor_bytes": sum(plan.floor.total for plan in plans),
-            "predicted_bytes": sum(plan.predicted.total for plan in plans),
+            "floor_bytes": sum(plan.whole_floor.total for plan in plans),
+            "predicted_bytes": sum(plan.whole.total for plan in plans),
             "launches": sum(plan.launches for plan in plans),
             "lower_estimate_seconds": self.seconds,
         }
@@ -76,8 +77,8 @@ class ModelExplanation:
         lines = [head, device_text(self.device, self.assumed), *table]
         if plans:
             lines.append(
-                f"DRAM: floor {words.amount(sum(p.floor.total for p in plans))}, predicted "
-                f"{words.amount(sum(p.predicted.total for p in plans))} (x: predicted over floor). "
+                f"DRAM: floor {words.amount(sum(p.whole_floor.total for p in plans))}, predicted "
+                f"{words.amount(sum(p.whole.total for p in plans))} (x: predicted over floor). "
                 f"{sum(p.launches for p in plans)} launches. Times: bandwidth alone, not measurements."
             )
         return "\n".join(lines)
@@ -90,7 +91,8 @@ def _row(layer: LayerExplanation) -> tuple[str, ...]:
     times = [plan.seconds for plan in explanation.passes]
     known = [time for time in times if time is not None]
     time = words.duration(sum(known)) if known else "-"
-    return (layer.name or "(model)", "x".join(map(str, subject.shape)), subject.dtype, subject.layout, *cells, time)
+    name = " + ".join((layer.name or "(model)", *explanation.epilogue.parts))
+    return (name, "x".join(map(str, subject.shape)), subject.dtype, subject.layout, *cells, time)
 
 
 def _empty(tensor: Tensor) -> Tensor:
@@ -120,9 +122,24 @@ def _inputs(given: Tensor | Sequence[int] | Sequence[Tensor], model: nn.Module) 
     return [torch.empty(shape, dtype=next(floating, torch.float32))]
 
 
-def _batch_norm_inputs(model: nn.Module, given: Tensor | Sequence[int] | Sequence[Tensor]) -> list[tuple[str, Tensor]]:
-    """(layer's name, its input) of each call of a BatchNorm, in order; the inputs have no data."""
-    seen: list[tuple[str, Tensor]] = []
+@dataclass(frozen=True)
+class _Call:
+    """Of a BatchNorm layer. input has no data."""
+
+    name: str
+    input: Tensor
+    epilogue: Epilogue
+
+
+def _batch_norm_calls(model: nn.Module, given: Tensor | Sequence[int] | Sequence[Tensor]) -> list[_Call]:
+    """Each call of a BatchNorm, in order."""
+    seen: list[_Call] = []
+
+    def record(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = dict(zip(("input", "residual"), args)) | kwargs
+        relu = getattr(module, "activation", None) is not None
+        seen.append(_Call(name, given["input"], Epilogue(given.get("residual") is not None, relu)))
+
     with FakeTensorMode(), torch.no_grad():
         inputs = _inputs(given, model)
         try:
@@ -131,7 +148,7 @@ def _batch_norm_inputs(model: nn.Module, given: Tensor | Sequence[int] | Sequenc
                 if isinstance(module, nn.SyncBatchNorm):
                     module.eval()  # it would exchange statistics that are not there
                 elif isinstance(module, _BatchNorm):
-                    module.register_forward_pre_hook(lambda _, args, name=name: seen.append((name, args[0])))
+                    module.register_forward_pre_hook(partial(record, name), with_kwargs=True)
             twin(*inputs)
         except Exception as error:
             shapes = [tuple(x.shape) for x in inputs]
@@ -174,11 +191,13 @@ def explain_model(
         raise ValueError("expected a model whose lazy layers know their sizes: run it once, then explain it")
     first = input_or_shape if isinstance(input_or_shape, Tensor) else None
     found, assumed = device_of(device, first)
-    seen = _batch_norm_inputs(model, input_or_shape)
+    seen = _batch_norm_calls(model, input_or_shape)
     if not seen:
         raise ValueError(f"expected a model with BatchNorm layers, but {type(model).__name__} called none")
     layers = tuple(
-        LayerExplanation(name, explain_subject(subject_of(x, dtype, None), found, assumed, training=True))
-        for name, x in seen
+        LayerExplanation(
+            call.name, explain_subject(subject_of(call.input, dtype, None), found, assumed, True, call.epilogue)
+        )
+        for call in seen
     )
     return ModelExplanation(layers, found, assumed)

@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import ops
 from .devices import Device
-from .subject import Subject
+from .subject import Epilogue, Subject
 
 PASSES = {
     "forward_train": "forward in training",
@@ -28,6 +28,12 @@ class Traffic:
     @property
     def total(self) -> int:
         return self.read + self.written
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(self.read + other.read, self.written + other.written)
+
+
+NOTHING = Traffic(0, 0)
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,11 @@ class Resident:
 
 @dataclass(frozen=True)
 class PassPlan:
-    """How one pass runs. bandwidth: of the device's memory in bytes/s, None if unknown."""
+    """How one pass runs. bandwidth: of the device's memory in bytes/s, None if unknown.
+
+    floor and predicted are BatchNorm's own; what an epilogue adds to each is in more_floor and more. masked: torch's
+    operation takes out what a ReLU held back, before the backward: where the ReLU is of a sum.
+    """
 
     name: str
     path: str
@@ -92,6 +102,19 @@ class PassPlan:
     predicted: Traffic
     exchanged: Traffic
     bandwidth: float | None
+    more_floor: Traffic = NOTHING
+    more: Traffic = NOTHING
+    masked: bool = False
+
+    @property
+    def whole_floor(self) -> Traffic:
+        """The fewest bytes of the pass, its epilogue's included."""
+        return self.floor + self.more_floor
+
+    @property
+    def whole(self) -> Traffic:
+        """The predicted bytes of the pass, its epilogue's included."""
+        return self.predicted + self.more
 
     @property
     def walk(self) -> Walk:
@@ -101,12 +124,12 @@ class PassPlan:
     @property
     def ratio(self) -> float:
         """Predicted DRAM bytes over the floor."""
-        return self.predicted.total / self.floor.total
+        return self.whole.total / self.whole_floor.total
 
     @property
     def launches(self) -> int:
         """Where all results are asked for."""
-        return 1 if self.resident is not None or self.name == "forward_eval" else 3
+        return (1 if self.resident is not None or self.name == "forward_eval" else 3) + self.masked
 
     @property
     def on_chip(self) -> int:
@@ -121,11 +144,13 @@ class PassPlan:
     @property
     def seconds(self) -> float | None:
         """What moving the predicted bytes takes at the memory's bandwidth: a lower estimate, nothing measured."""
-        return None if self.bandwidth is None else self.predicted.total / self.bandwidth
+        return None if self.bandwidth is None else self.whole.total / self.bandwidth
 
     def as_json(self) -> dict[str, Any]:
         derived = {
             "launches": self.launches,
+            "whole_floor_bytes": self.whole_floor.total,
+            "whole_predicted_bytes": self.whole.total,
             "ratio": self.ratio,
             "on_chip_bytes": self.on_chip,
             "rounds": None if self.resident is None else self.resident.rounds,
@@ -142,8 +167,21 @@ def _forces_streaming() -> bool:
     return value == "streaming"
 
 
-def plan_of(subject: Subject, name: str, device: Device) -> PassPlan:
-    """How a device runs a pass over an input."""
+def _more(subject: Subject, name: str, epilogue: Epilogue) -> dict[str, Any]:
+    """What an epilogue adds to a pass. A ReLU alone moves nothing: the backward knows it from x."""
+    tensor = subject.bytes
+    if not epilogue.residual:
+        return {}
+    if name.startswith("forward"):
+        return {"more_floor": Traffic(tensor, 0), "more": Traffic(tensor, 0)}
+    if not epilogue.relu:
+        return {}  # the residual's gradient is the one that comes in
+    # Another tensor then, whichever way. torch's operation reads grad and y, and writes it.
+    return {"more_floor": Traffic(0, tensor), "more": Traffic(2 * tensor, tensor), "masked": True}
+
+
+def plan_of(subject: Subject, name: str, device: Device, epilogue: Epilogue) -> PassPlan:
+    """How a device runs a pass over an input, and over what its epilogue needs."""
     raw = ops.plan(
         subject.outer,
         subject.channels,
@@ -165,4 +203,5 @@ def plan_of(subject: Subject, name: str, device: Device) -> PassPlan:
         predicted=Traffic(**raw["predicted"]),
         exchanged=Traffic(**raw["exchanged"]),
         bandwidth=device.bandwidth,
+        **_more(subject, name, epilogue),
     )

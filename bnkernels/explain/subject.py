@@ -25,6 +25,25 @@ _LAYOUTS = {
 
 
 @dataclass(frozen=True)
+class Epilogue:
+    """What follows the normalised value: y = relu(v + residual), each part if it is there."""
+
+    residual: bool = False
+    relu: bool = False
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return ("an addition",) * self.residual + ("ReLU",) * self.relu
+
+    def __str__(self) -> str:
+        parts = ("BatchNorm", *self.parts)
+        return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
+
+
+NO_EPILOGUE = Epilogue()
+
+
+@dataclass(frozen=True)
 class Subject:
     """An input of shape (N, C, ...). aligned: its first element lies on a boundary of 16 bytes."""
 

@@ -92,8 +92,10 @@ def _figures(plan: PassPlan) -> list[tuple[str, str]]:
                 f"{plan.stays:.0%} of what is read stays there for its second use",
             )
         )
-    dram = f"floor {amount(plan.floor.total)}, predicted {amount(plan.predicted.total)}: {plan.ratio:.2f} x the floor"
-    lines.append(("DRAM", dram))
+    floor, whole = plan.whole_floor.total, plan.whole.total
+    lines.append(("DRAM", f"floor {amount(floor)}, predicted {amount(whole)}: {plan.ratio:.2f} x the floor"))
+    if plan.masked:
+        lines.append(("before", f"torch's threshold_backward, 1 launch, {amount(plan.more.total)} of these"))
     if plan.exchanged.total:
         lines.append(("exchange", f"{amount(plan.exchanged.total)} of partial sums between blocks, beside that"))
     if plan.bandwidth is None:
