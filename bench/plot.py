@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -64,6 +65,11 @@ def _ratio_panel(axes: Axes, records: list[Record], other: str) -> None:
     axes.set_axisbelow(True)
 
 
+def _width(columns: Sequence[object]) -> float:
+    """In inches: of the panels, and no less than the title and the legend take."""
+    return max(9.0, 1.2 + 3.9 * len(columns))
+
+
 def plot_ratios(run: Run, path: Path) -> None:
     """Panels: a column for each direction, a row for each batch; the speed-up over nn.BatchNorm2d."""
     directions = list(dict.fromkeys(record.direction for record in run.records))
@@ -71,7 +77,7 @@ def plot_ratios(run: Run, path: Path) -> None:
     figure, panels = plt.subplots(
         len(batches),
         len(directions),
-        figsize=(1.2 + 3.9 * len(directions), 1.4 + 4.4 * len(batches)),
+        figsize=(_width(directions), 1.4 + 4.4 * len(batches)),
         sharey=True,
         sharex="col",
         squeeze=False,
@@ -106,7 +112,7 @@ def plot_bandwidth(run: Run, path: Path) -> None:
     figure, panels = plt.subplots(
         len(rows),
         len(directions),
-        figsize=(1.2 + 3.9 * len(directions), 1.4 + 2.6 * len(rows)),
+        figsize=(_width(directions), 1.4 + 2.6 * len(rows)),
         sharex=True,
         sharey=True,
         squeeze=False,
