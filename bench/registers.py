@@ -25,13 +25,8 @@ from bench import device_code
 from bench.device_code import ARCHS, demangle
 from bench.markdown import table
 
-_ONCE_A_SLAB = "one register, stored and loaded outside of the loops over windows"
-
 # Kernel (a substring of the demangled name, "on", architecture) -> why its spills or stack frame do no harm.
-ALLOWED: dict[str, str] = {
-    "resident_forward_kernel<BFloat16, (Layout)1> fused on sm_100": _ONCE_A_SLAB,
-    "resident_forward_kernel<Half, (Layout)1> fused on sm_100": _ONCE_A_SLAB,
-}
+ALLOWED: dict[str, str] = {}
 
 
 @dataclass(frozen=True)

@@ -217,11 +217,12 @@ resident_forward_kernel(ResidentForwardParams params) {
     Real mean[kColumns], invstd[kColumns], weight[kColumns], bias[kColumns];
 #pragma unroll
     for (int column = 0; column < kColumns; ++column) {
-      if (!walker.has_channel(column)) continue;
-      mean[column] = means[walker.local(column)];
-      invstd[column] = invstds[walker.local(column)];
-      weight[column] = weights[walker.local(column)];
-      bias[column] = biases[walker.local(column)];
+      // A column that is not there gets another's: nothing is written of it, and a branch would cost a register.
+      const int local = walker.has_channel(column) ? walker.local(column) : 0;
+      mean[column] = means[local];
+      invstd[column] = invstds[local];
+      weight[column] = weights[local];
+      bias[column] = biases[local];
     }
     const View<const T, kLayout> residual{more, y.elements, y.wide};
     visit_again<kTile>(walker, residence.kept, whole, [&](const auto& windows, int first, auto is_kept) {
