@@ -10,7 +10,6 @@
 #include <sys/mman.h>
 
 #include <algorithm>
-#include <bit>
 #include <charconv>
 #include <cstdint>
 #include <cstdlib>
@@ -41,9 +40,10 @@ size_t setting(const char* name, size_t otherwise, size_t most) {
                            std::to_string(most));
 }
 
-// Sizes that blocks come in.
+// Sizes that blocks come in. Of kLeastBytes or more.
 size_t block_size(size_t bytes) {
-  const size_t step = std::bit_floor(bytes) / kSizesInADoubling;
+  size_t step = kLeastBytes / kSizesInADoubling;
+  while (bytes / 2 >= step * kSizesInADoubling) step *= 2;
   return (bytes + step - 1) / step * step;
 }
 
