@@ -86,6 +86,7 @@ def fuse(model: nn.Module, *, report: FusionReport | None = None, tracer: fx.Tra
         )
     named = dict(model.named_modules(remove_duplicate=False))
     graph = _traced(model, tracer or _Tracer())
+    _forget_names_of_types(graph)
     drop_identities(graph, named)
     found, reasons = matches(graph, named)
     standing: dict[nn.Module, nn.Module] = {}
@@ -122,6 +123,13 @@ def _traced(model: nn.Module, tracer: fx.Tracer) -> fx.Graph:
             "one (model.layer1 = bnk.fuse(model.layer1)), pass a tracer= to which that module is a leaf, or write the "
             'fused calls by hand: bnk.BatchNorm2d(n, activation="relu")(x, residual).'
         ) from error
+
+
+def _forget_names_of_types(graph: fx.Graph) -> None:
+    """Postponed annotations of a forward() are strings, with which torch 2.13 cannot store a GraphModule."""
+    for node in graph.nodes:
+        if isinstance(node.type, str):
+            node.type = None
 
 
 def _place(error: Exception, model: nn.Module) -> str:
