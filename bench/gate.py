@@ -71,7 +71,7 @@ def judge(
         inputs = _inputs(layer, buffers, block, training)
         expected = {} if case.epilogue else _expect(inputs)
         for name, outcome in outcomes.items():
-            given = {name: _channels(out, block) for name, out in vars(outcome).items() if out is not None}
+            given = {what: _channels(out, block) for what, out in vars(outcome).items() if out is not None}
             if case.epilogue:
                 residual = None if buffers.residual is None else _channels(buffers.residual.detach(), block)
                 verdicts = _judge_fused(inputs, Epilogue(residual, case.relu), given)
