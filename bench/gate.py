@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bnkernels import reference
-from bnkernels.testing import Epilogue, Inputs, Outputs, behind_relu, gate, judge_fused
+from bnkernels.testing import Epilogue, Inputs, Outputs, at_the_sum, gate, judge_fused_call
 
 from .cases import Buffers, Case
 from .contestants import OURS, TITLES, Contestant, make_layer
@@ -115,11 +115,10 @@ def _expect(i: Inputs) -> dict[str, gate.Expectation]:
 
 def _judge_fused(inputs: Inputs, epilogue: Epilogue, given: Mapping[str, Tensor]) -> list[gate.Verdict]:
     """One contestant's. The residual's gradient is that of the sum, unrounded."""
-    behind = behind_relu(inputs, given["y"]) if epilogue.relu else inputs
     outputs = Outputs(**{name: out for name, out in given.items() if name != "dresidual"})
-    verdicts = judge_fused(behind, epilogue, outputs, inputs.x.device)
+    verdicts = judge_fused_call(inputs, epilogue, outputs, inputs.x.device)
     if "dresidual" in given:
-        value = behind.grad.double()
+        value = at_the_sum(inputs, epilogue, given["y"]).grad.double()
         exact = gate.Expectation("dresidual", value, torch.zeros_like(value), u_acc=0.0)
         verdicts.append(gate.judge(given["dresidual"], exact))
     return verdicts

@@ -29,9 +29,8 @@ from bnkernels.testing import (
     Inputs,
     Outputs,
     Verdict,
-    behind_relu,
     judge_call,
-    judge_fused,
+    judge_fused_call,
     make_epilogue,
     misaligned,
     poisoned_allocations,
@@ -98,9 +97,7 @@ def run_case(inputs: Inputs, epilogue: Epilogue) -> list[Verdict]:
     y = bnkernels.batch_norm(x, mean, var, weight, bias, inputs.training, inputs.momentum or 0.0, inputs.eps, **more)
     dx, dweight, dbias, *_ = torch.autograd.grad(y, leaves, inputs.grad)
     outputs = Outputs(y=y.detach(), running_mean=mean, running_var=var, dx=dx, dweight=dweight, dbias=dbias)
-    if epilogue.is_empty:
-        return judge_call(inputs, outputs)
-    return judge_fused(behind_relu(inputs, y.detach()) if epilogue.relu else inputs, epilogue, outputs)
+    return judge_fused_call(inputs, epilogue, outputs)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -119,19 +119,6 @@ def test_every_level_is_within_the_gate_and_all_give_the_same_bits() -> None:
     assert len(set(digests.values())) == 1, digests
 
 
-def test_huge_pages_change_nothing_and_are_validated() -> None:
-    code = (
-        "import torch, hashlib\nfrom bnkernels import ops\n"
-        "x = torch.randn(2, 8, 512, 512, generator=torch.Generator().manual_seed(0))\n"
-        "y, _, _ = ops.forward_train(x, None, None, None, None, None, 0.1, 1e-5)\n"
-        "print(hashlib.sha256(y.numpy().tobytes()).hexdigest())"
-    )
-    answers = {value: in_subprocess(code, BNKERNELS_CPU_HUGE_PAGES=value) for value in ("0", "1", "", "2")}
-    assert answers["0"].stdout == answers["1"].stdout == answers[""].stdout != ""
-    assert answers["2"].returncode != 0
-    assert "BNKERNELS_CPU_HUGE_PAGES=2: expected a whole number from 0 to 1" in answers["2"].stderr
-
-
 # ---- threads ----
 
 # A shape for each way of the schedule: blocks of a thread's own, shared chunks, one channel, few channels, folded rows,

@@ -96,6 +96,31 @@ def test_a_wrong_limit_is_refused(value: str) -> None:
     assert f"BNKERNELS_CPU_KEPT_MB={value}: expected a whole number from 0 to " in answer.stderr
 
 
+def test_huge_pages_change_nothing_and_are_validated() -> None:
+    code = (
+        "import torch, hashlib\nfrom bnkernels import ops\n"
+        "x = torch.randn(2, 8, 512, 512, generator=torch.Generator().manual_seed(0))\n"
+        "y, _, _ = ops.forward_train(x, None, None, None, None, None, 0.1, 1e-5)\n"
+        "print(hashlib.sha256(y.numpy().tobytes()).hexdigest())"
+    )
+    answers = {value: in_subprocess(code, BNKERNELS_CPU_HUGE_PAGES=value) for value in ("0", "1", "", "2")}
+    assert answers["0"].stdout == answers["1"].stdout == answers[""].stdout != ""
+    assert answers["2"].returncode != 0
+    assert "BNKERNELS_CPU_HUGE_PAGES=2: expected a whole number from 0 to 1" in answers["2"].stderr
+
+
+def test_fresh_memory_that_is_filled_is_torchs() -> None:
+    """Where torch fills what is fresh, so that an element that no kernel writes shows, results are on such memory."""
+    code = """
+from bnkernels.testing import poisoned_allocations
+with poisoned_allocations():
+    held = step()[1:]
+del held
+print(bnk.empty_cache())
+"""
+    assert answer_of(code) == "0"
+
+
 def test_a_forked_process_goes_on() -> None:
     """Forked while another thread takes and gives back without a pause, which may hold the mutex just then."""
     code = """

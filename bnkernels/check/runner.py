@@ -19,10 +19,10 @@ from ..testing import (
     Inputs,
     Outputs,
     Verdict,
-    behind_relu,
+    at_the_sum,
     guarded,
     judge_calls,
-    judge_fused,
+    judge_fused_call,
     make_epilogue,
     poisoned_allocations,
     same_bits,
@@ -118,13 +118,8 @@ def _torchs(x: Tensor, *rest: Any, residual: Tensor | None = None, activation: s
 
 def _judged(inputs: Inputs, epilogue: Epilogue, contestants: list[Outputs]) -> list[tuple[Verdict, ...]]:
     if epilogue.is_empty:
-        return [tuple(verdicts) for verdicts in judge_calls(inputs, contestants)]
-    return [tuple(judge_fused(_behind(epilogue, inputs, o.y), epilogue, o)) for o in contestants]
-
-
-def _behind(epilogue: Epilogue, inputs: Inputs, y: Tensor | None) -> Inputs:
-    """The inputs with the gradient that arrives at the sum, behind whose ReLU y came out."""
-    return behind_relu(inputs, y) if epilogue.relu and y is not None else inputs
+        return [tuple(verdicts) for verdicts in judge_calls(inputs, contestants)]  # one reference for all
+    return [tuple(judge_fused_call(inputs, epilogue, outputs)) for outputs in contestants]
 
 
 def _call(layer: BatchNorm, inputs: Inputs, epilogue: Epilogue) -> tuple[Outputs, list[str]]:
@@ -159,7 +154,7 @@ def _call(layer: BatchNorm, inputs: Inputs, epilogue: Epilogue) -> tuple[Outputs
     grads = dict(zip(wanted, torch.autograd.grad(y, list(wanted.values()), inputs.grad)))
     judged = {name: grad for name, grad in grads.items() if name != "dresidual"}
     outputs = Outputs(y=y.detach(), **running, **judged)
-    if residual is not None and not same_bits(grads["dresidual"], _behind(epilogue, inputs, outputs.y).grad):
+    if residual is not None and not same_bits(grads["dresidual"], at_the_sum(inputs, epilogue, y.detach()).grad):
         problems.append("the residual's gradient is not the one that arrives at the sum")
     for name, guard in guards.items():
         if not guard.intact():

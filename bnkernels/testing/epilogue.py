@@ -67,13 +67,29 @@ def behind_relu(inputs: Inputs, y: Tensor) -> Inputs:
 def judge_fused(
     inputs: Inputs, epilogue: Epilogue, outputs: Outputs, device: torch.device | str = "cpu"
 ) -> list[Verdict]:
-    """y against the reference with the epilogue; gradients against its backward behind the forward's own y.
+    """Of the ops: y against the reference with the epilogue; gradients against its backward behind the forward's own y,
+    where the backward op knows the ReLU.
 
     `device`: as for judge_call, of the gradients; y is judged where x is.
     """
     assert outputs.y is not None
     own = behind_relu(inputs, outputs.y) if epilogue.has_range else inputs
     return [judge(outputs.y, expect_fused(inputs, epilogue)), *judge_call(own, replace(outputs, y=None), device)]
+
+
+def at_the_sum(inputs: Inputs, epilogue: Epilogue, y: Tensor) -> Inputs:
+    """The same with the gradient that arrives at v + residual, whose epilogue made `y`: the residual's gradient."""
+    return behind_relu(inputs, y) if epilogue.relu else inputs
+
+
+def judge_fused_call(
+    inputs: Inputs, epilogue: Epilogue, outputs: Outputs, device: torch.device | str = "cpu"
+) -> list[Verdict]:
+    """judge_call() of a whole call, which may have an epilogue: gradients are behind its ReLU, whichever op's it is."""
+    if epilogue.is_empty:
+        return judge_call(inputs, outputs, device)
+    assert outputs.y is not None
+    return judge_fused(at_the_sum(inputs, epilogue, outputs.y), epilogue, outputs, device)
 
 
 def let_through(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
