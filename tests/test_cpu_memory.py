@@ -122,30 +122,36 @@ print(bnk.empty_cache())
 
 
 def test_a_forked_process_goes_on() -> None:
-    """Forked while another thread takes and gives back without a pause, which may hold the mutex just then."""
+    """Forked while another thread takes and gives back: the child goes on with what was kept, as its own.
+
+    The mutex is seldom held just then: that the handlers of pthread_atfork are missing would mostly go unseen here.
+    """
     code = """
+import signal
 stop = False
+zero, one = torch.zeros(1024), torch.ones(1024)
+x = torch.randn(25_000, 1024)  # by nobody later: torch's generator has a mutex of its own
 def hammer():
-    with torch.no_grad():
-        x = torch.randn(64, 1024)
-        while not stop:
-            bnk.batch_norm(x, None, None, training=True)
+    while not stop:
+        bnk.batch_norm(x, zero, one).set_()
 
 thread = threading.Thread(target=hammer)
 thread.start()
 codes = []
-for _ in range(50):
+for _ in range(40):
     child = os.fork()
     if child == 0:
-        with torch.no_grad():
-            held = [layer(torch.randn(2, 64, 56, 56)) for _ in range(3)]
+        signal.alarm(10)
+        bnk.batch_norm(x[:1024], zero, one)
         os._exit(0)
     codes.append(os.waitpid(child, 0)[1])
+    if codes[-1]:
+        break
 stop = True
 thread.join()
 print(set(codes))
 """
-    assert answer_of(code) == "{0}"
+    assert answer_of(code, BNKERNELS_CPU_HUGE_PAGES="0") == "{0}"
 
 
 def test_results_may_outlive_the_interpreter() -> None:
