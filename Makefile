@@ -1,7 +1,8 @@
 # The commands of this repository. Each target does all the set-up it needs, from a clean clone:
 #
 #   make demo     trains a small residual network on real images with nn.BatchNorm2d and with bnkernels, side by side
-#   make test     builds and runs all tests
+#   make test     builds and runs all tests; those marked cuda once more on the host device, without a GPU (the second alone:
+#                 make test-host-device; tests/host_device tells what it is)
 #   make examples the studies of what the papers claim: a few minutes; plots and reports in out/examples, exit code 0 if
 #                 all is as docs/why.md tells (make why: writes what was measured into docs/why.md)
 #   make lint     ruff, mypy, clang-format (make format: lets them write)
@@ -59,15 +60,15 @@ else
 endif
 
 CPP_FILES = $(shell git ls-files -co --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'csrc/*.cu' \
-    'tests/simt/*.h' 'tests/simt/*.cpp' 'tests/simt/*.cuh' 'tests/simt/*.cu' 2>/dev/null || \
-    find csrc tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+    'tests/simt/*.h' 'tests/simt/*.cpp' 'tests/host_device/*.h' 'tests/host_device/*.cpp' 2>/dev/null || \
+    find csrc tests/simt tests/host_device -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
 STUDIES = $(filter-out study digits speedrun_networks,$(patsubst examples/%.py,%,$(wildcard examples/*.py)))
 
 # The one installed beside the interpreter.
 CLANG_FORMAT = "$$(dirname "$$($(PY) -c 'import sys; print(sys.executable)')")/clang-format"
 
-.PHONY: help demo examples why test lint format bench gpu ptxas sass build clean distclean
+.PHONY: help demo examples why test test-host-device lint format bench gpu ptxas sass build clean distclean
 
 help:
 	@sed -n '1,/^$$/{/^#/!d;s/^# \{0,1\}//;p}' Makefile
@@ -86,10 +87,21 @@ why:
 	-$(MAKE) examples
 	$(PY) examples/study.py out/examples docs/why.md
 
+PYTEST = -m pytest $$($(PY) -c "import xdist; print('-n $(WORKERS) --dist loadfile')" 2>/dev/null) --durations 15 $(PYTEST_ARGS)
+
 # Threads that wait do not spin: those of another process could work meanwhile.
-test: export OMP_WAIT_POLICY ?= passive
+test test-host-device: export OMP_WAIT_POLICY ?= passive
 test: $(call environment,dev)
-	$(PY) -m pytest $$($(PY) -c "import xdist; print('-n $(WORKERS) --dist loadfile')" 2>/dev/null) --durations 15 $(PYTEST_ARGS)
+	$(PY) $(PYTEST)
+	@$(MAKE) --no-print-directory test-host-device
+
+# Tests that PYTEST_ARGS selects may be none of these: pytest's exit status is 5 then.
+test-host-device: export PYTHONPATH := $(CURDIR)/tests:$(PYTHONPATH)
+test-host-device: $(call environment,dev)
+	@reason=$$($(PY) -m host_device --missing); \
+	if [ -n "$$reason" ]; then echo "== no tests on the host device: $$reason"; exit 0; fi; \
+	echo "== tests marked cuda, on the host device"; \
+	$(PY) -m host_device $(PYTEST) -m cuda || [ $$? -eq 5 -a -n "$(PYTEST_ARGS)" ]
 
 format: $(call environment,dev)
 	$(PY) -m ruff check --fix --select I .

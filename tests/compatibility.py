@@ -156,6 +156,8 @@ from the tests, `python tests/compatibility.py > docs/compatibility.md`, and a t
   meaning.
 - **compiled** is `torch.compile(fullgraph=True)`. Rows that name inductor run it, and so does AOTInductor; the others
   use the backend `aot_eager`, which traces and differentiates in the same way and generates no code.
+- **CUDA graphs**, and every other row with CUDA tensors, run on the host device (`tests/host_device`) where there is no
+  GPU. On a GPU they have not run yet.
 - What needs a package that is not installed (torchvision, timm, transformers, onnx, onnxscript, onnxruntime) is
   skipped, with the reason."""
 

@@ -7,9 +7,13 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import host_device
 import pytest
 import torch
 from _pytest.terminal import TerminalReporter
+
+if host_device.is_attached():
+    host_device.attach()
 
 TORCH_INPUTS = "torch_inputs"
 """record_property(TORCH_INPUTS, (what, count)): summed up and printed at the end of the run (test_torch_inputs.py)."""
@@ -26,6 +30,16 @@ def no_cuda() -> str | None:
     return None
 
 
+def not_on_the_host_device(item: pytest.Item) -> str | None:
+    """Why a test is none for the host device, or for nothing else."""
+    hardware = item.get_closest_marker("hardware")
+    if hardware and item.get_closest_marker("cuda") and host_device.is_attached():
+        return f"needs a GPU itself: {hardware.args[0]}"
+    if item.get_closest_marker("host_device") and not host_device.is_attached():
+        return "is of the host device (tests/host_device)"
+    return None
+
+
 def available_memory(device: str) -> int:
     """Bytes that can be allocated without harm to anybody else."""
     if device == "cuda":
@@ -38,7 +52,7 @@ def available_memory(device: str) -> int:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    reason = no_cuda() if item.get_closest_marker("cuda") else None
+    reason = not_on_the_host_device(item) or (no_cuda() if item.get_closest_marker("cuda") else None)
     if reason:
         pytest.skip(reason)
     huge = item.get_closest_marker("huge")

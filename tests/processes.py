@@ -20,6 +20,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
+import host_device
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -98,6 +99,8 @@ class Pool:
 
 def _serve(pipe: Connection, rank: int, size: int, backend: str, store: str) -> None:
     torch.set_num_threads(1)
+    if host_device.is_attached():
+        host_device.attach()
     if backend == "nccl":
         torch.cuda.set_device(rank)
     torch.distributed.init_process_group(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hardware import INDUCTOR
 from torch import nn
 
 from bench import cli, cuda, report
@@ -134,6 +135,7 @@ def test_the_compiled_layer_runs_the_step_only_unless_full():
 
 
 @pytest.mark.cuda
+@INDUCTOR
 def test_a_whole_run_on_the_gpu(tmp_path: Path):
     options = ["--device", "cuda", "--quick", "--shapes", "16x9x9", "--batch", "4", "--budget", "0.01", "--no-plot"]
     assert cli.main([*options, "--out", str(tmp_path), "--modes", "cold,warm,user", "--dtypes", "bf16"]) == 0

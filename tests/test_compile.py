@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from compatibility import Cell, cells, row
+from hardware import INDUCTOR
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code, run_fw_bw_and_get_code
@@ -71,6 +72,7 @@ def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 @row(SECTION, "forward, gradients and statistics over 10 steps, any batch and image size (inductor)", COMPILED)
+@INDUCTOR
 def test_steps(cell: Cell, device: str) -> None:
     """The same bits as eager in y, dx, the parameters' gradients and the buffers, in place, at every step."""
     eager, other = norms(device), norms(device)
@@ -86,6 +88,7 @@ def test_steps(cell: Cell, device: str) -> None:
 
 
 @row(SECTION, "a model with convolutions (inductor)", COMPILED)
+@INDUCTOR
 def test_convolutions(cell: Cell, device: str) -> None:
     """The compiler may lay out what is inside as it likes; results keep eager's strides.
 
@@ -103,6 +106,7 @@ def test_convolutions(cell: Cell, device: str) -> None:
 
 
 @row(SECTION, 'mode="reduce-overhead" (inductor; a CUDA graph on a GPU)', CONTIGUOUS)
+@INDUCTOR
 def test_reduce_overhead(cell: Cell, device: str) -> None:
     """On a GPU the step is a CUDA graph, which has to write the buffers that the model holds; on a CPU, inductor."""
     eager, other = norms(device), norms(device)
@@ -116,6 +120,7 @@ def test_reduce_overhead(cell: Cell, device: str) -> None:
 
 
 @pytest.mark.cuda
+@INDUCTOR
 def test_reduce_overhead_is_a_cuda_graph() -> None:
     """Mutated buffers are a reason for the compiler to do without: it must not have been one."""
     from torch._dynamo.utils import counters

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from compatibility import cells, row
+from hardware import DRIVER, INDUCTOR
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import gradcheck, gradgradcheck
@@ -267,6 +268,7 @@ class Block(nn.Module):
 @row("Fusion", "the same in one graph (inductor)", cells(compiled=(True,)))
 @trainings
 @pytest.mark.parametrize("channels_last", [False, True])
+@INDUCTOR
 def test_compiled(training: bool, channels_last: bool, device: str) -> None:
     """One graph, with eager's bits: result, gradients, buffers, over three steps."""
     torch.compiler.reset()
@@ -367,6 +369,7 @@ def test_sync_batch_norm_keeps_the_activation(device: str) -> None:
     torch.testing.assert_close(model[0](x), by_torch(model[0])(x))
 
 
+@DRIVER
 def test_is_one_call_to_a_tracer(device: str) -> None:
     """torch.fx records module and residual; torch.jit.trace records torch's own operators."""
     model = Block().to(device).eval()

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from hardware import DRIVER
 from processes import Pool
 from test_sync import LAYOUTS, PAIRS, RANKS, call, joined, to
 
@@ -32,6 +33,7 @@ def test_gloo_on_one_gpu(pair: str) -> None:
     judge(Pool(2, "gloo"), (0, 5, 12), pair, "4-D")
 
 
+@DRIVER
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_nccl(layout: str) -> None:
     ranks = min(RANKS, torch.cuda.device_count())
@@ -58,6 +60,7 @@ def alone(inputs: Inputs) -> Outputs:
     return outputs
 
 
+@DRIVER
 def test_nccl_on_one_gpu() -> None:
     """With momentum=None: the count of the batches is read on the device, as the count of values is."""
     inputs = Case.parse("offset_1e2/12x5x3x7/bfloat16+float32/contiguous/normal/normal/train").inputs()

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from hardware import LARGE
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -66,6 +67,7 @@ def test_settings(changes: Arguments, device: str) -> None:
         assert_within(judge_call(inputs, several(inputs, bounds)), str(changes))
 
 
+@LARGE
 def test_many_ranks(device: str) -> None:
     """A rank for each of 600 samples, of two values a channel, in more channels than one block joins."""
     inputs = Case.parse("offset_1e4/600x300x2/float32/contiguous/normal/normal/train").inputs(device)

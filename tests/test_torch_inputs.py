@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TORCH_INPUTS
+from hardware import LARGE
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -232,6 +233,7 @@ def test_module_memory_format(info: ModuleInfo, training: bool, device: str, cou
     count("ModuleInfo: memory formats, pairs of input's and gradient's", ran)
 
 
+@LARGE
 @modules
 @trainings
 def test_module_gradients(info: ModuleInfo, training: bool, device: str, count: Count) -> None:
@@ -391,6 +393,7 @@ def saved_statistics(x: Tensor, arguments: dict[str, Any]) -> dict[str, Tensor]:
     return {"mean": mean, "invstd": invstd}
 
 
+@LARGE
 @operators
 def test_op_gradients(info: OpInfo, device: str, count: Count) -> None:
     """Against finite differences: reverse and forward mode, both twice, and batched."""

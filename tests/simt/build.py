@@ -56,25 +56,25 @@ def program(name: str, build: str, root: Path = ROOT) -> Path:
     Raises RuntimeError with the compiler's words where it does not compile.
     """
     flags = BUILDS[build]
-    headers = _headers(root)
+    headers = headers_of(root)
     unsanitized = ["-O2", *(flag for flag in flags if flag.startswith("-D"))]
-    engine = [_compile(root, file, unsanitized, headers) for file in ENGINE]
-    own = [_compile(root, file, flags, headers) for file in PROGRAMS[name]]
+    engine = [compiled(root, file, unsanitized, headers) for file in ENGINE]
+    own = [compiled(root, file, flags, headers) for file in PROGRAMS[name]]
     # The engine first: of an inline function that both sides instantiate the linker keeps the first, uninstrumented.
     objects = engine + own
     link = [flag for flag in flags if flag.startswith("-fsanitize")]
-    return _make(f"{name}-{build}", [*map(str, objects), *link], [path.name.encode() for path in objects])
+    return make(f"{name}-{build}", [*map(str, objects), *link], [path.name.encode() for path in objects])
 
 
 def programs(wanted: Iterable[tuple[str, str]], root: Path = ROOT) -> dict[tuple[str, str], Path]:
     """Several, by name and build, two compilers at a time."""
     wanted = list(wanted)
 
-    def compiled(pair: tuple[str, str]) -> Path:
+    def one(pair: tuple[str, str]) -> Path:
         return program(pair[0], pair[1], root)
 
     with ThreadPoolExecutor(max_workers=2) as pool:
-        return dict(zip(wanted, pool.map(compiled, wanted)))
+        return dict(zip(wanted, pool.map(one, wanted)))
 
 
 def run(executable: Path, *arguments: object, input: bytes | None = None) -> subprocess.CompletedProcess[bytes]:
@@ -109,7 +109,7 @@ def _compiler() -> tuple[tuple[str, ...], bytes]:
         raise RuntimeError(f"tests/simt needs a C++20 compiler; {shlex.join(command)} does not run: {error}") from error
 
 
-def _headers(root: Path) -> list[bytes]:
+def headers_of(root: Path) -> list[bytes]:
     """All that a source may include: names and contents."""
     found = [
         *root.glob("csrc/*.h"),
@@ -120,15 +120,16 @@ def _headers(root: Path) -> list[bytes]:
     return [part for path in sorted(found) for part in (path.name.encode(), path.read_bytes())]
 
 
-def _compile(root: Path, file: str, flags: list[str], headers: list[bytes]) -> Path:
+def compiled(root: Path, file: str, flags: list[str], headers: list[bytes]) -> Path:
+    """An object file of `file`, a path from `root`."""
     source = root / file
     flags = [*COMMON, *flags]
     includes = [f"-I{root / 'tests'}", f"-I{root / 'csrc'}"]
     contents = [*map(str.encode, flags), source.read_bytes(), *headers]
-    return _make(f"{source.stem}.o", [*flags, *includes, "-c", str(source)], contents)
+    return make(f"{source.stem}.o", [*flags, *includes, "-c", str(source)], contents)
 
 
-def _make(name: str, arguments: list[str], contents: list[bytes]) -> Path:
+def make(name: str, arguments: list[str], contents: list[bytes]) -> Path:
     """Runs the compiler, once for these contents even where several processes ask at the same time."""
     compiler, version = _compiler()
     digest = hashlib.sha256()

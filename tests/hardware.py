@@ -1,0 +1,9 @@
+"""Tests marked cuda that the host device (tests/host_device) cannot run, or not in reasonable time, and why."""
+
+from __future__ import annotations
+
+import pytest
+
+LARGE = pytest.mark.hardware("so many threads, or elements, take minutes on the host device")
+INDUCTOR = pytest.mark.hardware("inductor compiles its own kernels for the GPU that it finds")
+DRIVER = pytest.mark.hardware("torch's profiler, torch.jit's fuser and NCCL go to the driver themselves")

@@ -1,0 +1,165 @@
+#include "host_device/memory.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+
+#include "host_device/state.h"
+#include "simt/buffers.h"
+#include "simt/engine.h"
+
+namespace host_device {
+namespace {
+
+struct Allocation {
+  uintptr_t start;
+  size_t bytes;
+  int device;
+};
+
+std::map<uintptr_t, Allocation> allocations;  // by start
+std::map<uintptr_t, size_t> pinned;
+size_t bytes_of_device[kDevices];
+
+// What the kernel that runs touched last, as it will mostly touch it again.
+Allocation recent{0, 0, -1};
+int kernel_device = -1;
+size_t bytes_read, bytes_written;
+
+size_t whole_pages(size_t bytes) {
+  static const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  return (bytes + page - 1) / page * page;
+}
+
+// A page that nobody may touch follows each.
+size_t mapped(size_t bytes) { return whole_pages(bytes) + whole_pages(1); }
+
+const Allocation* find(uintptr_t address, size_t bytes) {
+  auto after = allocations.upper_bound(address);
+  if (after == allocations.begin()) return nullptr;
+  const Allocation& allocation = (--after)->second;
+  const size_t offset = address - allocation.start;
+  return offset < allocation.bytes && bytes <= allocation.bytes - offset ? &allocation : nullptr;
+}
+
+void check(const char* verb, uintptr_t address, size_t bytes, size_t alignment, const simt::Site& site) {
+  if (!(address >= recent.start && address - recent.start < recent.bytes &&
+        bytes <= recent.bytes - (address - recent.start))) {
+    const auto guard = lock();
+    const Allocation* allocation = find(address, bytes);
+    char text[160];
+    if (allocation == nullptr) {
+      std::snprintf(text, sizeof text, "%s of %zu bytes at %p, which is in no allocation of a device", verb, bytes,
+                    reinterpret_cast<void*>(address));
+      simt::fault(text, site);
+    }
+    if (allocation->device != kernel_device) {
+      std::snprintf(text, sizeof text, "%s of %zu bytes of device %d by a kernel of device %d", verb, bytes,
+                    allocation->device, kernel_device);
+      simt::fault(text, site);
+    }
+    recent = *allocation;
+  }
+  if (address % alignment != 0) simt::fault("misaligned", site);
+}
+
+}  // namespace
+
+void* allocate(int device, size_t bytes) {
+  void* memory = mmap(nullptr, mapped(bytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) return nullptr;
+  mprotect(static_cast<char*>(memory) + whole_pages(bytes), whole_pages(1), PROT_NONE);
+  std::memset(memory, simt::kPoison, bytes);
+  const auto guard = lock();
+  const auto start = reinterpret_cast<uintptr_t>(memory);
+  allocations[start] = {start, bytes, device};
+  bytes_of_device[device] += bytes;
+  return memory;
+}
+
+bool deallocate(void* memory) {
+  const auto guard = lock();
+  const auto found = allocations.find(reinterpret_cast<uintptr_t>(memory));
+  if (found == allocations.end()) return false;
+  bytes_of_device[found->second.device] -= found->second.bytes;
+  munmap(memory, mapped(found->second.bytes));
+  allocations.erase(found);
+  recent = {0, 0, -1};
+  return true;
+}
+
+int device_of(const void* memory, size_t bytes) {
+  const auto guard = lock();
+  const Allocation* allocation = find(reinterpret_cast<uintptr_t>(memory), bytes);
+  return allocation == nullptr ? -1 : allocation->device;
+}
+
+size_t allocated(int device) {
+  const auto guard = lock();
+  return bytes_of_device[device];
+}
+
+void* allocate_pinned(size_t bytes) {
+  void* memory = std::malloc(bytes);
+  if (memory != nullptr) register_pinned(memory, bytes);
+  return memory;
+}
+
+bool deallocate_pinned(void* memory) {
+  if (!unregister_pinned(memory)) return false;
+  std::free(memory);
+  return true;
+}
+
+void register_pinned(void* memory, size_t bytes) {
+  const auto guard = lock();
+  pinned[reinterpret_cast<uintptr_t>(memory)] = bytes;
+}
+
+bool unregister_pinned(void* memory) {
+  const auto guard = lock();
+  return pinned.erase(reinterpret_cast<uintptr_t>(memory)) == 1;
+}
+
+bool is_pinned(const void* memory) {
+  const auto guard = lock();
+  const auto address = reinterpret_cast<uintptr_t>(memory);
+  auto after = pinned.upper_bound(address);
+  return after != pinned.begin() && address - std::prev(after)->first < std::prev(after)->second;
+}
+
+void enter_kernel(int device) {
+  recent = {0, 0, -1};
+  kernel_device = device;
+}
+
+}  // namespace host_device
+
+// ---- what the engine and the primitives call, declared in simt/buffers.h --------------------------------------------
+
+namespace simt {
+
+const void* checked_read(const void* address, size_t bytes, size_t alignment, const Site& site) {
+  host_device::check("read", reinterpret_cast<uintptr_t>(address), bytes, alignment, site);
+  host_device::bytes_read += bytes;
+  return address;
+}
+
+void* checked_write(void* address, size_t bytes, size_t alignment, const Site& site) {
+  host_device::check("write", reinterpret_cast<uintptr_t>(address), bytes, alignment, site);
+  host_device::bytes_written += bytes;
+  return address;
+}
+
+std::vector<Traffic> take_traffic() {
+  const Traffic all{"device", host_device::bytes_read, host_device::bytes_written};
+  host_device::bytes_read = host_device::bytes_written = 0;
+  return {all};
+}
+
+}  // namespace simt

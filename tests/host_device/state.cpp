@@ -1,0 +1,66 @@
+#include "host_device/state.h"
+
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+
+namespace host_device {
+namespace {
+
+thread_local int device = 0;
+thread_local cudaError_t last_error = cudaSuccess;
+std::atomic<bool> faulted{false};
+
+}  // namespace
+
+const bnk::DeviceLimits& limits() {
+  static const bnk::DeviceLimits all = [] {
+    const char* multiprocessors = std::getenv("HOST_DEVICE_MULTIPROCESSORS");
+    return bnk::DeviceLimits{.multiprocessors = multiprocessors == nullptr ? 8 : std::atoi(multiprocessors),
+                             .max_threads_per_multiprocessor = 2048,
+                             .max_blocks_per_multiprocessor = 32,
+                             .shared_per_multiprocessor = 228 << 10,
+                             .shared_per_block = 227 << 10,
+                             .shared_reserved = 1 << 10,
+                             .cooperative_launch = true,
+                             .max_cluster = 8};
+  }();
+  return all;
+}
+
+int current_device() { return device; }
+void set_current_device(int next) { device = next; }
+
+cudaError_t result(cudaError_t error) {
+  if (faulted) error = cudaErrorLaunchFailure;
+  // Not ready is an answer and no error.
+  if (error != cudaSuccess && error != cudaErrorNotReady) last_error = error;
+  return error;
+}
+
+cudaError_t take_error() {
+  const cudaError_t error = peek_error();
+  last_error = cudaSuccess;
+  return error;
+}
+
+cudaError_t peek_error() { return faulted ? cudaErrorLaunchFailure : last_error; }
+
+void fault(const std::string& text) {
+  std::fprintf(stderr, "host device: %s\n", text.c_str());
+  faulted = true;
+}
+
+bool has_faulted() { return faulted; }
+
+cudaError_t unsupported(const std::string& what) {
+  std::fprintf(stderr, "host device: %s\n", what.c_str());
+  return result(cudaErrorNotSupported);
+}
+
+std::unique_lock<std::mutex> lock() {
+  static std::mutex& mutex = *new std::mutex;
+  return std::unique_lock<std::mutex>(mutex);
+}
+
+}  // namespace host_device

@@ -1,0 +1,87 @@
+// Streams, events and captures. Internal to the runtime; the types are those that CUDA's handles point to.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <set>
+#include <thread>
+
+#include "host_device/work.h"
+
+namespace host_device {
+
+// What was put on a stream.
+struct Work {
+  Task task;
+  std::vector<std::shared_ptr<Work>> after;
+  std::atomic<bool> done{false};
+  std::chrono::steady_clock::time_point when{};  // it was done
+};
+
+struct Capture;
+
+}  // namespace host_device
+
+struct CUgraphNode_st {
+  host_device::Task task;
+  std::vector<std::shared_ptr<CUgraphNode_st>> after;
+};
+
+namespace host_device {
+using Nodes = std::vector<std::shared_ptr<CUgraphNode_st>>;
+}
+
+struct CUstream_st {
+  int device;
+  bool blocking;  // waits for the legacy stream, and that for it
+  unsigned long long id;
+  std::shared_ptr<host_device::Work> last{};
+  std::vector<std::shared_ptr<host_device::Work>> waits_for{};  // what comes next, beside `last`
+  host_device::Capture* capture = nullptr;
+  host_device::Nodes ends{};  // captured: what the next node comes after
+};
+
+struct CUevent_st {
+  int device;
+  bool timing;
+  std::shared_ptr<host_device::Work> work{};  // of the last record; null: none, or one that was captured
+  host_device::Capture* capture = nullptr;    // of the last record
+  host_device::Nodes ends{};
+};
+
+struct CUgraph_st {
+  host_device::Nodes nodes;  // in the order of their capture
+};
+
+namespace host_device {
+
+struct Capture {
+  unsigned long long id;
+  cudaStreamCaptureMode mode;
+  CUstream_st* origin;
+  std::thread::id thread;
+  std::unique_ptr<CUgraph_st> graph = std::make_unique<CUgraph_st>();
+  std::set<CUstream_st*> streams{};
+  bool valid = true;
+};
+
+// A handle's stream: 0 and cudaStreamLegacy are the current device's. Null where there is no such stream.
+CUstream_st* stream_of(cudaStream_t handle);
+CUstream_st* make_stream(int device, bool blocking);
+void destroy_stream(CUstream_st* stream);
+
+// With the lock held: the same as enqueue, forbid_in_capture.
+cudaError_t put(CUstream_st* stream, Task task);
+// With the lock held: what a waiter for all that is on the stream waits for.
+std::shared_ptr<Work> tail(CUstream_st* stream);
+// Without the lock.
+cudaError_t finish_work(const std::shared_ptr<Work>& work);
+
+// The captures that go on.
+std::set<Capture*>& captures();
+cudaError_t invalidate(Capture* capture, cudaError_t error, const char* why);
+// The calling thread's word to cudaThreadExchangeStreamCaptureMode.
+cudaStreamCaptureMode& thread_mode();
+
+}  // namespace host_device

@@ -1,0 +1,197 @@
+"""The host device (tests/host_device): what it sees of bnkernels, and that it sees what it is there to see.
+
+The first half runs on it. The second starts programs with a fault each, which would spoil whatever comes after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import host_device
+import pytest
+import torch
+from cuda_steps import Step
+from interpreter import in_subprocess
+from torch import Tensor
+
+import bnkernels as bnk
+from bnkernels import ops
+from bnkernels.testing import Case
+
+KERNELS = (
+    "resident_forward_kernel",
+    "resident_backward_kernel",
+    "normalize_kernel",
+    "grad_sums_kernel",
+    "finish_grad_sums",
+)
+
+
+def launches(function: Callable[..., object], *args: object) -> list[str]:
+    """What a call puts on streams: its kernels by name without template arguments; copies, fills and the rest as such."""
+    from host_device.runtime import Runtime
+
+    with Runtime().recorded() as tasks:
+        function(*args)
+    return [next((name for name in KERNELS if f"{len(name)}{name}" in task), task) for task in tasks]
+
+
+def on_it(test: Any) -> Any:
+    return pytest.mark.cuda(pytest.mark.host_device(test))
+
+
+@on_it
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16+float32"])
+@pytest.mark.parametrize("shape", ["16x3x14x14", "2x4x7x7", "256x8x7x7", "4096x16"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_one_launch_each_way(shape: str, layout: str, dtype: str) -> None:
+    """And no copy, no fill, nothing else that the device would do."""
+    if layout == "channels_last" and shape.count("x") == 1:
+        pytest.skip("2-D tensors are channels_last as they are")
+    step = Step(Case.parse(f"offset_1e2/{shape}/{dtype}/{layout}/normal/normal/train").inputs("cuda"))
+    step()
+    made: list[Tensor] = []
+    assert launches(lambda: made.append(step.forward())) == ["resident_forward_kernel"]
+    assert launches(torch.autograd.grad, made[0], step.leaves, step.grad) == ["resident_backward_kernel"]
+
+
+@on_it
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("adds", [False, True])
+def test_one_launch_of_a_module(momentum: float | None, activation: str | None, adds: bool) -> None:
+    """The counter and the running statistics move in it; so do an addition and a ReLU. Inference is one launch too."""
+    x = torch.randn(8, 4, 7, 7, device="cuda")
+    args = (x, torch.randn_like(x)) if adds else (x,)
+    layer = bnk.BatchNorm2d(4, momentum=momentum, activation=activation).cuda()
+    layer(*args)
+    assert launches(layer, *args) == ["resident_forward_kernel"]
+    layer.eval()
+    assert launches(layer, *args) == ["normalize_kernel"]
+
+
+@on_it
+def test_one_launch_behind_a_relu() -> None:
+    layer = bnk.BatchNorm2d(4, activation="relu").cuda()
+    x = torch.randn(8, 4, 7, 7, device="cuda", requires_grad=True)
+    leaves = [x, *layer.parameters()]
+    torch.autograd.grad(layer(x), leaves, torch.ones_like(x))
+    y, grad = layer(x), torch.randn_like(x)
+    assert launches(torch.autograd.grad, y, leaves, grad) == ["resident_backward_kernel"]
+
+
+@on_it
+def test_launches_for_the_parameters_alone() -> None:
+    """Without the input's gradient nothing waits for the sums: the streaming path's two."""
+    layer = bnk.BatchNorm2d(4).cuda()
+    y = layer(torch.randn(8, 4, 7, 7, device="cuda"))
+    grad = torch.randn_like(y)
+    ran = launches(torch.autograd.grad, y, list(layer.parameters()), grad)
+    assert ran == ["grad_sums_kernel", "finish_grad_sums"]
+
+
+@on_it
+def test_limits_are_the_devices() -> None:
+    properties = torch.cuda.get_device_properties(0)
+    limits = ops.device_limits(0)
+    assert limits["multiprocessors"] == properties.multi_processor_count
+    assert limits["max_threads_per_multiprocessor"] == properties.max_threads_per_multi_processor
+
+
+# Programs with a fault
+
+
+PRELUDE = """
+import sys
+from types import SimpleNamespace
+import host_device
+host_device.attach()
+import torch
+import bnkernels as bnk
+layer = bnk.BatchNorm2d(3).cuda()
+x = torch.randn(16, 3, 14, 14).cuda()
+y = layer(x)
+torch.cuda.synchronize()
+side = torch.cuda.Stream()
+graph = torch.cuda.CUDAGraph()
+"""
+
+FAULTS = {
+    # Nobody waits for the copy: the kernel reads what fresh memory holds, NaN.
+    "a result of another stream": (
+        """
+with torch.cuda.stream(side):
+    late = torch.empty_like(x)
+    late.copy_(x, non_blocking=True)
+y = layer(late)
+torch.cuda.current_stream().synchronize()
+sys.exit("all NaN" if y.isnan().all() else "as if it had waited")
+        """,
+        "all NaN",
+    ),
+    # Only dependencies order what a graph does: its replays come out in more than one way.
+    "branches that nothing orders": (
+        """
+with torch.cuda.graph(graph):
+    changed = x.clone()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        changed.mul_(2)
+    layer(changed)
+    torch.cuda.current_stream().wait_stream(side)
+seen = set()
+for _ in range(12):
+    layer.reset_running_stats()
+    graph.replay()
+    seen.add(layer.running_var.sum().item())
+sys.exit(f"{len(seen)} results")
+        """,
+        "2 results",
+    ),
+    "a wait within a capture": (
+        "with torch.cuda.graph(graph): torch.cuda.synchronize()",
+        "a wait for the device: not while a stream is captured",
+    ),
+    "a value asked for within a capture": (
+        "with torch.cuda.graph(graph): layer(x)[0, 0, 0, 0].item()",
+        "a wait for the stream: not while a stream is captured",
+    ),
+    "a stream that does not come back": (
+        """
+with torch.cuda.graph(graph):
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        layer(x)
+        """,
+        "unjoined work",
+    ),
+    "a capture that waits for work of before": (
+        """
+with torch.cuda.stream(side):
+    y = layer(x)
+with torch.cuda.graph(graph):
+    torch.cuda.current_stream().wait_stream(side)
+        """,
+        "a wait for an event of before",
+    ),
+    "memory beyond its end": (
+        """
+bytes = 20 << 20
+end = torch.cuda.caching_allocator_alloc(bytes) + bytes
+array = {"shape": tuple(x.shape), "typestr": "<f4", "data": (end - 64, False), "version": 2}
+layer(torch.as_tensor(SimpleNamespace(__cuda_array_interface__=array), device="cuda"))
+torch.cuda.synchronize()
+        """,
+        "which is in no allocation of a device",
+    ),
+}
+
+
+@pytest.mark.skipif(host_device.is_attached(), reason="starts host devices of its own")
+@pytest.mark.parametrize(("body", "told"), FAULTS.values(), ids=FAULTS)
+def test_faults_are_seen(body: str, told: str) -> None:
+    if reason := host_device.missing():
+        pytest.skip(reason)
+    done = in_subprocess(PRELUDE + body, **host_device.environment())
+    assert done.returncode != 0 and told in done.stderr, done.stderr
