@@ -5,6 +5,7 @@ The first half runs on it. The second starts programs with a fault each, which w
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +30,7 @@ KERNELS = (
 
 
 def launches(function: Callable[..., object], *args: object) -> list[str]:
-    """What a call puts on streams: its kernels by name without template arguments; copies, fills and the rest as such."""
+    """What a call puts on streams: its kernels by name without template arguments; copies, fills and such as they are."""
     from host_device.runtime import Runtime
 
     with Runtime().recorded() as tasks:
@@ -188,10 +189,54 @@ torch.cuda.synchronize()
 }
 
 
-@pytest.mark.skipif(host_device.is_attached(), reason="starts host devices of its own")
-@pytest.mark.parametrize(("body", "told"), FAULTS.values(), ids=FAULTS)
-def test_faults_are_seen(body: str, told: str) -> None:
+def on_a_host_device(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     if reason := host_device.missing():
         pytest.skip(reason)
-    done = in_subprocess(PRELUDE + body, **host_device.environment())
+    return in_subprocess(code, **host_device.environment(), **environment)
+
+
+starts_its_own = pytest.mark.skipif(host_device.is_attached(), reason="starts host devices of its own")
+
+
+@starts_its_own
+@pytest.mark.parametrize(("body", "told"), FAULTS.values(), ids=FAULTS)
+def test_faults_are_seen(body: str, told: str) -> None:
+    done = on_a_host_device(PRELUDE + body)
     assert done.returncode != 0 and told in done.stderr, done.stderr
+
+
+# Programs without one
+
+
+@starts_its_own
+def test_ends_of_allocations() -> None:
+    """What compute-sanitizer gets to see on a GPU (bench/gpu.sh), with each tensor an allocation of its own: nothing is
+    touched beyond an end. Scratch memory and the saved statistics are among them."""
+    code = (
+        "import host_device; host_device.attach(); from bench.sanitize import main; raise SystemExit(main(['--quick']))"
+    )
+    done = on_a_host_device(code, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@starts_its_own
+def test_a_capture_first() -> None:
+    """Without any call before: what a first call prepares, asks the device and allocates, a capture allows."""
+    code = """
+import host_device
+host_device.attach()
+import torch
+import bnkernels as bnk
+layer = bnk.BatchNorm1d(16).cuda()
+x = torch.randn(4096, 16).cuda().requires_grad_()
+ones = torch.ones(4096, 16).cuda()
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    y = layer(x)
+    (grad,) = torch.autograd.grad(y, x, ones)
+graph.replay()
+torch.testing.assert_close(y, torch.nn.functional.batch_norm(x, None, None, training=True))
+assert layer.num_batches_tracked.item() == 1
+"""
+    done = on_a_host_device(code)
+    assert done.returncode == 0, done.stderr

@@ -120,8 +120,8 @@ void run_kernel(const std::string& name, const Kernel& kernel, const Geometry& g
                 const void* argument) {
   static uint64_t seed = 0;  // another order of the threads each time
   enter_kernel(device);
-  // Blocks that need not run at the same time do not: the engine's launches are so many of them each.
-  constexpr unsigned kBeside = 64;
+  // Blocks that need not run at the same time do not: the engine's launches are so few of them each.
+  constexpr unsigned kBeside = simt::kMaxCluster;
   const unsigned blocks = geometry.together ? geometry.grid : kBeside / geometry.cluster * geometry.cluster;
   for (unsigned first = 0; first < geometry.grid && !has_faulted(); first += blocks) {
     const simt::Report report = simt::launch({.grid = std::min(blocks, geometry.grid - first),
