@@ -30,7 +30,7 @@ KERNELS = (
 
 
 def launches(function: Callable[..., object], *args: object) -> list[str]:
-    """What a call puts on streams: its kernels by name without template arguments; copies, fills and such as they are."""
+    """What a call puts on streams: its kernels by name without template arguments; copies and fills as they are."""
     from host_device.runtime import Runtime
 
     with Runtime().recorded() as tasks:
