@@ -267,7 +267,7 @@ def test_everything_misaligned(
     shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool, training: bool, device: str
 ) -> None:
     """x, gradient, parameters and statistics aligned to the element and to nothing more: the same bits as aligned. On
-    CUDA the order of sums follows windows of 16 aligned bytes of x: there it is the bits with x and gradient aligned."""
+    CUDA the order of sums follows windows of 16 aligned bytes of x: there it is the bits where those are aligned."""
     values = torch.randn(shape, device=device).to(dtype)
     layout = "channels_last" if channels_last and len(shape) > 2 else "contiguous"
     aligned = inputs_like(testing.lay_out(values, layout), training)
