@@ -23,6 +23,8 @@ from bnkernels.testing import Case
 KERNELS = (
     "resident_forward_kernel",
     "resident_backward_kernel",
+    "finish_statistics",
+    "statistics_kernel",
     "normalize_kernel",
     "grad_sums_kernel",
     "finish_grad_sums",
@@ -239,4 +241,29 @@ torch.testing.assert_close(y, torch.nn.functional.batch_norm(x, None, None, trai
 assert layer.num_batches_tracked.item() == 1
 """
     done = on_a_host_device(code)
+    assert done.returncode == 0, done.stderr
+
+
+@starts_its_own
+def test_a_device_that_holds_less() -> None:
+    """Fewer blocks beside each other than the limits let the plan expect: no launch that the device refuses, or that
+    would wait for blocks which cannot start, but the streaming path, and fewer clusters."""
+    code = """
+import host_device
+host_device.attach()
+import torch
+import bnkernels as bnk
+from test_host_device import launches
+for shape, kernels in (
+    ((4096, 16), ["statistics_kernel", "finish_statistics", "normalize_kernel"]),  # a virtual cluster
+    ((16, 64, 14, 14), ["resident_forward_kernel"]),  # clusters
+):
+    x = torch.randn(shape).cuda()
+    layer = (bnk.BatchNorm1d if len(shape) == 2 else bnk.BatchNorm2d)(shape[1]).cuda()
+    layer(x)
+    results = []
+    assert launches(lambda: results.append(layer(x))) == kernels, launches(layer, x)
+    torch.testing.assert_close(results[0], torch.nn.functional.batch_norm(x, None, None, training=True))
+"""
+    done = on_a_host_device(code, HOST_DEVICE_BLOCKS_BESIDE="1")
     assert done.returncode == 0, done.stderr

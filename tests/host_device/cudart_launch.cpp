@@ -39,7 +39,7 @@ int blocks_beside(int threads, size_t dynamic) {
   const bnk::DeviceLimits& has = limits();
   const int64_t by_shared = has.shared_per_multiprocessor / shared_of_block(dynamic);
   return static_cast<int>(
-      std::min<int64_t>({has.max_threads_per_multiprocessor / threads, has.max_blocks_per_multiprocessor, by_shared}));
+      std::min<int64_t>({has.max_threads_per_multiprocessor / threads, most_blocks_beside(), by_shared}));
 }
 
 cudaError_t launch(const void* function, dim3 grid, dim3 block, size_t dynamic, cudaStream_t stream, unsigned cluster,

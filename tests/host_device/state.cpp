@@ -7,6 +7,11 @@
 namespace host_device {
 namespace {
 
+int number(const char* variable, int otherwise) {
+  const char* text = std::getenv(variable);
+  return text == nullptr ? otherwise : std::atoi(text);
+}
+
 thread_local int device = 0;
 thread_local cudaError_t last_error = cudaSuccess;
 std::atomic<bool> faulted{false};
@@ -14,18 +19,20 @@ std::atomic<bool> faulted{false};
 }  // namespace
 
 const bnk::DeviceLimits& limits() {
-  static const bnk::DeviceLimits all = [] {
-    const char* multiprocessors = std::getenv("HOST_DEVICE_MULTIPROCESSORS");
-    return bnk::DeviceLimits{.multiprocessors = multiprocessors == nullptr ? 8 : std::atoi(multiprocessors),
-                             .max_threads_per_multiprocessor = 2048,
-                             .max_blocks_per_multiprocessor = 32,
-                             .shared_per_multiprocessor = 228 << 10,
-                             .shared_per_block = 227 << 10,
-                             .shared_reserved = 1 << 10,
-                             .cooperative_launch = true,
-                             .max_cluster = 8};
-  }();
+  static const bnk::DeviceLimits all{.multiprocessors = number("HOST_DEVICE_MULTIPROCESSORS", 8),
+                                     .max_threads_per_multiprocessor = 2048,
+                                     .max_blocks_per_multiprocessor = 32,
+                                     .shared_per_multiprocessor = 228 << 10,
+                                     .shared_per_block = 227 << 10,
+                                     .shared_reserved = 1 << 10,
+                                     .cooperative_launch = true,
+                                     .max_cluster = 8};
   return all;
+}
+
+int most_blocks_beside() {
+  static const int most = number("HOST_DEVICE_BLOCKS_BESIDE", limits().max_blocks_per_multiprocessor);
+  return most;
 }
 
 int current_device() { return device; }

@@ -16,6 +16,10 @@ inline constexpr int kDevices = 2;  // so that work which goes to the wrong one 
 // HOST_DEVICE_MULTIPROCESSORS overrides their number.
 const bnk::DeviceLimits& limits();
 
+// What a multiprocessor holds at the same time, whatever the limits say: HOST_DEVICE_BLOCKS_BESIDE. On a GPU it may be
+// fewer for registers, or as a driver or other processes take a share.
+int most_blocks_beside();
+
 // The calling thread's device.
 int current_device();
 void set_current_device(int device);
