@@ -6,4 +6,4 @@ import pytest
 
 LARGE = pytest.mark.hardware("so many threads, or elements, take minutes on the host device")
 INDUCTOR = pytest.mark.hardware("inductor compiles its own kernels for the GPU that it finds")
-DRIVER = pytest.mark.hardware("torch's profiler, torch.jit's fuser and NCCL go to the driver themselves")
+DRIVER = pytest.mark.hardware("torch's profiler and torch.jit's fuser go to the driver themselves")

@@ -7,13 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from hardware import DRIVER
+from compatibility import row
 from processes import Pool
+from test_distributed import TRAINING, batches, full, of_this_rank, small, train
 from test_sync import LAYOUTS, PAIRS, RANKS, call, joined, to
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
+import bnkernels as bnk
 from bnkernels.autograd import sync_batch_norm
 from bnkernels.ranks import Ranks
-from bnkernels.testing import Case, Inputs, Outputs, assert_within, judge_call
+from bnkernels.testing import Case, Inputs, Outputs, assert_within, judge_call, same_bits
 
 pytestmark = pytest.mark.cuda
 
@@ -33,7 +37,6 @@ def test_gloo_on_one_gpu(pair: str) -> None:
     judge(Pool(2, "gloo"), (0, 5, 12), pair, "4-D")
 
 
-@DRIVER
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_nccl(layout: str) -> None:
     ranks = min(RANKS, torch.cuda.device_count())
@@ -60,7 +63,6 @@ def alone(inputs: Inputs) -> Outputs:
     return outputs
 
 
-@DRIVER
 def test_nccl_on_one_gpu() -> None:
     """With momentum=None: the count of the batches is read on the device, as the count of values is."""
     inputs = Case.parse("offset_1e2/12x5x3x7/bfloat16+float32/contiguous/normal/normal/train").inputs()
@@ -70,3 +72,34 @@ def test_nccl_on_one_gpu() -> None:
         assert_within(judge_call(inputs, pool.run(alone, inputs)[0]), "NCCL")
     finally:
         pool.close()
+
+
+def curve_on_gpus(before: bool) -> tuple[list[float], dict[str, Tensor]]:
+    """Torch's DistributedDataParallel over NCCL, each rank on a GPU of its own; converted before or after wrapping."""
+    model = small().double().cuda()
+    if before:
+        model = bnk.SyncBatchNorm.convert_sync_batchnorm(model)
+    ddp = DistributedDataParallel(model, device_ids=[dist.get_rank()])
+    bnk.SyncBatchNorm.convert_sync_batchnorm(ddp.module)
+    data = [(x.cuda(), target.cuda()) for x, target in batches(4, 8)]
+    return of_this_rank(ddp, data), {name: t.cpu() for name, t in full(ddp).items()}
+
+
+@row("Several processes", "DistributedDataParallel with SyncBatchNorm, over NCCL", TRAINING)
+@pytest.mark.parametrize("before", [True, False], ids=["converted before", "converted after"])
+def test_the_curve_of_one_process(before: bool) -> None:
+    """As in test_distributed.py: losses are on average those of one process on the whole batch, and so is the state."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA GPUs: NCCL has one rank on each")
+    torch.manual_seed(0)  # as each process does
+    model = small().double()
+    expected = train(model, batches(4, 8))
+    pool = Pool(2, "nccl")
+    try:
+        (one, state), (two, other) = pool.run(curve_on_gpus, before)
+    finally:
+        pool.close()
+    assert all(same_bits(state[key], other[key]) for key in state)
+    torch.testing.assert_close([(a + b) / 2 for a, b in zip(one, two)], expected, rtol=1e-9, atol=0)
+    torch.testing.assert_close(state, dict(model.state_dict()), rtol=1e-7, atol=1e-9)
+    assert expected[-1] != expected[0] and one != two

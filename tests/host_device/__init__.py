@@ -8,6 +8,7 @@ they call of libcudart is answered here:
     work.h, streams.h, .cpp  streams, events, captures: work that runs as late as it may, in any allowed order
     kernels.h, .cpp          bnkernels' kernels, compiled for the host, run by the engine of tests/simt
     cudart_*.cpp, driver.cpp the entry points, by area
+    nccl.cpp                 and those of NCCL that a process group calls, over memory that processes share
     build.py                 compiles these
     python.cpp, runtime.py   from Python: what was put on streams, and Python functions as work
     torch_kernels.py         torch's operators, by the kernels of its CPU
@@ -17,7 +18,8 @@ they call of libcudart is answered here:
 
 What it shows: that the launchers ask for what a device can do, on the device and the stream that they should, without a
 wait of the host; that a step can be captured and replayed; that memory is alive and of the right device when a kernel
-touches it. What it cannot: what nvcc makes of the kernels, registers and occupancy, weak memory order, speed, NCCL.
+touches it. What it cannot: what nvcc makes of the kernels, registers and occupancy, weak memory order, NCCL itself and
+speed.
 """
 
 from __future__ import annotations
