@@ -82,6 +82,7 @@ cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t handle, uns
   CUstream_st* stream = stream_of(handle);
   if (stream == nullptr || stream->device != event->device) return result(cudaErrorInvalidResourceHandle);
   event->capture = stream->capture;
+  event->capture_id = stream->capture == nullptr ? 0 : stream->capture->id;
   event->ends = stream->ends;
   event->work = nullptr;
   if (stream->capture != nullptr) return result(cudaSuccess);
@@ -97,11 +98,11 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event, unsigned
   const auto guard = lock();
   CUstream_st* stream = stream_of(handle);
   if (stream == nullptr) return result(cudaErrorInvalidResourceHandle);
-  if (event->capture != nullptr && captures().count(event->capture) != 0) {
+  if (Capture* capture = capture_of(event)) {
     if (stream->capture == nullptr) {
-      stream->capture = event->capture;
-      event->capture->streams.insert(stream);
-    } else if (stream->capture != event->capture) {
+      stream->capture = capture;
+      capture->streams.insert(stream);
+    } else if (stream->capture != capture) {
       return result(invalidate(stream->capture, cudaErrorStreamCaptureMerge, "a wait for another capture's event"));
     }
     stream->ends.insert(stream->ends.end(), event->ends.begin(), event->ends.end());
@@ -119,17 +120,25 @@ cudaError_t cudaEventQuery(cudaEvent_t event) {
   if (const cudaError_t error = forbid_in_capture("a question to an event"); error != cudaSuccess) {
     return result(error);
   }
-  const std::shared_ptr<Work> work = event->work;
+  std::shared_ptr<Work> work;
+  {
+    const auto guard = lock();
+    work = event->work;
+  }
   if (!work || work->done) return result(cudaSuccess);
   const cudaError_t error = finish_work(work);
   return result(error != cudaSuccess ? error : cudaErrorNotReady);
 }
 
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
-  if (event->capture != nullptr && captures().count(event->capture) != 0) {
-    return result(invalidate(event->capture, cudaErrorStreamCaptureUnsupported, "a wait for an event"));
+  std::shared_ptr<Work> work;
+  {
+    const auto guard = lock();
+    if (Capture* capture = capture_of(event)) {
+      return result(invalidate(capture, cudaErrorStreamCaptureUnsupported, "a wait for an event"));
+    }
+    work = event->work;
   }
-  const std::shared_ptr<Work> work = event->work;
   return result(work ? finish_work(work) : cudaSuccess);
 }
 

@@ -22,8 +22,9 @@ struct Allocation {
   int device;
 };
 
-std::map<uintptr_t, Allocation> allocations;  // by start
-std::map<uintptr_t, size_t> pinned;
+// By start. They outlive all others, as threads of torch end after the process's static objects.
+std::map<uintptr_t, Allocation>& allocations = *new std::map<uintptr_t, Allocation>;
+std::map<uintptr_t, size_t>& pinned = *new std::map<uintptr_t, size_t>;
 size_t bytes_of_device[kDevices];
 
 // What the kernel that runs touched last, as it will mostly touch it again.
@@ -48,11 +49,12 @@ const Allocation* find(uintptr_t address, size_t bytes) {
 }
 
 void check(const char* verb, uintptr_t address, size_t bytes, size_t alignment, const simt::Site& site) {
-  if (!(address >= recent.start && address - recent.start < recent.bytes &&
-        bytes <= recent.bytes - (address - recent.start))) {
+  char text[160];
+  const bool again = address >= recent.start && address - recent.start < recent.bytes &&
+                     bytes <= recent.bytes - (address - recent.start);
+  if (!again) {
     const auto guard = lock();
     const Allocation* allocation = find(address, bytes);
-    char text[160];
     if (allocation == nullptr) {
       std::snprintf(text, sizeof text, "%s of %zu bytes at %p, which is in no allocation of a device", verb, bytes,
                     reinterpret_cast<void*>(address));
@@ -65,7 +67,11 @@ void check(const char* verb, uintptr_t address, size_t bytes, size_t alignment, 
     }
     recent = *allocation;
   }
-  if (address % alignment != 0) simt::fault("misaligned", site);
+  if (address % alignment != 0) {
+    std::snprintf(text, sizeof text, "misaligned: %s of %zu bytes at %p", verb, bytes,
+                  reinterpret_cast<void*>(address));
+    simt::fault(text, site);
+  }
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 #include "host_device/streams.h"
 
+#include <algorithm>
 #include <cstdio>
 
 #include "host_device/state.h"
@@ -60,8 +61,8 @@ void destroy_stream(CUstream_st* stream) {
 std::shared_ptr<Work> tail(CUstream_st* stream) {
   auto joined = std::make_shared<Work>();
   joined->task = {"a wait", stream->device, {}};
-  joined->after = stream->waits_for;
   if (stream->last) joined->after.push_back(stream->last);
+  joined->after.insert(joined->after.end(), stream->waits_for.begin(), stream->waits_for.end());
   for (CUstream_st* other : streams().all) {
     const bool ordered = other->device == stream->device && other->blocking && stream->blocking && other->last &&
                          is_legacy(other) != is_legacy(stream);
@@ -112,15 +113,15 @@ cudaError_t finish_work(const std::shared_ptr<Work>& work) {
   std::vector<std::shared_ptr<Work>> path{work};
   while (!path.empty()) {
     const std::shared_ptr<Work> top = path.back();
-    std::shared_ptr<Work> first;  // that it still comes after
+    std::shared_ptr<Work> before;  // one that it still comes after
     if (!top->done) {
       const auto guard = lock();
-      for (const auto& other : top->after) {
-        if (!other->done) first = other;
-      }
+      const auto found =
+          std::find_if(top->after.begin(), top->after.end(), [](const auto& work) { return !work->done; });
+      if (found != top->after.end()) before = *found;
     }
-    if (first) {
-      path.push_back(first);
+    if (before) {
+      path.push_back(before);
     } else {
       if (!top->done) run(*top);
       path.pop_back();
@@ -138,7 +139,7 @@ cudaError_t enqueue(cudaStream_t handle, Task task) {
     if (task.device != kAnyDevice && task.device != stream->device) return cudaErrorInvalidResourceHandle;
     const cudaError_t error = put(stream, std::move(task));
     if (error != cudaSuccess || stream->capture != nullptr) return error;
-    // The chain's oldest half has to be over.
+    // What was put on it so long before has to be over.
     begun = stream->last;
     for (int i = 0; i < kPending && begun; ++i) begun = begun->after.empty() ? nullptr : begun->after.front();
   }
@@ -181,6 +182,11 @@ cudaError_t finish_device() {
 std::set<Capture*>& captures() {
   static std::set<Capture*>& all = *new std::set<Capture*>;
   return all;
+}
+
+Capture* capture_of(const CUevent_st* event) {
+  const bool goes_on = captures().count(event->capture) != 0 && event->capture->id == event->capture_id;
+  return goes_on ? event->capture : nullptr;
 }
 
 cudaStreamCaptureMode& thread_mode() {

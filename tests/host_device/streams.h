@@ -46,7 +46,8 @@ struct CUevent_st {
   int device;
   bool timing;
   std::shared_ptr<host_device::Work> work{};  // of the last record; null: none, or one that was captured
-  host_device::Capture* capture = nullptr;    // of the last record
+  host_device::Capture* capture = nullptr;    // of the last record; looked at by capture_of() alone
+  unsigned long long capture_id = 0;
   host_device::Nodes ends{};
 };
 
@@ -80,6 +81,8 @@ cudaError_t finish_work(const std::shared_ptr<Work>& work);
 
 // The captures that go on.
 std::set<Capture*>& captures();
+// That which the event was last recorded in, if it goes on; else null.
+Capture* capture_of(const CUevent_st* event);
 cudaError_t invalidate(Capture* capture, cudaError_t error, const char* why);
 // The calling thread's word to cudaThreadExchangeStreamCaptureMode.
 cudaStreamCaptureMode& thread_mode();
