@@ -26,13 +26,17 @@ KERNELS = (
     "finish_statistics",
     "statistics_kernel",
     "normalize_kernel",
-    "grad_sums_kernel",
     "finish_grad_sums",
+    "grad_sums_kernel",
+    "grad_input_kernel",
+    "finish_moments",
+    "join_statistics",
+    "join_grad_sums",
 )
 
 
 def launches(function: Callable[..., object], *args: object) -> list[str]:
-    """What a call puts on streams: its kernels by name without template arguments; copies and fills as they are."""
+    """What a call gives the device: its kernels by name without template arguments; torch's and copies as they are."""
     from host_device.runtime import Runtime
 
     with Runtime().recorded() as tasks:
@@ -82,6 +86,36 @@ def test_one_launch_behind_a_relu() -> None:
     torch.autograd.grad(layer(x), leaves, torch.ones_like(x))
     y, grad = layer(x), torch.randn_like(x)
     assert launches(torch.autograd.grad, y, leaves, grad) == ["resident_backward_kernel"]
+
+
+@on_it
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_one_launch_of_an_ensemble(training: bool) -> None:
+    """K models under vmap are one BatchNorm over K*C channels. Around it torch lays the input out, and sums gradients."""
+    models = [bnk.BatchNorm2d(4, device="cuda").train(training) for _ in range(3)]
+    parameters, buffers = torch.func.stack_module_state(models)
+    x = torch.randn(3, 8, 4, 7, 7, device="cuda", requires_grad=True)
+
+    def call(parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(models[0], (parameters, buffers), (x,))
+
+    def forward() -> Tensor:
+        return torch.vmap(call)(parameters, buffers, x)
+
+    y = forward()
+    forwards = [name for name in launches(forward) if name in KERNELS]
+    assert forwards == ["resident_forward_kernel" if training else "normalize_kernel"]
+    leaves, grad = [x, *parameters.values()], torch.randn_like(y)
+    backwards = [name for name in launches(torch.autograd.grad, y, leaves, grad) if name in KERNELS]
+    in_eval = ["grad_sums_kernel", "finish_grad_sums", "grad_input_kernel"]
+    assert backwards == (["resident_backward_kernel"] if training else in_eval)
+
+
+@on_it
+def test_torchs_kernels_are_seen() -> None:
+    x = torch.ones(3, device="cuda")
+    assert launches(x.add_, 1) == ["aten::add_.Tensor"]
+    assert launches(torch.clone, x) == ["a copy"]
 
 
 @on_it

@@ -103,3 +103,30 @@ def test_the_curve_of_one_process(before: bool) -> None:
     torch.testing.assert_close([(a + b) / 2 for a, b in zip(one, two)], expected, rtol=1e-9, atol=0)
     torch.testing.assert_close(state, dict(model.state_dict()), rtol=1e-7, atol=1e-9)
     assert expected[-1] != expected[0] and one != two
+
+
+def launches_of_a_step(inputs: Inputs) -> tuple[list[str], list[str]]:
+    """What forward and backward give the device, once all is prepared."""
+    from test_host_device import launches
+
+    layer = bnk.SyncBatchNorm(inputs.x.shape[1]).cuda()
+    x, grad = inputs.x.cuda().requires_grad_(), inputs.grad.cuda()
+    torch.autograd.grad(layer(x), x, grad)
+    made: list[Tensor] = []
+    forward = launches(lambda: made.append(layer(x)))
+    return forward, launches(torch.autograd.grad, made[0], [x, *layer.parameters()], grad)
+
+
+@pytest.mark.host_device
+def test_one_collective_each_way() -> None:
+    """And nothing but kernels around it: no copy, to the host or elsewhere. The counter is torch's to add to."""
+    inputs = Case.parse("offset_1e2/12x5x3x7/bfloat16+float32/contiguous/normal/normal/train").inputs()
+    pool = Pool(2, "nccl")
+    try:
+        for forward, backward in pool.run(launches_of_a_step, inputs):
+            statistics = ["statistics_kernel", "finish_moments", "ncclAllGather"]
+            assert forward == [*statistics, "aten::add_.Tensor", "join_statistics", "normalize_kernel"]
+            sums = ["grad_sums_kernel", "finish_grad_sums", "ncclAllGather"]
+            assert backward == [*sums, "join_grad_sums", "grad_input_kernel"]
+    finally:
+        pool.close()

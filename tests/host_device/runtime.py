@@ -48,9 +48,16 @@ class Runtime:
         arguments = (ctypes.c_void_p(target), ctypes.c_void_p(source), ctypes.c_size_t(bytes), default)
         self._call("cudaMemcpyAsync", *arguments, ctypes.c_void_p(stream.cuda_stream))
 
+    def note(self, operator: str) -> None:
+        """That torch would launch kernels of its own here: for recorded()."""
+        self._library.host_device_note(operator.encode())
+
     @contextmanager
     def recorded(self) -> Iterator[list[str]]:
-        """What is put on streams within, in order: names of kernels as nvcc mangles them, "a copy" and the like."""
+        """What a device would be given within, in order.
+
+        Names of kernels as nvcc mangles them, torch's operators as aten::..., collectives, "a copy" and the like.
+        """
         tasks: list[str] = []
         self._library.host_device_begin_record()
         try:

@@ -101,6 +101,11 @@ void begin_record() {
   record.clear();
 }
 
+void note(const std::string& what) {
+  const auto guard = lock();
+  if (recording) record += what + '\n';
+}
+
 std::string end_record() {
   const auto guard = lock();
   recording = false;

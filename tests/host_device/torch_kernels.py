@@ -68,6 +68,7 @@ class _Kernel:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         device = _device_of(tensors, kwargs)
+        self.runtime.note(self.op.name())
         with torch.cuda.device(device):
             return self._call(tensors, device, args, kwargs)
 

@@ -31,6 +31,7 @@ cudaError_t enqueue(cudaStream_t stream, Task task);
 
 // What was put on streams since recording began, a line each; ends it. Within a capture: what was captured.
 void begin_record();
+void note(const std::string& what);  // a line of it
 std::string end_record();
 
 // Runs all that was put on a stream, and what that waits for.
