@@ -91,7 +91,7 @@ def test_one_launch_behind_a_relu() -> None:
 @on_it
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_one_launch_of_an_ensemble(training: bool) -> None:
-    """K models under vmap are one BatchNorm over K*C channels; around it torch lays the input out and sums gradients."""
+    """K models under vmap are one BatchNorm over K*C channels; torch lays x out, and sums gradients, around it."""
     models = [bnk.BatchNorm2d(4, device="cuda").train(training) for _ in range(3)]
     parameters, buffers = torch.func.stack_module_state(models)
     x = torch.randn(3, 8, 4, 7, 7, device="cuda", requires_grad=True)
