@@ -48,30 +48,32 @@ const Allocation* find(uintptr_t address, size_t bytes) {
   return offset < allocation.bytes && bytes <= allocation.bytes - offset ? &allocation : nullptr;
 }
 
+Allocation allocation_of(uintptr_t address, size_t bytes) {
+  const auto guard = lock();
+  const Allocation* found = find(address, bytes);
+  return found == nullptr ? Allocation{0, 0, -1} : *found;
+}
+
 void check(const char* verb, uintptr_t address, size_t bytes, size_t alignment, const simt::Site& site) {
-  char text[160];
   const bool again = address >= recent.start && address - recent.start < recent.bytes &&
                      bytes <= recent.bytes - (address - recent.start);
-  if (!again) {
-    const auto guard = lock();
-    const Allocation* allocation = find(address, bytes);
-    if (allocation == nullptr) {
-      std::snprintf(text, sizeof text, "%s of %zu bytes at %p, which is in no allocation of a device", verb, bytes,
-                    reinterpret_cast<void*>(address));
-      simt::fault(text, site);
-    }
-    if (allocation->device != kernel_device) {
-      std::snprintf(text, sizeof text, "%s of %zu bytes of device %d by a kernel of device %d", verb, bytes,
-                    allocation->device, kernel_device);
-      simt::fault(text, site);
-    }
-    recent = *allocation;
+  const Allocation allocation = again ? recent : allocation_of(address, bytes);
+  if (allocation.device == kernel_device && address % alignment == 0) {
+    recent = allocation;
+    return;
   }
-  if (address % alignment != 0) {
-    std::snprintf(text, sizeof text, "misaligned: %s of %zu bytes at %p", verb, bytes,
-                  reinterpret_cast<void*>(address));
-    simt::fault(text, site);
+  char text[160];
+  const auto* where = reinterpret_cast<const void*>(address);
+  if (allocation.device < 0) {
+    std::snprintf(text, sizeof text, "%s of %zu bytes at %p, which is in no allocation of a device", verb, bytes,
+                  where);
+  } else if (allocation.device != kernel_device) {
+    std::snprintf(text, sizeof text, "%s of %zu bytes of device %d by a kernel of device %d", verb, bytes,
+                  allocation.device, kernel_device);
+  } else {
+    std::snprintf(text, sizeof text, "misaligned: %s of %zu bytes at %p", verb, bytes, where);
   }
+  simt::fault(text, site);
 }
 
 }  // namespace
