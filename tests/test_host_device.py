@@ -6,7 +6,6 @@ The first half runs on it. The second starts programs with a fault each, which w
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable
 from typing import Any
 
 import host_device
@@ -14,34 +13,12 @@ import pytest
 import torch
 from cuda_steps import Step
 from interpreter import in_subprocess
+from launches import KERNELS, launches
 from torch import Tensor
 
 import bnkernels as bnk
 from bnkernels import ops
 from bnkernels.testing import Case
-
-KERNELS = (
-    "resident_forward_kernel",
-    "resident_backward_kernel",
-    "finish_statistics",
-    "statistics_kernel",
-    "normalize_kernel",
-    "finish_grad_sums",
-    "grad_sums_kernel",
-    "grad_input_kernel",
-    "finish_moments",
-    "join_statistics",
-    "join_grad_sums",
-)
-
-
-def launches(function: Callable[..., object], *args: object) -> list[str]:
-    """What a call gives the device: its kernels by name without template arguments; torch's and copies as they are."""
-    from host_device.runtime import Runtime
-
-    with Runtime().recorded() as tasks:
-        function(*args)
-    return [next((name for name in KERNELS if f"{len(name)}{name}" in task), task) for task in tasks]
 
 
 def on_it(test: Any) -> Any:
@@ -287,7 +264,7 @@ import host_device
 host_device.attach()
 import torch
 import bnkernels as bnk
-from test_host_device import launches
+from launches import launches
 for shape, kernels in (
     ((4096, 16), ["statistics_kernel", "finish_statistics", "normalize_kernel"]),  # a virtual cluster
     ((16, 64, 14, 14), ["resident_forward_kernel"]),  # clusters

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from compatibility import row
+from launches import launches
 from processes import Pool
 from test_distributed import TRAINING, batches, full, of_this_rank, small, train
 from test_sync import LAYOUTS, PAIRS, RANKS, call, joined, to
@@ -107,8 +108,6 @@ def test_the_curve_of_one_process(before: bool) -> None:
 
 def launches_of_a_step(inputs: Inputs) -> tuple[list[str], list[str]]:
     """What forward and backward give the device, once all is prepared."""
-    from test_host_device import launches
-
     layer = bnk.SyncBatchNorm(inputs.x.shape[1]).cuda()
     x, grad = inputs.x.cuda().requires_grad_(), inputs.grad.cuda()
     torch.autograd.grad(layer(x), x, grad)
