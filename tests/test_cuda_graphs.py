@@ -122,6 +122,18 @@ def test_training_step(cell: Cell) -> None:
     torch.testing.assert_close(dict(model.state_dict()), dict(eager.state_dict()))
 
 
+def compare_steps(eager: nn.Module, other: Callable[[Tensor], Tensor], model: nn.Module, x: Tensor) -> None:
+    """Result and gradients of both, by one random gradient; `other` has the parameters of `model`."""
+    weight = torch.randn(len(x), 5, device="cuda")
+    results = []
+    for call, module in ((eager, eager), (other, model)):
+        module.zero_grad(set_to_none=True)
+        y = call(x)
+        (y * weight).sum().backward()
+        results.append([y.detach().clone(), *(parameter.grad.clone() for parameter in module.parameters())])
+    torch.testing.assert_close(results[1], results[0])
+
+
 @row(SECTION, "torch.cuda.make_graphed_callables", cells((True,), (False,), (False,)))
 def test_make_graphed_callables() -> None:
     """torch's way to have parts of a model captured: forward and backward are a graph each."""
@@ -130,14 +142,7 @@ def test_make_graphed_callables() -> None:
     graphed = torch.cuda.make_graphed_callables(model, (torch.randn(6, 3, 9, 9, device="cuda"),), num_warmup_iters=2)
     model.load_state_dict(eager.state_dict())
     for _ in range(3):
-        x, weight = torch.randn(6, 3, 9, 9, device="cuda"), torch.randn(6, 5, device="cuda")
-        results = []
-        for each in (eager, graphed):
-            each.zero_grad(set_to_none=True)
-            y = each(x)
-            (y * weight).sum().backward()
-            results.append([y.detach().clone(), *(parameter.grad.clone() for parameter in each.parameters())])
-        torch.testing.assert_close(results[1], results[0])
+        compare_steps(eager, graphed, model, torch.randn(6, 3, 9, 9, device="cuda"))
     torch.testing.assert_close(dict(model.state_dict()), dict(eager.state_dict()))
 
 
@@ -166,13 +171,14 @@ def test_branches() -> None:
         torch.cuda.synchronize()
         for got, wanted in zip(results, (first, second, first + second)):
             assert same_bits(got.detach(), wanted.detach())
-    torch.testing.assert_close(layers[1].state_dict(), expected[1].state_dict(), rtol=0, atol=0)
+    for layer, other in zip(layers, expected):
+        torch.testing.assert_close(layer.state_dict(), other.state_dict(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("case", SMALL[4:], ids=str)
 def test_graphs_beside_each_other(case: Case) -> None:
     """Two graphs and eager work, each on a stream of its own and none waiting for another: whatever memory the groups'
-    barriers have, it is not the same."""
+    barriers have, it is not the same. (On the host device they run one after the other: only a GPU can mix them up.)"""
     steps = [Step(case.inputs("cuda")) for _ in range(3)]
     expected = [tensor.detach().clone() for tensor in steps[0]()]
     graphs = [captured(step) for step in steps[:2]]
@@ -198,13 +204,6 @@ def test_compiled_into_graphs(cell: Cell) -> None:
     cell.eager.prepared(eager)
     compiled = cell.prepared(model, backend="cudagraphs")
     for _ in range(4):  # the first ones are warm-up and recording
-        x, weight = cell.laid_out(torch.randn(6, 3, 9, 9, device="cuda")), torch.randn(6, 5, device="cuda")
         torch.compiler.cudagraph_mark_step_begin()
-        results = []
-        for each in (eager, compiled):
-            each.zero_grad(set_to_none=True)
-            y = each(x)
-            (y * weight).sum().backward()
-            results.append([y.detach().clone(), *(parameter.grad.clone() for parameter in each.parameters())])
-        torch.testing.assert_close(results[1], results[0])
+        compare_steps(eager, compiled, model, cell.laid_out(torch.randn(6, 3, 9, 9, device="cuda")))
         torch.testing.assert_close(dict(model.state_dict()), dict(eager.state_dict()))

@@ -101,7 +101,7 @@ SIZES = {
 }
 
 
-# Blocks that take a row of two elements each, or a sample.
+# Tens of thousands of rows with few elements each, and so of blocks or of turns.
 SLOW = {"C > 65,535", "C > 65,535, 2-D", "N > 65,535, planes"}
 
 

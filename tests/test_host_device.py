@@ -208,10 +208,6 @@ def on_a_host_device(code: str, **environment: str) -> subprocess.CompletedProce
     return in_subprocess(code, **host_device.environment(), **environment)
 
 
-starts_its_own = pytest.mark.skipif(host_device.is_attached(), reason="starts host devices of its own")
-
-
-@starts_its_own
 @pytest.mark.parametrize(("body", "told"), FAULTS.values(), ids=FAULTS)
 def test_faults_are_seen(body: str, told: str) -> None:
     done = on_a_host_device(PRELUDE + body)
@@ -221,7 +217,6 @@ def test_faults_are_seen(body: str, told: str) -> None:
 # Programs without one
 
 
-@starts_its_own
 def test_ends_of_allocations() -> None:
     """What compute-sanitizer gets to see on a GPU (bench/gpu.sh), with each tensor an allocation of its own: nothing is
     touched beyond an end. Scratch memory and the saved statistics are among them."""
@@ -232,7 +227,6 @@ def test_ends_of_allocations() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@starts_its_own
 def test_a_capture_first() -> None:
     """Without any call before: what a first call prepares, asks the device and allocates, a capture allows."""
     code = """
@@ -255,7 +249,6 @@ assert layer.num_batches_tracked.item() == 1
     assert done.returncode == 0, done.stderr
 
 
-@starts_its_own
 def test_a_device_that_holds_less() -> None:
     """Fewer blocks beside each other than the limits let the plan expect: no launch that the device refuses, or that
     would wait for blocks which cannot start, but the streaming path, and fewer clusters."""

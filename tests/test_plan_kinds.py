@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cuda_steps import Step
-from hardware import LARGE
+from hardware import DRIVER, LARGE
 from plan_model import DEVICES, TRAINING, Problem
 
 import bnkernels
@@ -98,7 +98,7 @@ def kernels_of(profile: torch.profiler.profile) -> list[str]:
 
 
 @pytest.mark.cuda
-@LARGE
+@DRIVER
 @cases
 def test_one_launch_each_way(case: Case) -> None:
     step = Step(case.inputs("cuda"))

@@ -77,8 +77,8 @@ cudaError_t cudaStreamEndCapture(cudaStream_t handle, cudaGraph_t* graph) {
   const auto guard = lock();
   CUstream_st* stream = stream_of(handle);
   if (stream == nullptr || stream->capture == nullptr) return result(cudaErrorIllegalState);
+  if (stream->capture->origin != stream) return result(cudaErrorStreamCaptureUnmatched);
   const std::unique_ptr<Capture> capture(stream->capture);
-  if (capture->origin != stream) return result(cudaErrorStreamCaptureUnmatched);
   const bool joined = is_joined(*capture);
   for (CUstream_st* member : capture->streams) {
     member->capture = nullptr;
