@@ -111,6 +111,7 @@ try:
     # (csrc/plan.h).
     plan = _C.plan
     device_limits = _C.device_limits
+    barrier_workspace = _C.barrier_workspace
 
     train_op = torch.ops.bnkernels.batch_norm_train.default
     train_functional = torch.ops.bnkernels.batch_norm_train_functional.default

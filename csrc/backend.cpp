@@ -5,16 +5,22 @@
 #include "cpu/backend.h"
 
 #ifdef BNK_WITH_CUDA
-#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAFunctions.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
 #include <cstdlib>
+#include <map>
+#include <mutex>
 #include <string>
+#include <vector>
 
 #include "cuda/backend.h"
+#include "cuda/barrier_workspace.h"
 #endif
 
 namespace bnk {
@@ -24,41 +30,52 @@ namespace {
 
 // BNKERNELS_PLAN=streaming takes the streaming path for everything; read once.
 PlanOptions plan_options() {
-  const char* value = std::getenv("BNKERNELS_PLAN");
-  const std::string text = value == nullptr ? "" : value;
-  TORCH_CHECK(text.empty() || text == "auto" || text == "streaming", "BNKERNELS_PLAN=", text,
-              ": expected auto or streaming");
-  return {.force_streaming = text == "streaming"};
+  static const PlanOptions options = [] {
+    const char* value = std::getenv("BNKERNELS_PLAN");
+    const std::string text = value == nullptr ? "" : value;
+    TORCH_CHECK(text.empty() || text == "auto" || text == "streaming", "BNKERNELS_PLAN=", text,
+                ": expected auto or streaming");
+    return PlanOptions{.force_streaming = text == "streaming"};
+  }();
+  return options;
 }
 
-Plan plan_for(const Problem& problem, Pass pass, bool fused, const void* lead) {
-  static const PlanOptions options = plan_options();
-  DeviceLimits limits;
-  C10_CUDA_CHECK(cuda::current_device_limits(&limits));
-  Plan plan = plan_pass(problem, pass, cuda::is_aligned(lead), limits, options);
-  C10_CUDA_CHECK(cuda::confirm(problem.dtype, pass, fused, &plan));
-  return plan;
+// A stream of the current device on which nothing is ever captured. torch's own streams may be capturing.
+cudaStream_t stream_for_allocations() {
+  static std::mutex mutex;
+  static std::map<c10::DeviceIndex, cudaStream_t> streams;
+  const std::lock_guard<std::mutex> lock(mutex);
+  cudaStream_t& stream = streams[c10::cuda::current_device()];
+  if (stream == nullptr) C10_CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  return stream;
 }
 
-StreamingPlan streaming_plan_for(const Problem& problem, const void* lead) {
-  DeviceLimits limits;
-  C10_CUDA_CHECK(cuda::current_device_limits(&limits));
-  return plan_streaming(problem, cuda::is_aligned(lead), limits);
-}
+// Memory from torch's caching allocator: it frees what it caches when the device has nothing left.
+class TorchHost final : public cuda::Host {
+ public:
+  // On the current stream, so that it is reused without a synchronization.
+  void* scratch(int64_t bytes) override {
+    if (bytes == 0) return nullptr;
+    kept_.push_back(c10::cuda::CUDACachingAllocator::get()->allocate(static_cast<size_t>(bytes)));
+    return kept_.back().get();
+  }
 
-// Backward without grad_x, or of inference, has no result that waits for the sums: nothing is to be kept.
-Pass pass_of(const BackwardArgs& args) {
-  return args.training && args.grad_x != nullptr ? Pass::kBackwardTrain : Pass::kBackwardEval;
-}
+  // On a stream of its own, so that a capture on the current stream neither takes the memory into the graph's pool nor
+  // records the fill. Other calls that a capture forbids are allowed to a thread in relaxed mode.
+  void* zeros(int64_t bytes) override {
+    const c10::cuda::CUDAStreamCaptureModeGuard mode(cudaStreamCaptureModeRelaxed);
+    const cudaStream_t stream = stream_for_allocations();
+    void* memory = c10::cuda::CUDACachingAllocator::raw_alloc_with_stream(static_cast<size_t>(bytes), stream);
+    C10_CUDA_CHECK(cudaMemsetAsync(memory, 0, static_cast<size_t>(bytes), stream));
+    C10_CUDA_CHECK(cudaStreamSynchronize(stream));
+    return memory;
+  }
 
-// From the caching allocator, on the current stream: reused without a synchronization.
-at::Tensor scratch_like(const at::Tensor& x, int64_t bytes) { return at::empty({bytes}, x.options().dtype(at::kByte)); }
+  void warn(const std::string& message) override { TORCH_WARN(message); }
 
-unsigned* counters_of(const Plan& plan, cudaStream_t stream) {
-  unsigned* counters = nullptr;
-  C10_CUDA_CHECK(cuda::counters_for(plan, stream, &counters));
-  return counters;
-}
+ private:
+  std::vector<c10::DataPtr> kept_;
+};
 
 }  // namespace
 #else
@@ -79,10 +96,8 @@ void run_forward_train(const ForwardTrainArgs& args, const at::Tensor& x) {
   if (x.is_cpu()) return cpu::forward_train(args);
 #ifdef BNK_WITH_CUDA
   const c10::cuda::CUDAGuard guard(x.device());
-  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-  const Plan plan = plan_for(args.problem, Pass::kForwardTrain, args.epilogue.is_there(), args.x);
-  const at::Tensor scratch = scratch_like(x, cuda::scratch_bytes(plan, Pass::kForwardTrain));
-  C10_CUDA_CHECK(cuda::forward_train(args, plan, scratch.data_ptr(), counters_of(plan, stream), stream));
+  TorchHost host;
+  C10_CUDA_CHECK(cuda::forward_train(args, plan_options(), c10::cuda::getCurrentCUDAStream(), host));
 #else
   no_cuda(kInputOnCuda);
 #endif
@@ -92,8 +107,7 @@ void run_forward_eval(const ForwardEvalArgs& args, const at::Tensor& x) {
   if (x.is_cpu()) return cpu::forward_eval(args);
 #ifdef BNK_WITH_CUDA
   const c10::cuda::CUDAGuard guard(x.device());
-  const Plan plan = plan_for(args.problem, Pass::kForwardEval, args.epilogue.is_there(), args.x);
-  C10_CUDA_CHECK(cuda::forward_eval(args, plan, c10::cuda::getCurrentCUDAStream()));
+  C10_CUDA_CHECK(cuda::forward_eval(args, c10::cuda::getCurrentCUDAStream()));
 #else
   no_cuda(kInputOnCuda);
 #endif
@@ -103,10 +117,8 @@ void run_backward(const BackwardArgs& args, const at::Tensor& x) {
   if (x.is_cpu()) return cpu::backward(args);
 #ifdef BNK_WITH_CUDA
   const c10::cuda::CUDAGuard guard(x.device());
-  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-  const Plan plan = plan_for(args.problem, pass_of(args), args.behind_relu(), args.x);
-  const at::Tensor scratch = scratch_like(x, cuda::scratch_bytes(plan, pass_of(args)));
-  C10_CUDA_CHECK(cuda::backward(args, plan, scratch.data_ptr(), counters_of(plan, stream), stream));
+  TorchHost host;
+  C10_CUDA_CHECK(cuda::backward(args, plan_options(), c10::cuda::getCurrentCUDAStream(), host));
 #else
   no_cuda(kInputOnCuda);
 #endif
@@ -116,9 +128,8 @@ void run_statistics(const StatisticsArgs& args, const at::Tensor& beside) {
   if (beside.is_cpu()) return cpu::statistics(args);
 #ifdef BNK_WITH_CUDA
   const c10::cuda::CUDAGuard guard(beside.device());
-  const StreamingPlan plan = streaming_plan_for(args.problem, args.x);
-  const at::Tensor scratch = scratch_like(beside, cuda::sync::statistics_scratch(plan));
-  C10_CUDA_CHECK(cuda::sync::statistics(args, plan, scratch.data_ptr(), c10::cuda::getCurrentCUDAStream()));
+  TorchHost host;
+  C10_CUDA_CHECK(cuda::sync::statistics(args, c10::cuda::getCurrentCUDAStream(), host));
 #else
   no_cuda(kInputOnCuda);
 #endif
@@ -138,8 +149,7 @@ void run_normalize(const NormalizeArgs& args, const at::Tensor& beside) {
   if (beside.is_cpu()) return cpu::normalize(args);
 #ifdef BNK_WITH_CUDA
   const c10::cuda::CUDAGuard guard(beside.device());
-  const StreamingPlan plan = streaming_plan_for(args.problem, args.x);
-  C10_CUDA_CHECK(cuda::sync::normalize(args, plan, c10::cuda::getCurrentCUDAStream()));
+  C10_CUDA_CHECK(cuda::sync::normalize(args, c10::cuda::getCurrentCUDAStream()));
 #else
   no_cuda(kInputOnCuda);
 #endif
@@ -149,9 +159,8 @@ void run_grad_sums(const GradSumsArgs& args, const at::Tensor& beside) {
   if (beside.is_cpu()) return cpu::grad_sums(args);
 #ifdef BNK_WITH_CUDA
   const c10::cuda::CUDAGuard guard(beside.device());
-  const StreamingPlan plan = streaming_plan_for(args.problem, args.x);
-  const at::Tensor scratch = scratch_like(beside, cuda::sync::grad_sums_scratch(plan));
-  C10_CUDA_CHECK(cuda::sync::grad_sums(args, plan, scratch.data_ptr(), c10::cuda::getCurrentCUDAStream()));
+  TorchHost host;
+  C10_CUDA_CHECK(cuda::sync::grad_sums(args, c10::cuda::getCurrentCUDAStream(), host));
 #else
   no_cuda(kInputOnCuda);
 #endif
@@ -161,9 +170,8 @@ void run_grad_input(const GradInputArgs& args, const at::Tensor& beside) {
   if (beside.is_cpu()) return cpu::grad_input(args);
 #ifdef BNK_WITH_CUDA
   const c10::cuda::CUDAGuard guard(beside.device());
-  const StreamingPlan plan = streaming_plan_for(args.problem, args.x);
-  const at::Tensor scratch = scratch_like(beside, cuda::sync::grad_input_scratch(plan));
-  C10_CUDA_CHECK(cuda::sync::grad_input(args, plan, scratch.data_ptr(), c10::cuda::getCurrentCUDAStream()));
+  TorchHost host;
+  C10_CUDA_CHECK(cuda::sync::grad_input(args, c10::cuda::getCurrentCUDAStream(), host));
 #else
   no_cuda(kInputOnCuda);
 #endif
@@ -181,6 +189,21 @@ DeviceLimits device_limits(int device) {
 #else
   (void)device;
   no_cuda("the limits of a CUDA device were asked for");
+#endif
+}
+
+std::vector<at::Tensor> barrier_workspace(int device) {
+#ifdef BNK_WITH_CUDA
+  std::vector<at::Tensor> all;
+  const auto options = at::TensorOptions(at::kInt).device(at::kCUDA, static_cast<c10::DeviceIndex>(device));
+  constexpr int64_t kInts = kBarrierWordBytes / static_cast<int64_t>(sizeof(int));
+  for (const auto& [memory, count] : cuda::barrier_workspaces(device)) {
+    all.push_back(at::from_blob(memory, {count, kBarrierWords, kInts}, options).select(2, 0));
+  }
+  return all;
+#else
+  (void)device;
+  no_cuda("the barrier workspace of a CUDA device was asked for");
 #endif
 }
 

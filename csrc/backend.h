@@ -3,6 +3,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <vector>
+
 #include "plan.h"
 #include "problem.h"
 #include "problem_sync.h"
@@ -23,5 +25,8 @@ void run_grad_input(const GradInputArgs& args, const at::Tensor& beside);
 
 // What plans are made from for a CUDA device. Raises where CUDA is not built, or has no such device.
 DeviceLimits device_limits(int device);
+
+// The barrier words of a CUDA device, in use or not, for tests: views of shape (workspaces, kBarrierWords), int32.
+std::vector<at::Tensor> barrier_workspace(int device);
 
 }  // namespace bnk

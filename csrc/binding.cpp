@@ -6,6 +6,7 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
+#include "backend.h"
 #include "binding_plan.h"
 #include "cpu/backend.h"
 #include "cpu/kept_memory.h"
@@ -139,5 +140,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
              arg("relu_range"), arg("training"), arg("need_input"), arg("need_weight"), arg("need_bias"));
   module.def("empty_cache", &bnk::empty_cache);
   module.def("build_info", &bnk::build_info);
+  module.def("barrier_workspace", &bnk::barrier_workspace, arg("device"));
   bnk::bind_plan(module);
 }

@@ -12,6 +12,12 @@ namespace bnk {
 inline constexpr int kMaxBlockThreads = 256;
 inline constexpr int kMaxLanes = 8;
 
+// Words of a launch's barrier workspace: word 0 is the launch's, word 1 + g that of group g. Each lies in a memory sector
+// of its own.
+inline constexpr int kMaxBarrierGroups = 511;
+inline constexpr int kBarrierWords = 1 + kMaxBarrierGroups;
+inline constexpr int kBarrierWordBytes = 32;
+
 // What a device has, as CUDA's device attributes tell it.
 struct DeviceLimits {
   int multiprocessors;

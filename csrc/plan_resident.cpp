@@ -109,7 +109,7 @@ Room room_for(const Shape& shape, Pass pass, const DeviceLimits& limits) {
 
 // Groups that run at a time. Those of one block, and hardware clusters, wait for no other and need spare nothing.
 int64_t groups_at_once(const Room& room, Group group, int64_t members) {
-  if (group == Group::kVirtualCluster) return room.cooperating / members;
+  if (group == Group::kVirtualCluster) return std::min<int64_t>(room.cooperating / members, kMaxBarrierGroups);
   if (group == Group::kBlock) return room.multiprocessors * room.beside;
   const int64_t whole = room.multiprocessors / kClusterMultiprocessors;
   const int64_t rest = room.multiprocessors % kClusterMultiprocessors;

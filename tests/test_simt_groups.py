@@ -1,6 +1,6 @@
 """Groups of blocks that wait for each other, on the host: schedules, launches in a row, aborted ones, too few blocks.
 
-The counters of a group's barrier are never zeroed: a launch finds them as the one before has left them. run_kernels
+Barrier words are never cleared: a launch finds them as the one before has left them. run_kernels
 looks at them after each run of the resident path, so every test of that path is also one of this.
 """
 
@@ -37,7 +37,7 @@ def test_a_stalled_block_stops_nobody_for_ever(plain: Server, layout: str, sched
 
 @pytest.mark.parametrize("name", ["plain", "tsan"])
 def test_launches_of_different_groups_on_one_workspace(servers: Servers, name: str) -> None:
-    """Group sizes, numbers of groups and of barriers, one after the other, and again: each as on fresh counters."""
+    """Group sizes, numbers of groups and of barriers, one after the other, and again: each as on a fresh workspace."""
     server = servers(name)
     inputs = make(SHAPE, PAIR)
     plans = [
@@ -63,9 +63,9 @@ def test_launches_of_different_groups_on_one_workspace(servers: Servers, name: s
 
 
 def test_an_aborted_launch_takes_its_workspace_with_it(plain: Server) -> None:
-    """A fault in the middle of a launch leaves its counters anywhere, and no launch on them passes for a good one: it
-    is stuck, its results are wrong, or they are right and the counters once more no state for a next launch. Each is
-    seen; and on other counters all is well. (A failed launch on a GPU ends its context, and its counters with it.)"""
+    """A fault in the middle of a launch leaves its barrier words anywhere, and no launch on them passes for a good one: it
+    is stuck, its results are wrong, or they are right and the words once more no state for a next launch. Each is
+    seen; and on another workspace all is well. (A failed launch on a GPU ends its context, and its workspaces with it.)"""
     inputs = make(SHAPE, PAIR)
     resident = plan("channels_first", SHAPE, PAIR[0], 3, 1)
     good = plain.call(inputs, How(resident=resident), channels_last=False)
@@ -84,7 +84,7 @@ def test_an_aborted_launch_takes_its_workspace_with_it(plain: Server) -> None:
             assert_same(good, again, how, but=FORWARD)
             seen.append("at rest")
         except Failure as failure:
-            kind = re.search("deadlock|differs|counter 0 is left", str(failure))
+            kind = re.search("deadlock|differs|barrier word 1 is left", str(failure))
             assert kind, failure
             seen.append(kind[0])
         other = plain.backward(inputs, mean, invstd, replace(how, workspace=f"other{seed}"), channels_last=False)

@@ -79,14 +79,47 @@ class StreamExecutor {
   cudaError_t error_ = cudaSuccess;
 };
 
-// Launches nothing: asks how many groups fit.
+// Clusters came with sm_90. A build for an older GPU runs on a newer one by its PTX, whose kernels are compiled without
+// the cluster instructions: launched as a cluster, each block would take its own sums for those of all.
+constexpr int kFirstArchWithClusters = 90;
+
+cudaError_t has_cluster_code_in(const void* kernel, bool* has) {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error == cudaSuccess) {
+    *has = attributes.ptxVersion >= kFirstArchWithClusters && attributes.binaryVersion >= kFirstArchWithClusters;
+  }
+  return error;
+}
+
+// Launches nothing: queries whether the kernel has code for clusters.
+class ClusterCodeExecutor {
+ public:
+  template <typename Params>
+  void launch(const ResidentPlan&, void (*kernel)(Params), const Params&) {
+    error = has_cluster_code_in(reinterpret_cast<const void*>(kernel), &has);
+  }
+
+  cudaError_t error = cudaSuccess;
+  bool has = false;
+};
+
+// Launches nothing: queries how many groups fit.
 class OccupancyExecutor {
  public:
   template <typename Params>
   void launch(const ResidentPlan& plan, void (*kernel)(Params), const Params&) {
     if ((error = prepare(reinterpret_cast<const void*>(kernel))) != cudaSuccess) return;
     if (plan.group == Group::kCluster) {
+      bool has_clusters = false;
+      error = has_cluster_code_in(reinterpret_cast<const void*>(kernel), &has_clusters);
+      if (error != cudaSuccess || !has_clusters) return;
       error = cudaOccupancyMaxActiveClusters(&groups, kernel, Configuration(plan, nullptr).get());
+      if (error == cudaErrorInvalidClusterSize) {
+        (void)cudaGetLastError();  // an answer: no such cluster fits
+        error = cudaSuccess;
+        groups = 0;
+      }
       return;
     }
     int device = 0, multiprocessors = 0, beside = 0;
@@ -112,7 +145,16 @@ int64_t scratch_bytes(const ResidentPlan& plan, Pass pass) {
   return doubles * static_cast<int64_t>(sizeof(double));
 }
 
-int64_t counters(const ResidentPlan& plan) { return resident::counters(plan); }
+bool needs_barrier_workspace(const ResidentPlan& plan, bool cumulative) {
+  return resident::needs_barrier_workspace(plan, cumulative);
+}
+
+cudaError_t has_cluster_code(bool* has) {
+  ClusterCodeExecutor executor;
+  resident::forward_train({}, {}, nullptr, nullptr, executor);
+  *has = executor.has;
+  return executor.error;
+}
 
 cudaError_t groups_at_once(Dtype dtype, Pass pass, bool fused, const ResidentPlan& plan, int* groups) {
   OccupancyExecutor executor;
@@ -131,17 +173,17 @@ cudaError_t groups_at_once(Dtype dtype, Pass pass, bool fused, const ResidentPla
   return executor.error;
 }
 
-cudaError_t forward_train(const ForwardTrainArgs& args, const ResidentPlan& plan, void* scratch, unsigned* counters,
-                          cudaStream_t stream) {
+cudaError_t forward_train(const ForwardTrainArgs& args, const ResidentPlan& plan, void* scratch,
+                          void* barrier_workspace, cudaStream_t stream) {
   StreamExecutor executor(stream);
-  resident::forward_train(args, plan, static_cast<double*>(scratch), counters, executor);
+  resident::forward_train(args, plan, static_cast<double*>(scratch), barrier_workspace, executor);
   return executor.error();
 }
 
-cudaError_t backward(const BackwardArgs& args, const ResidentPlan& plan, void* scratch, unsigned* counters,
+cudaError_t backward(const BackwardArgs& args, const ResidentPlan& plan, void* scratch, void* barrier_workspace,
                      cudaStream_t stream) {
   StreamExecutor executor(stream);
-  resident::backward(args, plan, static_cast<double*>(scratch), counters, executor);
+  resident::backward(args, plan, static_cast<double*>(scratch), barrier_workspace, executor);
   return executor.error();
 }
 

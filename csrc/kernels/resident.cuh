@@ -14,9 +14,12 @@ namespace bnk {
 // Windows that a thread sums in the elements' compute type before the block goes on in double, behind those it keeps.
 inline constexpr int kChainWindows = 64;
 
-// One for each group, and one for the launch; each in a memory sector of its own, all 0 but for their top bits before a
-// launch and after it.
-struct alignas(32) Counter {
+// A word of the barrier workspace (plan.h). Its meaning never changes, so that a launch finds it in one state, whatever
+// ran before:
+//
+//   word 0        last_to_arrive of a launch: 0 between launches
+//   word 1 + g    group_barrier of group g: 0 but for its top bit between launches
+struct alignas(kBarrierWordBytes) BarrierWord {
   unsigned value;
 };
 
@@ -27,8 +30,8 @@ struct Residence {
   int kept;
   bool divided;
   int join_lanes;
-  double* partial;    // of a virtual cluster: partials.cuh
-  Counter* counters;  // the groups', then the launch's
+  double* partial;             // of a virtual cluster: partials.cuh
+  BarrierWord* barrier_words;  // null if the launch uses none
 };
 
 // Shared memory of all of a resident kernel's reductions, in doubles: of a slab's sums, and of a group's moments.
@@ -65,12 +68,10 @@ BNK_DEVICE Member member_of(const Residence& residence) {
   return {block / residence.members, block % residence.members};
 }
 
-BNK_DEVICE unsigned* counter_of(const Residence& residence, int group) { return &residence.counters[group].value; }
-
 // True in one thread of the launch, of the last block to come here: when no other thread will read what it read before a
 // barrier of its block.
 BNK_DEVICE bool last_of_launch(const Residence& residence) {
-  return thread_rank() == 0 && last_to_arrive(counter_of(residence, residence.groups), grid_blocks());
+  return thread_rank() == 0 && last_to_arrive(&residence.barrier_words[0].value, grid_blocks());
 }
 
 // Finite floats may have a sum, and products have it soon, that is not finite. A thread sums those again, in units so large that
@@ -231,7 +232,7 @@ BNK_DEVICE void exchange_in_memory(const Residence& residence, const Walk& walk,
   const int64_t first = first_channel(walk, slab);
   const int channels = channels_of(walk, slab);
   const Finish partials{walk.channels, walk.chunks, residence.join_lanes};
-  unsigned* counter = counter_of(residence, member.group);
+  unsigned* counter = &residence.barrier_words[1 + member.group].value;
   for (int local = thread_rank(); local < channels; local += block_threads()) {
     store_partial(residence.partial, walk, member.rank, first + local, mine(local));
   }

@@ -17,14 +17,15 @@ inline int64_t backward_scratch(const ResidentPlan& plan) {
   return (kFields<Sums> * plan.members + (plan.divided ? 2 : 0)) * plan.walk.channels;
 }
 
-// Words of counters that a launch needs: all 0 but for their top bits before it, and after it.
-inline int64_t counters(const ResidentPlan& plan) {
-  return static_cast<int64_t>(sizeof(Counter) / sizeof(unsigned)) * (plan.groups + 1);
+// Whether a launch uses its barrier workspace. cumulative: it averages the running statistics over all batches, and the
+// last of its blocks counts this one.
+inline bool needs_barrier_workspace(const ResidentPlan& plan, bool cumulative) {
+  return plan.group == Group::kVirtualCluster || cumulative;
 }
 
-inline Residence residence(const ResidentPlan& plan, double* scratch, unsigned* counters) {
+inline Residence residence(const ResidentPlan& plan, double* scratch, void* barrier_workspace) {
   return {plan.group,   plan.members,    plan.groups, plan.kept,
-          plan.divided, plan.join_lanes, scratch,     reinterpret_cast<Counter*>(counters)};
+          plan.divided, plan.join_lanes, scratch,     static_cast<BarrierWord*>(barrier_workspace)};
 }
 
 // Calls body(TypeTag<T>, LayoutTag<kLayout>) with those of the plan.
@@ -34,11 +35,11 @@ void with_types(Dtype dtype, const ResidentPlan& plan, const Body& body) {
 }
 
 template <typename Executor>
-void forward_train(const ForwardTrainArgs& args, const ResidentPlan& plan, double* scratch, unsigned* counters,
+void forward_train(const ForwardTrainArgs& args, const ResidentPlan& plan, double* scratch, void* barrier_workspace,
                    Executor& executor) {
   const ResidentForwardParams params{
       .walk = plan.walk,
-      .residence = residence(plan, scratch, counters),
+      .residence = residence(plan, scratch, barrier_workspace),
       .x = args.x,
       .y = args.y,
       .weight = args.weight,
@@ -57,13 +58,13 @@ void forward_train(const ForwardTrainArgs& args, const ResidentPlan& plan, doubl
 
 // Precondition: args.training and args.grad_x.
 template <typename Executor>
-void backward(const BackwardArgs& args, const ResidentPlan& plan, double* scratch, unsigned* counters,
+void backward(const BackwardArgs& args, const ResidentPlan& plan, double* scratch, void* barrier_workspace,
               Executor& executor) {
   // The two means stand behind the partials.
   double* means = scratch + kFields<Sums> * plan.members * plan.walk.channels;
   const ResidentBackwardParams params{
       .walk = plan.walk,
-      .residence = residence(plan, scratch, counters),
+      .residence = residence(plan, scratch, barrier_workspace),
       .grad_y = args.grad_y,
       .x = args.x,
       .grad_x = args.grad_x,

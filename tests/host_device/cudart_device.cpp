@@ -10,7 +10,6 @@ using namespace host_device;  // NOLINT: these are the parts of one thing
 
 namespace {
 
-constexpr size_t kGlobalMemory = size_t{4} << 30;
 constexpr int kRegisters = 65536;
 constexpr int kCapability[] = {9, 0};
 
@@ -44,7 +43,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
   all.uuid.bytes[0] = static_cast<char>(device);
   all.major = kCapability[0];
   all.minor = kCapability[1];
-  all.totalGlobalMem = kGlobalMemory;
+  all.totalGlobalMem = global_memory();
   all.warpSize = 32;
   all.maxThreadsPerBlock = 1024;
   std::fill_n(all.maxThreadsDim, 2, 1024);
@@ -141,8 +140,8 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsig
 }
 
 cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
-  *total = kGlobalMemory;
-  *free = kGlobalMemory - std::min(kGlobalMemory, allocated(current_device()));
+  *total = global_memory();
+  *free = global_memory() - std::min(global_memory(), allocated(current_device()));
   return result(cudaSuccess);
 }
 

@@ -1,5 +1,6 @@
 // The runtime's entry points: captures and graphs.
 #include <algorithm>
+#include <map>
 #include <random>
 
 #include "host_device/state.h"
@@ -9,6 +10,7 @@ using namespace host_device;  // NOLINT: these are the parts of one thing
 
 struct CUgraphExec_st {
   Nodes nodes;
+  std::vector<std::shared_ptr<CUuserObject_st>> objects;
   unsigned launches = 0;
 };
 
@@ -131,7 +133,7 @@ cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t* nodes, size_t*
 }
 
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph, unsigned long long) {
-  *exec = new CUgraphExec_st{graph->nodes};
+  *exec = new CUgraphExec_st{graph->nodes, graph->objects};
   return result(cudaSuccess);
 }
 cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* exec, cudaGraph_t graph, unsigned long long flags) {
@@ -140,7 +142,45 @@ cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* exec, cudaGraph_t gra
 
 cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
   const unsigned seed = exec->launches++;
-  return result(enqueue(stream, {"a graph", current_device(), [nodes = exec->nodes, seed] { run_all(nodes, seed); }}));
+  return result(enqueue(stream, {"a graph", current_device(),
+                                 [nodes = exec->nodes, objects = exec->objects, seed] { run_all(nodes, seed); }}));
+}
+
+// References that the caller owns, until they are moved to a graph or released.
+std::map<cudaUserObject_t, std::shared_ptr<CUuserObject_st>>& owned_objects() {
+  static auto& all = *new std::map<cudaUserObject_t, std::shared_ptr<CUuserObject_st>>;
+  return all;
+}
+
+cudaError_t cudaUserObjectCreate(cudaUserObject_t* object, void* argument, cudaHostFn_t destroy, unsigned references,
+                                 unsigned flags) {
+  if (references != 1 || flags != cudaUserObjectNoDestructorSync) return result(cudaErrorInvalidValue);
+  const auto made = std::make_shared<CUuserObject_st>(argument, destroy);
+  const auto guard = lock();
+  owned_objects()[made.get()] = made;
+  *object = made.get();
+  return result(cudaSuccess);
+}
+
+cudaError_t cudaGraphRetainUserObject(cudaGraph_t graph, cudaUserObject_t object, unsigned references, unsigned flags) {
+  if (references != 1) return result(cudaErrorInvalidValue);
+  const auto guard = lock();
+  const auto found = owned_objects().find(object);
+  if (found == owned_objects().end()) return result(cudaErrorInvalidValue);
+  graph->objects.push_back(found->second);
+  if (flags == cudaGraphUserObjectMove) owned_objects().erase(found);
+  return result(cudaSuccess);
+}
+
+cudaError_t cudaUserObjectRelease(cudaUserObject_t object, unsigned references) {
+  if (references != 1) return result(cudaErrorInvalidValue);
+  std::shared_ptr<CUuserObject_st> last;  // calls back without the lock
+  const auto guard = lock();
+  const auto found = owned_objects().find(object);
+  if (found == owned_objects().end()) return result(cudaErrorInvalidValue);
+  last = found->second;
+  owned_objects().erase(found);
+  return result(cudaSuccess);
 }
 
 cudaError_t cudaGraphDestroy(cudaGraph_t graph) {

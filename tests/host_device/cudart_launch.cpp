@@ -53,11 +53,16 @@ cudaError_t launch(const void* function, dim3 grid, dim3 block, size_t dynamic, 
     return result(cudaErrorInvalidConfiguration);
   }
   if (dynamic > static_cast<size_t>(found->second.dynamic_bytes[device])) return result(cudaErrorInvalidValue);
-  if (cluster > static_cast<unsigned>(limits().max_cluster) || grid.x % cluster != 0) {
+  if (cluster > static_cast<unsigned>(std::max(limits().max_cluster, 1)) || grid.x % cluster != 0) {
     return result(cudaErrorInvalidClusterSize);
   }
+  if (cluster > 1 && refuses("clusters")) return result(cudaErrorInvalidClusterSize);
+  if (cluster > 1 && ptx_version() < 90) return unsupported("a cluster of a kernel that has no code for clusters");
+  if (dynamic > 0 && refuses("resources")) return result(cudaErrorLaunchOutOfResources);
   const int together = blocks_beside(static_cast<int>(block.x), dynamic) * limits().multiprocessors;
-  if (cooperative && grid.x > static_cast<unsigned>(together)) return result(cudaErrorCooperativeLaunchTooLarge);
+  if (cooperative && (grid.x > static_cast<unsigned>(together) || refuses("cooperative"))) {
+    return result(cudaErrorCooperativeLaunchTooLarge);
+  }
   const Geometry geometry{grid.x, block.x, cluster, dynamic, cooperative};
   const auto* first = static_cast<const char*>(arguments[0]);
   return result(enqueue(stream, {found->second.name, device,
@@ -138,7 +143,8 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* fu
   *attributes = {};
   attributes->maxThreadsPerBlock = 1024;
   attributes->maxDynamicSharedSizeBytes = found->second.dynamic_bytes[current_device()];
-  attributes->binaryVersion = attributes->ptxVersion = 90;
+  attributes->binaryVersion = 90;
+  attributes->ptxVersion = ptx_version();
   return result(cudaSuccess);
 }
 
@@ -163,6 +169,7 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const voi
 }
 
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*, const cudaLaunchConfig_t* config) {
+  if (refuses("clusters")) return result(cudaErrorInvalidClusterSize);
   unsigned size = 1;
   for (unsigned i = 0; i < config->numAttrs; ++i) {
     if (config->attrs[i].id == cudaLaunchAttributeClusterDimension) size = config->attrs[i].val.clusterDim.x;

@@ -31,7 +31,8 @@ extern "C" {
 
 cudaError_t cudaMalloc(void** memory, size_t bytes) {
   if (const cudaError_t error = forbid_in_capture("cudaMalloc"); error != cudaSuccess) return result(error);
-  *memory = allocate(current_device(), bytes);
+  const bool fits = bytes <= global_memory() && allocated(current_device()) <= global_memory() - bytes;
+  *memory = fits ? allocate(current_device(), bytes) : nullptr;
   return result(*memory != nullptr ? cudaSuccess : cudaErrorMemoryAllocation);
 }
 

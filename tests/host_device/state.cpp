@@ -26,13 +26,28 @@ const bnk::DeviceLimits& limits() {
                                      .shared_per_block = 227 << 10,
                                      .shared_reserved = 1 << 10,
                                      .cooperative_launch = true,
-                                     .max_cluster = 8};
+                                     .max_cluster = number("HOST_DEVICE_MAX_CLUSTER", 8)};
   return all;
 }
 
 int most_blocks_beside() {
   static const int most = number("HOST_DEVICE_BLOCKS_BESIDE", limits().max_blocks_per_multiprocessor);
   return most;
+}
+
+size_t global_memory() {
+  static const size_t megabytes = static_cast<size_t>(number("HOST_DEVICE_MEMORY_MB", 4096));
+  return megabytes << 20;
+}
+
+bool refuses(const char* what) {
+  const char* all = std::getenv("HOST_DEVICE_REFUSES");
+  return all != nullptr && std::string(all).find(what) != std::string::npos;
+}
+
+int ptx_version() {
+  static const int version = number("HOST_DEVICE_PTX", 90);
+  return version;
 }
 
 int current_device() { return device; }

@@ -13,12 +13,24 @@ namespace host_device {
 inline constexpr int kDevices = 2;  // so that work which goes to the wrong one is seen
 
 // As a Hopper GPU's, but for its few multiprocessors: small tensors meet every kind of group of blocks.
-// HOST_DEVICE_MULTIPROCESSORS overrides their number.
+// HOST_DEVICE_MULTIPROCESSORS overrides their number, HOST_DEVICE_MAX_CLUSTER the largest cluster (0: no clusters).
 const bnk::DeviceLimits& limits();
 
 // What a multiprocessor holds at the same time, whatever the limits say: HOST_DEVICE_BLOCKS_BESIDE. On a GPU it may be
 // fewer for registers, or as a driver or other processes take a share.
 int most_blocks_beside();
+
+// Bytes of memory of each device: HOST_DEVICE_MEMORY_MB (4096).
+size_t global_memory();
+
+// What this device refuses though its limits allow it: a word in HOST_DEVICE_REFUSES (comma-separated).
+//   cooperative    every cooperative launch, as a green context of few multiprocessors does
+//   clusters       every cluster, when asked how many fit and when launched
+//   resources      every launch of a persistent kernel, as registers of an instrumented kernel can
+bool refuses(const char* what);
+
+// The architecture whose PTX the kernels were compiled from: HOST_DEVICE_PTX (90). The machine code is always sm_90's.
+int ptx_version();
 
 // The calling thread's device.
 int current_device();

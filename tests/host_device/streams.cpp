@@ -39,6 +39,7 @@ bool is_legacy(const CUstream_st* stream) { return streams().legacy[stream->devi
 void run(Work& work) {
   if (work.task.run && !has_faulted()) work.task.run();
   work.when = std::chrono::steady_clock::now();
+  work.task.run = {};  // what it holds may be freed: memory, a graph's user objects
   const auto guard = lock();
   work.after.clear();
   work.done = true;

@@ -51,8 +51,20 @@ struct CUevent_st {
   host_device::Nodes ends{};
 };
 
+// Calls back when the last reference is gone: the caller's, those of graphs, and those of launches that are not over.
+struct CUuserObject_st {
+  void* argument;
+  cudaHostFn_t destroy;
+
+  CUuserObject_st(void* argument, cudaHostFn_t destroy) : argument(argument), destroy(destroy) {}
+  CUuserObject_st(const CUuserObject_st&) = delete;
+  CUuserObject_st& operator=(const CUuserObject_st&) = delete;
+  ~CUuserObject_st() { destroy(argument); }
+};
+
 struct CUgraph_st {
   host_device::Nodes nodes;  // in the order of their capture
+  std::vector<std::shared_ptr<CUuserObject_st>> objects{};
 };
 
 namespace host_device {

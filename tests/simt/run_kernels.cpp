@@ -19,8 +19,8 @@
 //   last_blocks                          how many of each grid's blocks are run, from its end
 //   co_resident                          blocks of a resident launch that run at a time; without it all do
 //   without                              LAUNCH:FILE:LINE, a barrier that one launch of the sequence does not keep; or `all`
-//   workspace                            a name for the counters of group barriers. They are 0 when the name is new, and
-//                                        when more are needed than there were; else as the last request left them
+//   workspace                            a name for the barrier workspace: zero when the name is new, else as the last
+//                                        request left it
 //
 // The answer is lines of text, then the bytes of the tensors of mode `inout` and `out`, in order:
 //
@@ -31,8 +31,8 @@
 //                                        FILE:LINE, each followed by a comma, then a dash; and its traffic
 //   done
 //
-// Traffic that is not the same in every run is a difference too. Counters that a run of the resident path leaves in another
-// state than the next one needs are a fault.
+// Traffic that is not the same in every run is a difference too. Barrier words that a run of the resident path leaves in
+// another state than the next one needs are a fault.
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -182,7 +182,7 @@ bnk::Epilogue epilogue_of(const Request& request) {
 }
 
 void run_sequence(const Request& request, const bnk::StreamingPlan& plan,
-                  const std::optional<bnk::ResidentPlan>& resident, simt::Buffer& scratch, simt::Buffer& counters,
+                  const std::optional<bnk::ResidentPlan>& resident, simt::Buffer& scratch, simt::Buffer& workspace,
                   HostExecutor& executor) {
   scratch.poison();
   if (request.operation.starts_with("sync_")) {
@@ -203,7 +203,7 @@ void run_sequence(const Request& request, const bnk::StreamingPlan& plan,
                                      .invstd = request.vector("invstd"),
                                      .epilogue = epilogue_of(request)};
     if (resident) {
-      bnk::resident::forward_train(args, *resident, scratch.device<double>(), counters.device<unsigned>(), executor);
+      bnk::resident::forward_train(args, *resident, scratch.device<double>(), workspace.device<void>(), executor);
     } else {
       bnk::streaming::forward_train(args, plan, scratch.device<double>(), executor);
     }
@@ -234,7 +234,7 @@ void run_sequence(const Request& request, const bnk::StreamingPlan& plan,
                                  .relu_low = request.vector("relu_low"),
                                  .relu_high = request.vector("relu_high")};
     if (resident && args.grad_x != nullptr) {
-      bnk::resident::backward(args, *resident, scratch.device<double>(), counters.device<unsigned>(), executor);
+      bnk::resident::backward(args, *resident, scratch.device<double>(), workspace.device<void>(), executor);
     } else {
       bnk::streaming::backward(args, plan, scratch.device<double>(), executor);
     }
@@ -264,25 +264,28 @@ std::string difference(const Request& request, const std::vector<std::vector<cha
   return first_executor.lines == executor.lines ? "" : "traffic 0";
 }
 
-// The counters of a request's workspace, at least so many: csrc/cuda/counters.cpp in small.
-simt::Buffer& counters_of(const Request& request, size_t count) {
+// A request's barrier workspace: csrc/cuda/barrier_workspace.cpp in small.
+simt::Buffer& barrier_workspace_of(const Request& request) {
   static std::map<std::string, std::unique_ptr<simt::Buffer>> all;
   const auto named = request.options.find("workspace");
   const std::string name = named == request.options.end() ? "" : "." + named->second;
   std::unique_ptr<simt::Buffer>& buffer = all[name];
-  const size_t bytes = count * sizeof(unsigned);
-  if (name.empty() || !buffer || buffer->bytes() < bytes) {
-    buffer = std::make_unique<simt::Buffer>("counters" + name, bytes);
-    std::fill_n(buffer->host<unsigned>(), count, 0u);
+  constexpr size_t kBytes = size_t{bnk::kBarrierWords} * bnk::kBarrierWordBytes;
+  if (name.empty() || !buffer) {
+    buffer = std::make_unique<simt::Buffer>("barrier_words" + name, kBytes);
+    std::fill_n(buffer->host<char>(), kBytes, char{0});
   }
   return *buffer;
 }
 
-// Empty if every counter is 0 but for its top bit, as a launch must find them.
-std::string not_at_rest(const simt::Buffer& counters) {
-  const auto* values = counters.host<unsigned>();
-  for (size_t i = 0; i < counters.bytes() / sizeof(unsigned); ++i) {
-    if (values[i] << 1 != 0) return "counter " + std::to_string(i) + " is left at " + std::to_string(values[i]);
+// Empty if every barrier word is in its state between launches (BarrierWord, in kernels/resident.cuh).
+std::string not_at_rest(const simt::Buffer& workspace) {
+  const auto* words = workspace.host<bnk::BarrierWord>();
+  for (int i = 0; i < bnk::kBarrierWords; ++i) {
+    const unsigned value = words[i].value;
+    if ((i == 0 ? value : value << 1) != 0) {
+      return "barrier word " + std::to_string(i) + " is left at " + std::to_string(value);
+    }
   }
   return "";
 }
@@ -321,8 +324,8 @@ void answer(Request& request) {
   const bool huge = scratch_bytes >> 30 != 0;
   simt::Buffer scratch("scratch", scratch_bytes, 0,
                        huge ? simt::Buffer::Storage::kSparse : simt::Buffer::Storage::kDense);
-  // Every run finds the counters as the one before has left them.
-  simt::Buffer& counters = counters_of(request, static_cast<size_t>(resident ? bnk::resident::counters(*resident) : 0));
+  // Every run finds the barrier words as the one before has left them.
+  simt::Buffer& workspace = barrier_workspace_of(request);
   const auto first_seed = static_cast<uint64_t>(request.integer("first_seed", 0));
   const auto seeds = static_cast<uint64_t>(request.integer("seeds", 1));
   std::vector<std::vector<char>> first;
@@ -330,8 +333,8 @@ void answer(Request& request) {
   for (uint64_t seed = first_seed; seed < first_seed + seeds; ++seed) {
     for (Tensor& tensor : request.tensors) tensor.reset();
     auto executor = std::make_unique<HostExecutor>(request, seed);
-    run_sequence(request, plan, resident, scratch, counters, *executor);
-    if (executor->fault.empty()) executor->fault = not_at_rest(counters);
+    run_sequence(request, plan, resident, scratch, workspace, *executor);
+    if (executor->fault.empty()) executor->fault = not_at_rest(workspace);
     if (!executor->fault.empty()) {
       for (char& c : executor->fault) c = c == '\n' ? '|' : c;
       std::cout << "fault " << seed << ' ' << executor->count - 1 << ' ' << executor->fault << std::endl;

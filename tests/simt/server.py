@@ -53,7 +53,7 @@ class How:
     co_resident: int | None = None
     """Blocks of the resident path that run at a time, fewer than all."""
     workspace: str | None = None
-    """A name for the counters of group barriers, which the next call of that name finds as this one left them."""
+    """A name for the barrier workspace, which the next call of that name finds as this one left them."""
     last_blocks: int | None = None
     """How many blocks of each grid run, from its end; all others do nothing."""
     without: tuple[int | None, str] | None = None

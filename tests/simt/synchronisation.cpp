@@ -177,8 +177,15 @@ void Grid::group_barrier(unsigned* counter, unsigned members, unsigned rank, con
 bool Grid::last_to_arrive(unsigned* counter, unsigned count, const Site& site) {
   auto* real = static_cast<unsigned*>(checked_write(counter, sizeof *counter, sizeof *counter, site));
   release(real);
-  const bool last = *real >= count - 1;
-  *real = last ? 0 : *real + 1;
+  const unsigned before = *real;
+  // PTX's atom.inc wraps at any value above its bound as well, without a caller that is the last.
+  if (before > count - 1) {
+    fault("last_to_arrive finds its counter at " + std::to_string(before) +
+              ", above count - 1 = " + std::to_string(count - 1),
+          site);
+  }
+  const bool last = before == count - 1;
+  *real = last ? 0 : before + 1;
   pause(State::kReady, site);
   if (last) acquire(real);
   return last;

@@ -1,0 +1,126 @@
+#include "barrier_workspace.h"
+
+#include <map>
+#include <memory>
+#include <mutex>
+#include <tuple>
+
+namespace bnk::cuda {
+namespace {
+
+constexpr int64_t kWorkspaceBytes = int64_t{kBarrierWords} * kBarrierWordBytes;
+constexpr int64_t kWorkspacesAtOnce = (int64_t{1} << 20) / kWorkspaceBytes;  // one megabyte
+
+// Whose launches run one after the other.
+struct Key {
+  int device;
+  unsigned long long stream;   // its ID, which unlike its handle is not reused
+  unsigned long long capture;  // 0: none
+
+  bool operator<(const Key& other) const {
+    return std::tie(device, stream, capture) < std::tie(other.device, other.stream, other.capture);
+  }
+};
+
+// The mutex is never held across a call of CUDA: the callback that returns a workspace runs on a thread of the driver.
+class Workspaces {
+ public:
+  // Null if the key has none.
+  void* find(const Key& key) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = used_.find(key);
+    return found == used_.end() ? nullptr : found->second;
+  }
+
+  // The key's; a free one becomes the key's. Null if none is free.
+  void* take(const Key& key) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (const auto found = used_.find(key); found != used_.end()) return found->second;
+    std::vector<void*>& free = free_[key.device];
+    if (free.empty()) return nullptr;
+    void* workspace = free.back();
+    free.pop_back();
+    used_[key] = workspace;
+    return workspace;
+  }
+
+  void give_back(const Key& key) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = used_.find(key);
+    free_[key.device].push_back(found->second);
+    used_.erase(found);
+  }
+
+  void add(int device, void* memory, int64_t count) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (int64_t i = count; i-- > 0;) free_[device].push_back(static_cast<char*>(memory) + i * kWorkspaceBytes);
+    allocated_[device].emplace_back(memory, count);
+  }
+
+  std::vector<std::pair<void*, int64_t>> allocated(int device) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return allocated_[device];
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<Key, void*> used_;
+  std::map<int, std::vector<void*>> free_;  // by device
+  std::map<int, std::vector<std::pair<void*, int64_t>>> allocated_;
+};
+
+// Outlives static destruction, when the driver may still call back.
+Workspaces& workspaces() {
+  static Workspaces& all = *new Workspaces;
+  return all;
+}
+
+void on_graph_destroyed(void* argument) {
+  const std::unique_ptr<Key> key(static_cast<Key*>(argument));
+  workspaces().give_back(*key);
+}
+
+// Has the graph that is being captured give the key's workspace back when it is destroyed.
+cudaError_t tie_to_graph(const Key& key, cudaGraph_t graph) {
+  auto argument = std::make_unique<Key>(key);
+  cudaUserObject_t object = nullptr;
+  cudaError_t error =
+      cudaUserObjectCreate(&object, argument.get(), on_graph_destroyed, 1, cudaUserObjectNoDestructorSync);
+  if (error != cudaSuccess) {
+    workspaces().give_back(key);
+    return error;
+  }
+  (void)argument.release();  // it is the object's now
+  error = cudaGraphRetainUserObject(graph, object, 1, cudaGraphUserObjectMove);
+  if (error != cudaSuccess) (void)cudaUserObjectRelease(object, 1);
+  return error;
+}
+
+}  // namespace
+
+cudaError_t barrier_workspace_for(cudaStream_t stream, Host& host, void** workspace) {
+  Key key{};
+  cudaError_t error = cudaGetDevice(&key.device);
+  if (error != cudaSuccess) return error;
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  cudaGraph_t graph = nullptr;
+#if CUDART_VERSION >= 13000
+  error = cudaStreamGetCaptureInfo(stream, &status, &key.capture, &graph);
+#else
+  error = cudaStreamGetCaptureInfo_v2(stream, &status, &key.capture, &graph);
+#endif
+  if (error != cudaSuccess) return error;
+  const bool is_captured = status == cudaStreamCaptureStatusActive;
+  if (!is_captured) key.capture = 0;
+  if ((error = cudaStreamGetId(stream, &key.stream)) != cudaSuccess) return error;
+
+  if ((*workspace = workspaces().find(key)) != nullptr) return cudaSuccess;
+  while ((*workspace = workspaces().take(key)) == nullptr) {
+    workspaces().add(key.device, host.zeros(kWorkspacesAtOnce * kWorkspaceBytes), kWorkspacesAtOnce);
+  }
+  return is_captured ? tie_to_graph(key, graph) : cudaSuccess;
+}
+
+std::vector<std::pair<void*, int64_t>> barrier_workspaces(int device) { return workspaces().allocated(device); }
+
+}  // namespace bnk::cuda
