@@ -1,7 +1,7 @@
 """Random sequences of calls (tests/sequences.py): no launch depends on what an earlier one has left behind.
 
-A case alone finds fresh memory. These found what cases alone do not: a barrier word whose meaning changed from one launch
-to the next, which let a batch go uncounted and the launch after it wait for ever.
+A case alone finds fresh memory. These found what cases alone do not: a barrier word whose meaning changed from one
+launch to the next, which let a batch go uncounted and the launch after it wait for ever.
 """
 
 from __future__ import annotations

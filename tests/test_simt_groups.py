@@ -63,9 +63,9 @@ def test_launches_of_different_groups_on_one_workspace(servers: Servers, name: s
 
 
 def test_an_aborted_launch_takes_its_workspace_with_it(plain: Server) -> None:
-    """A fault in the middle of a launch leaves its barrier words anywhere, and no launch on them passes for a good one: it
-    is stuck, its results are wrong, or they are right and the words once more no state for a next launch. Each is
-    seen; and on another workspace all is well. (A failed launch on a GPU ends its context, and its workspaces with it.)"""
+    """A fault in the middle of a launch leaves barrier words in any state. A launch that finds them so is stuck, has
+    wrong results, or leaves them in a wrong state again: each is reported. Launches on another workspace are correct.
+    (A failed launch on a GPU ends its context, and its workspaces with it.)"""
     inputs = make(SHAPE, PAIR)
     resident = plan("channels_first", SHAPE, PAIR[0], 3, 1)
     good = plain.call(inputs, How(resident=resident), channels_last=False)
