@@ -1,4 +1,4 @@
-// Launches of the resident path.
+// Launches of the resident path. Its kernels are compiled in persistent_*.cu.
 #include <mutex>
 #include <set>
 #include <utility>

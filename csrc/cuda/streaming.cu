@@ -1,5 +1,5 @@
-// Launches of the streaming path, whole and in the steps between which ranks exchange: both are made of the same kernels,
-// which are so compiled once.
+// Launches of the streaming path, whole and in the steps between which ranks exchange: both are made of the same kernels.
+// Those that are templates are compiled in two_pass_*.cu.
 #include "../paths/streaming.h"
 #include "../paths/sync.h"
 #include "launchers.h"

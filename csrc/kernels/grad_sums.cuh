@@ -1,9 +1,5 @@
-// Backward, the sums. With g = grad_y, as its gate lets it through, and xhat = (x - mean) * invstd, in two
-// kernels:
-//
-//   grad_sums_kernel    each block sums g and g*xhat over each of its shares into a partial
-//   finish_grad_sums    joins a channel's partials in chunk order:  grad_bias = sum(g),  grad_weight = sum(g*xhat),
-//                       and leaves both over n for grad_input
+// Backward, the sums: each block sums g and g*xhat over each of its shares into a partial, where g = grad_y, as its gate lets
+// it through, and xhat = (x - mean) * invstd. finish_grad_sums joins the partials (finish.cuh).
 //
 // A thread sums a tile of a few windows in the elements' compute type and the tiles in double.
 #pragma once
@@ -88,26 +84,6 @@ grad_sums_kernel(GradSumsParams params) {
 
     store_share(params.partial, params.walk, share, total, slots);
   }
-}
-
-struct FinishGradSumsParams {
-  Finish finish;
-  const double* partial;
-  double elements_per_channel;
-  PerChannel grad_weight;  // or null
-  PerChannel grad_bias;    // or null
-  PerChannel mean_g;       // double, or null
-  PerChannel mean_g_xhat;  // double, or null
-};
-
-static BNK_KERNEL(kMaxBlockThreads) finish_grad_sums(FinishGradSumsParams params) {
-  BNK_SHARED(Sums, slots, (kReduceSlots<1, kWarpThreads>));
-  finish_channels<Sums>(params.finish, params.partial, slots, [&](int64_t channel, const Sums& all) {
-    write(params.grad_bias, channel, all.first);
-    write(params.grad_weight, channel, all.second);
-    write(params.mean_g, channel, all.first / params.elements_per_channel);
-    write(params.mean_g_xhat, channel, all.second / params.elements_per_channel);
-  });
 }
 
 }  // namespace bnk

@@ -1,15 +1,12 @@
-// Forward training, the statistics (Ioffe & Szegedy 2015, Algorithm 1, lines 1 and 2), in two kernels.
+// Forward training, the statistics (Ioffe & Szegedy 2015, Algorithm 1, lines 1 and 2): each block joins the moments of each
+// of its shares of x into a partial. finish_statistics joins the partials (finish.cuh).
 //
-//   statistics_kernel   each block joins the moments of each of its shares of x into a partial
-//   finish_statistics   joins a channel's partials in chunk order, and writes what they become (statistics_results.cuh)
-//
-// Every partial, every statistic and the counter is written by exactly one thread.
+// Every partial and the counter is written by exactly one thread.
 #pragma once
 
 #include "block_reduce.cuh"
 #include "moments.cuh"
 #include "partials.cuh"
-#include "statistics_results.cuh"
 #include "tiles.cuh"
 
 namespace bnk {
@@ -87,21 +84,6 @@ statistics_kernel(StatisticsParams params) {
 
     store_share(params.partial, params.walk, share, total, slots);
   }
-}
-
-struct FinishStatisticsParams {
-  Finish finish;
-  const double* partial;
-  const int64_t* num_batches_tracked;  // read if cumulative
-  StatisticsResults results;
-};
-
-static BNK_KERNEL(kMaxBlockThreads) finish_statistics(FinishStatisticsParams params) {
-  BNK_SHARED(Moments, slots, (kReduceSlots<1, kWarpThreads>));
-  const int64_t batches = params.results.cumulative ? load(params.num_batches_tracked) : 0;
-  finish_channels<Moments>(params.finish, params.partial, slots, [&](int64_t channel, const Moments& all) {
-    write_statistics(params.results, channel, all, running_factor(params.results, batches));
-  });
 }
 
 }  // namespace bnk

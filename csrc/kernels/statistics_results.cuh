@@ -19,6 +19,19 @@ struct StatisticsResults {
   PerChannel running_var;   // or null
 };
 
+template <typename Args>
+StatisticsResults results_of(const Args& args) {
+  return {
+      .momentum = args.momentum,
+      .cumulative = args.cumulative,
+      .eps = args.eps,
+      .mean = args.mean,
+      .invstd = args.invstd,
+      .running_mean = args.running_mean,
+      .running_var = args.running_var,
+  };
+}
+
 // count: of batches, this one among them. Looked at if the average is cumulative.
 BNK_DEVICE double running_factor(const StatisticsResults& results, int64_t count) {
   return results.cumulative ? 1 / static_cast<double>(count) : results.momentum;

@@ -30,22 +30,23 @@ void with_dtype(Dtype dtype, const Body& body) {
   }
 }
 
-// Calls body(LayoutTag<kLayout>).
+// Returns body(LayoutTag<kLayout>), of the layouts that both paths have.
 template <typename Body>
-void with_layout(Layout layout, const Body& body) {
-  switch (layout) {
-    case Layout::kChannelsFirst:
-      return body(LayoutTag<Layout::kChannelsFirst>());
-    case Layout::kChannelsLast:
-      return body(LayoutTag<Layout::kChannelsLast>());
-    case Layout::kPacked:
-      return body(LayoutTag<Layout::kPacked>());
-  }
+auto with_unpacked_layout(Layout layout, const Body& body) {
+  if (layout == Layout::kChannelsLast) return body(LayoutTag<Layout::kChannelsLast>());
+  return body(LayoutTag<Layout::kChannelsFirst>());
 }
 
-// Calls body(std::true_type()) or body(std::false_type()).
+// The same of any layout.
 template <typename Body>
-void with_flag(bool flag, const Body& body) {
+auto with_layout(Layout layout, const Body& body) {
+  if (layout == Layout::kPacked) return body(LayoutTag<Layout::kPacked>());
+  return with_unpacked_layout(layout, body);
+}
+
+// Returns body(std::true_type()) or body(std::false_type()).
+template <typename Body>
+auto with_flag(bool flag, const Body& body) {
   if (flag) return body(std::true_type());
   return body(std::false_type());
 }

@@ -1,10 +1,9 @@
 // The resident path: one launch a call, over any executor (as streaming.h is).
 #pragma once
 
-#include "../kernels/resident_backward.cuh"
-#include "../kernels/resident_forward.cuh"
+#include "../plan.h"
 #include "dispatch.h"
-#include "streaming.h"
+#include "kernels.h"
 
 namespace bnk::resident {
 
@@ -28,12 +27,6 @@ inline Residence residence(const ResidentPlan& plan, double* scratch, void* barr
           plan.divided, plan.join_lanes, scratch,     static_cast<BarrierWord*>(barrier_workspace)};
 }
 
-// Calls body(TypeTag<T>, LayoutTag<kLayout>) with those of the plan.
-template <typename Body>
-void with_types(Dtype dtype, const ResidentPlan& plan, const Body& body) {
-  with_dtype(dtype, [&](auto type) { with_layout(plan.walk.layout, [&](auto layout) { body(type, layout); }); });
-}
-
 template <typename Executor>
 void forward_train(const ForwardTrainArgs& args, const ResidentPlan& plan, double* scratch, void* barrier_workspace,
                    Executor& executor) {
@@ -45,14 +38,12 @@ void forward_train(const ForwardTrainArgs& args, const ResidentPlan& plan, doubl
       .weight = args.weight,
       .bias = args.bias,
       .num_batches_tracked = args.num_batches_tracked,
-      .results = streaming::results_of(args),
+      .results = results_of(args),
       .epilogue = args.epilogue,
   };
-  with_types(args.problem.dtype, plan, [&](auto type, auto layout) {
+  with_dtype(args.problem.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    with_flag(args.epilogue.is_there(), [&](auto fused) {
-      executor.launch(plan, resident_forward_kernel<T, decltype(layout)::value, decltype(fused)::value>, params);
-    });
+    executor.launch(plan, resident_forward_of<T>(plan.walk.layout, args.epilogue.is_there()), params);
   });
 }
 
@@ -79,11 +70,9 @@ void backward(const BackwardArgs& args, const ResidentPlan& plan, double* scratc
       .relu_low = args.relu_low,
       .relu_high = args.relu_high,
   };
-  with_types(args.problem.dtype, plan, [&](auto type, auto layout) {
+  with_dtype(args.problem.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    with_flag(args.behind_relu(), [&](auto gated) {
-      executor.launch(plan, resident_backward_kernel<T, decltype(layout)::value, decltype(gated)::value>, params);
-    });
+    executor.launch(plan, resident_backward_of<T>(plan.walk.layout, args.behind_relu()), params);
   });
 }
 

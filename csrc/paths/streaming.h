@@ -4,12 +4,10 @@
 // in tests/simt runs it on the host. What is checked without a GPU is so this very sequence.
 #pragma once
 
-#include "../kernels/grad_input.cuh"
-#include "../kernels/grad_sums.cuh"
-#include "../kernels/normalize.cuh"
-#include "../kernels/statistics.cuh"
+#include "../kernels/finish.cuh"
 #include "../plan.h"
 #include "dispatch.h"
+#include "kernels.h"
 
 namespace bnk::streaming {
 
@@ -24,29 +22,8 @@ inline int64_t backward_scratch(const StreamingPlan& plan) {
   return (kFields<Sums> * plan.walk.chunks + 2) * plan.walk.channels;
 }
 
-// Calls body(TypeTag<T>, LayoutTag<kLayout>) with those of the problem.
-template <typename Body>
-void with_types(const Problem& problem, const Body& body) {
-  with_dtype(problem.dtype, [&](auto type) {
-    if (problem.channels_last()) {
-      body(type, LayoutTag<Layout::kChannelsLast>());
-    } else {
-      body(type, LayoutTag<Layout::kChannelsFirst>());
-    }
-  });
-}
-
-template <typename Args>
-StatisticsResults results_of(const Args& args) {
-  return {
-      .momentum = args.momentum,
-      .cumulative = args.cumulative,
-      .eps = args.eps,
-      .mean = args.mean,
-      .invstd = args.invstd,
-      .running_mean = args.running_mean,
-      .running_var = args.running_var,
-  };
+inline Layout layout_of(const Problem& problem) {
+  return problem.channels_last() ? Layout::kChannelsLast : Layout::kChannelsFirst;
 }
 
 // By the mean and invstd of a batch.
@@ -108,14 +85,12 @@ void forward_train(const ForwardTrainArgs& args, const StreamingPlan& plan, doub
       .results = results_of(args),
   };
   const NormalizeParams normalize = normalize_by(args, plan, args.epilogue);
-  with_types(args.problem, [&](auto type, auto layout) {
+  const Layout layout = layout_of(args.problem);
+  with_dtype(args.problem.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    constexpr Layout kLayout = decltype(layout)::value;
-    executor.launch(plan.walk_launch, statistics_kernel<T, kLayout>, statistics);
+    executor.launch(plan.walk_launch, statistics_of<T>(layout), statistics);
     executor.launch(plan.finish_launch, finish_statistics, finish);
-    with_flag(args.epilogue.is_there(), [&](auto fused) {
-      executor.launch(plan.walk_launch, normalize_kernel<T, kLayout, decltype(fused)::value>, normalize);
-    });
+    executor.launch(plan.walk_launch, normalize_of<T>(layout, args.epilogue.is_there()), normalize);
   });
 }
 
@@ -135,12 +110,9 @@ void forward_eval(const ForwardEvalArgs& args, const StreamingPlan& plan, Execut
       .invstd_out = args.invstd,
       .epilogue = args.epilogue,
   };
-  with_types(args.problem, [&](auto type, auto layout) {
+  with_dtype(args.problem.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    constexpr Layout kLayout = decltype(layout)::value;
-    with_flag(args.epilogue.is_there(), [&](auto fused) {
-      executor.launch(plan.walk_launch, normalize_kernel<T, kLayout, decltype(fused)::value>, normalize);
-    });
+    executor.launch(plan.walk_launch, normalize_of<T>(layout_of(args.problem), args.epilogue.is_there()), normalize);
   });
 }
 
@@ -165,17 +137,15 @@ void backward(const BackwardArgs& args, const StreamingPlan& plan, double* scrat
       .mean_g_xhat = mean_g_xhat,
   };
   const GradInputParams input = grad_input_by(args, plan, mean_g, mean_g_xhat, args.training, relu);
-  with_types(args.problem, [&](auto type, auto layout) {
+  const Layout layout = layout_of(args.problem);
+  const bool gated = args.behind_relu();
+  with_dtype(args.problem.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    constexpr Layout kLayout = decltype(layout)::value;
-    with_flag(args.behind_relu(), [&](auto gated) {
-      constexpr bool kGated = decltype(gated)::value;
-      if (needs_sums) {
-        executor.launch(plan.walk_launch, grad_sums_kernel<T, kLayout, kGated>, sums);
-        executor.launch(plan.finish_launch, finish_grad_sums, finish);
-      }
-      if (args.grad_x != nullptr) executor.launch(plan.walk_launch, grad_input_kernel<T, kLayout, kGated>, input);
-    });
+    if (needs_sums) {
+      executor.launch(plan.walk_launch, grad_sums_of<T>(layout, gated), sums);
+      executor.launch(plan.finish_launch, finish_grad_sums, finish);
+    }
+    if (args.grad_x != nullptr) executor.launch(plan.walk_launch, grad_input_of<T>(layout, gated), input);
   });
 }
 

@@ -19,9 +19,9 @@ void statistics(const StatisticsArgs& args, const StreamingPlan& plan, double* s
   const StatisticsParams statistics{plan.walk, args.x, scratch, nullptr};
   const FinishMomentsParams finish{plan.finish, scratch, static_cast<double>(args.problem.elements_per_channel()),
                                    args.row};
-  streaming::with_types(args.problem, [&](auto type, auto layout) {
+  with_dtype(args.problem.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    executor.launch(plan.walk_launch, statistics_kernel<T, decltype(layout)::value>, statistics);
+    executor.launch(plan.walk_launch, statistics_of<T>(streaming::layout_of(args.problem)), statistics);
     executor.launch(plan.finish_launch, finish_moments, finish);
   });
 }
@@ -32,7 +32,7 @@ void join_statistics(const JoinStatisticsArgs& args, Launch launch, Executor& ex
       .channels = args.channels,
       .rows = args.rows,
       .num_batches_tracked = args.num_batches_tracked,
-      .results = streaming::results_of(args),
+      .results = results_of(args),
       .count = args.count,
   };
   executor.launch(launch, bnk::join_statistics, params);
@@ -41,9 +41,9 @@ void join_statistics(const JoinStatisticsArgs& args, Launch launch, Executor& ex
 template <typename Executor>
 void normalize(const NormalizeArgs& args, const StreamingPlan& plan, Executor& executor) {
   const NormalizeParams params = streaming::normalize_by(args, plan);
-  streaming::with_types(args.problem, [&](auto type, auto layout) {
+  with_dtype(args.problem.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    executor.launch(plan.walk_launch, normalize_kernel<T, decltype(layout)::value, false>, params);
+    executor.launch(plan.walk_launch, normalize_of<T>(streaming::layout_of(args.problem), false), params);
   });
 }
 
@@ -59,9 +59,9 @@ void grad_sums(const GradSumsArgs& args, const StreamingPlan& plan, double* scra
       .mean_g = {args.row, Dtype::kFloat64},
       .mean_g_xhat = {args.row + args.problem.channels, Dtype::kFloat64},
   };
-  streaming::with_types(args.problem, [&](auto type, auto layout) {
+  with_dtype(args.problem.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    executor.launch(plan.walk_launch, grad_sums_kernel<T, decltype(layout)::value, false>, sums);
+    executor.launch(plan.walk_launch, grad_sums_of<T>(streaming::layout_of(args.problem), false), sums);
     executor.launch(plan.finish_launch, finish_grad_sums, finish);
   });
 }
@@ -75,9 +75,9 @@ void grad_input(const GradInputArgs& args, const StreamingPlan& plan, Launch joi
   const PerChannel mean_g_xhat{scratch + args.problem.channels, Dtype::kFloat64};
   const GradInputParams input = streaming::grad_input_by(args, plan, mean_g, mean_g_xhat, true);
   executor.launch(join, join_grad_sums, means);
-  streaming::with_types(args.problem, [&](auto type, auto layout) {
+  with_dtype(args.problem.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    executor.launch(plan.walk_launch, grad_input_kernel<T, decltype(layout)::value, false>, input);
+    executor.launch(plan.walk_launch, grad_input_of<T>(streaming::layout_of(args.problem), false), input);
   });
 }
 

@@ -43,6 +43,7 @@
 #include <string>
 #include <vector>
 
+#include "paths/instantiate.h"
 #include "paths/resident.h"
 #include "paths/streaming.h"
 #include "simt/engine.h"
