@@ -11,8 +11,6 @@ constexpr int kMinJoinLanes = 4;
 // A walker counts the units of its share in 32 bits, and may step past its end once.
 constexpr int64_t kMaxChunkSize = int64_t{1} << 30;
 
-Divisor divisor(int64_t value) { return {value, 1 / static_cast<double>(value)}; }
-
 // Windows that cover a row: of the least number if every row starts on a vector boundary, else wherever it starts.
 int64_t windows_per_row(const Problem& problem, bool aligned) {
   const int vector = vector_elements(problem.dtype);
@@ -21,6 +19,8 @@ int64_t windows_per_row(const Problem& problem, bool aligned) {
 }
 
 }  // namespace
+
+Divisor make_divisor(int64_t value) { return {value, 1 / static_cast<double>(value)}; }
 
 int power_of_two_at_least(int64_t value, int limit) {
   int power = 1;
@@ -49,7 +49,7 @@ Walk make_walk(const Problem& problem, Layout layout, int lanes, bool aligned, i
   walk.chunks = ceil_div(units, walk.chunk_size);
   if (layout == Layout::kChannelsFirst) {
     const int64_t windows = windows_per_row(problem, aligned);
-    walk.windows = divisor(windows);
+    walk.windows = make_divisor(windows);
     walk.step_rows = block / windows;
     walk.step_windows = block % windows;
     walk.lanes = 1;
@@ -58,7 +58,7 @@ Walk make_walk(const Problem& problem, Layout layout, int lanes, bool aligned, i
     walk.lanes = lanes;
     walk.slab_channels = static_cast<int>(lanes * vector_elements(problem.dtype) / problem.inner);
   }
-  walk.slabs = divisor(ceil_div(problem.channels, walk.slab_channels));
+  walk.slabs = make_divisor(ceil_div(problem.channels, walk.slab_channels));
   return walk;
 }
 

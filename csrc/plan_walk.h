@@ -10,6 +10,8 @@ inline constexpr int64_t kMaxGrid = 0x7fffffff;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
+Divisor make_divisor(int64_t value);
+
 // The least power of two >= value, or `limit`, a power of two, if that is less.
 int power_of_two_at_least(int64_t value, int limit);
 

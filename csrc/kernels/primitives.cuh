@@ -22,14 +22,15 @@
 //   block_barrier()                    every thread of the block arrives before any leaves; orders shared and global
 //                                      memory among them
 //   shuffle_xor(double, mask)          the value of lane (lane ^ mask); every lane of the warp takes part
-//   group_barrier(counter, members, rank)
-//                                      every thread of a group of blocks, `rank` of `members` in each, arrives before any
+//   group_barrier(word, members, rank) every thread of a group of blocks, `rank` of `members` in each, arrives before any
 //                                      leaves; orders shared and global memory among them. The blocks must all be
-//                                      resident. Between barriers the counter is 0 but for its top bit, which tells two
-//                                      barriers in a row apart; so one counter serves any launch after any other.
+//                                      resident. Between barriers the word is 0 but for its top bit, which each barrier
+//                                      flips: a barrier needs no reset before the next one, of any group size.
 //   cluster_barrier()                  the same of a hardware cluster: neighbouring blocks, as many as the launch says
-//   last_to_arrive(counter, count)     true for the last of `count` callers, whose earlier accesses are ordered before
-//                                      the last's later ones; leaves the counter 0, as it must be found
+//   last_to_arrive(word, count)        true for the last of `count` callers, whose earlier accesses are ordered before
+//                                      the last's later ones. The word must be 0, and is 0 again after the last.
+//   expect_uniform(key, value)         all blocks of a launch that pass this key here pass equal bits. Checked on the
+//                                      host; no code on a GPU.
 //
 // Shared memory of another block
 //   load_member(p, rank)               the double that lies where p, in this block's shared memory, does in that of the

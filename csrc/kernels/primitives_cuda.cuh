@@ -1,4 +1,34 @@
 // primitives.cuh on the GPU.
+//
+// Every instruction that orders memory or is written as PTX (PTX ISA 9.0, "Memory Consistency Model" and the instruction's
+// own section):
+//
+//   instruction                         from   scope    order     why it suffices
+//   ----------------------------------  -----  -------  --------  -----------------------------------------------------
+//   bar.sync (__syncthreads)            all    block    acq_rel   all threads of the block, converged, call it
+//   shfl.sync.bfly (__shfl_xor_sync)    all    warp     none      moves registers only; all 32 lanes, converged, call it
+//   atom.add.acq_rel.gpu                sm_70  gpu      acq_rel   arrival at group_barrier. The bar.sync before it puts the
+//                                                                 whole block's accesses before thread 0's release; the
+//                                                                 additions of all members form one chain of atomic
+//                                                                 read-modify-writes, so whoever observes the last one
+//                                                                 synchronizes with each of them.
+//   ld.acquire.gpu                      sm_70  gpu      acquire   thread 0's wait for the flipped bit. The bar.sync after
+//                                                                 it puts the whole block's later accesses after it, weak
+//                                                                 loads through L1 included.
+//   atom.inc.acq_rel.gpu                sm_70  gpu      acq_rel   last_to_arrive: [word] = old >= count-1 ? 0 : old+1. One
+//                                                                 chain as above, so the last caller's stores come after
+//                                                                 all callers' loads. An old value above count-1 wraps
+//                                                                 too, and no caller is the last: the word must be 0.
+//   barrier.cluster.arrive.release,     sm_90  cluster  release,  a member's stores to its shared memory come before the
+//   barrier.cluster.wait.acquire                        acquire   other members' loads, and those before it may exit.
+//                                                                 .aligned: the calls are outside of divergent code.
+//   mapa.shared::cluster                sm_90  -        none      address arithmetic
+//   ld.shared::cluster                  sm_90  -        weak      between two cluster barriers, volatile so that it stays
+//                                                                 there
+//   createpolicy.fractional.L2          sm_80  -        none      a value; a hint has no meaning beyond time
+//   ld.global.L2::cache_hint            sm_80  -        weak      not volatile: only of memory that the launch does not
+//                                                                 write, so moving or merging such loads changes nothing
+//   ld.global.cs, st.global.cs          all    -        weak      as ld.global, st.global; "evict first"
 #pragma once
 
 #include <cuda_bf16.h>
@@ -27,14 +57,14 @@ BNK_DEVICE double shuffle_xor(double value, int mask) { return __shfl_xor_sync(0
 // One thread speaks for its block: what its block has done is ordered before its arrival, and what others have done after
 // its wait, by the block's own barriers. The members of rank other than 0 add 1 each and rank 0 as much as flips the top
 // bit when all are there.
-BNK_DEVICE void group_barrier(unsigned* counter, unsigned members, unsigned rank) {
+BNK_DEVICE void group_barrier(unsigned* word, unsigned members, unsigned rank) {
   __syncthreads();
   if (threadIdx.x == 0) {
     const unsigned step = rank == 0 ? 0x80000000u - (members - 1) : 1;
     unsigned before, now;
-    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(step) : "memory");
+    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(word), "r"(step) : "memory");
     do {
-      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(word) : "memory");
     } while (((before ^ now) & 0x80000000u) == 0);
   }
   __syncthreads();
@@ -60,14 +90,17 @@ BNK_DEVICE double load_member(const double* address, int rank) {
 #endif
 }
 
-BNK_DEVICE bool last_to_arrive(unsigned* counter, unsigned count) {
-  unsigned before;  // wraps to 0 behind count - 1
+BNK_DEVICE bool last_to_arrive(unsigned* word, unsigned count) {
+  unsigned before;
   asm volatile("atom.inc.acq_rel.gpu.global.u32 %0, [%1], %2;"
                : "=r"(before)
-               : "l"(counter), "r"(count - 1)
+               : "l"(word), "r"(count - 1)
                : "memory");
   return before == count - 1;
 }
+
+template <typename Value>
+BNK_DEVICE void expect_uniform(int64_t /*key*/, Value /*value*/) {}
 
 // Elements travel as the unsigned integer of their size: the cache-hint intrinsics are overloaded for those.
 template <int kBytes>

@@ -167,6 +167,8 @@ resident_backward_kernel(ResidentBackwardParams params) {
       scales[local] = static_cast<Real>(read_or(params.weight, channel, 1) * invstd);
       means_g[local] = static_cast<Real>(mean_g);
       slopes[local] = static_cast<Real>(mean_g_xhat * invstd);
+      expect_uniform(channel, means_g[local]);
+      expect_uniform(channel, slopes[local]);
     };
     const auto finish = [&](int local, const Sums& all) {
       const int64_t channel = channel_of(local);

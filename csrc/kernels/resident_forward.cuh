@@ -192,6 +192,8 @@ resident_forward_kernel(ResidentForwardParams params) {
       invstds[local] = static_cast<Real>(invstd);
       weights[local] = static_cast<Real>(read_or(params.weight, channel, 1));
       biases[local] = static_cast<Real>(read_or(params.bias, channel, 0));
+      expect_uniform(channel, means[local]);
+      expect_uniform(channel, invstds[local]);
     };
     const auto finish = [&](int local, const Moments& all) {
       set(local, all.mean, invstd_of(params.results, all));

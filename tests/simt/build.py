@@ -39,6 +39,7 @@ ENGINE = ["tests/simt/fiber.cpp", "tests/simt/buffers.cpp", "tests/simt/engine.c
 PLAN = ["csrc/plan_walk.cpp", "csrc/plan_streaming.cpp", "csrc/plan_resident.cpp"]
 PROGRAMS = {
     "convert16": ["tests/simt/convert16.cpp"],
+    "check_quotient": ["tests/simt/check_quotient.cpp", "csrc/plan_walk.cpp"],
     "run_planted": ["tests/simt/run_planted.cpp"],
     "run_kernels": ["tests/simt/run_kernels.cpp", *PLAN],
 }

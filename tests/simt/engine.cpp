@@ -204,6 +204,7 @@ void group_barrier(unsigned* counter, unsigned members, unsigned rank, const Sit
 bool last_to_arrive(unsigned* counter, unsigned count, const Site& site) {
   return grid->last_to_arrive(counter, count, site);
 }
+void expect_uniform(int64_t key, double value, const Site& site) { grid->expect_uniform(key, value, site); }
 void* dynamic_shared(const Site& site) { return grid->dynamic_shared(site); }
 void* shared_array(const void* key, const char* name, size_t bytes, const Site& site) {
   return grid->shared_array(key, name, bytes, site);

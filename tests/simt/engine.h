@@ -85,6 +85,9 @@ const void* of_member(const void* own, unsigned rank, const Site& site);
 void group_barrier(unsigned* counter, unsigned members, unsigned rank, const Site& site);
 bool last_to_arrive(unsigned* counter, unsigned count, const Site& site);
 
+// Faults where two threads of the launch pass different bits at one place with one key.
+void expect_uniform(int64_t key, double value, const Site& site);
+
 // What a group barrier is made of. arrive: release of all that this thread knows of, and `step` more on the counter; what
 // it was before. wait_for_flip: until its top bit is another than that of `before`, then acquire.
 unsigned arrive(unsigned* counter, unsigned step, const Site& site);

@@ -4,9 +4,12 @@
 //   synchronisation.cpp  what a thread does when it meets others
 #pragma once
 
+#include <cstdint>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "simt/engine.h"
@@ -101,6 +104,7 @@ class Grid {
   void wait_for_flip(const unsigned* counter, unsigned before, const Site& site);
   void group_barrier(unsigned* counter, unsigned members, unsigned rank, const Site& site);
   bool last_to_arrive(unsigned* counter, unsigned count, const Site& site);
+  void expect_uniform(int64_t key, double value, const Site& site);
   void* shared_array(const void* key, const char* name, size_t bytes, const Site& site);
   void* dynamic_shared(const Site& site);
   [[noreturn]] void fault(const std::string& what, const Site& site);
@@ -135,6 +139,7 @@ class Grid {
   size_t current_ = 0;
   size_t switches_ = 0;
   std::vector<Site> barriers_;  // met
+  std::map<std::pair<std::string, int64_t>, uint64_t> uniform_;  // by place and key: the bits that were passed first
   std::string fault_;
   char start_token_, end_token_;
 };

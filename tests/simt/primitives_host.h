@@ -62,6 +62,11 @@ BNK_DEVICE bool last_to_arrive(unsigned* counter, unsigned count, simt::Site sit
   return simt::last_to_arrive(counter, count, site);
 }
 
+template <typename Value>
+BNK_DEVICE void expect_uniform(int64_t key, Value value, simt::Site site = simt::Site::current()) {
+  simt::expect_uniform(key, static_cast<double>(value), site);
+}
+
 template <Reuse kReuse = Reuse::kAgain, typename T>
 BNK_DEVICE T load(const T* address, simt::Site site = simt::Site::current()) {
   return *static_cast<const T*>(simt::checked_read(address, sizeof(T), sizeof(T), site));

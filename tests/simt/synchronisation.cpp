@@ -1,5 +1,6 @@
 // What a thread does when it meets others: of the calling thread's context, all of it.
 #include <algorithm>
+#include <bit>
 #include <cstdlib>
 
 #include "simt/grid.h"
@@ -189,6 +190,15 @@ bool Grid::last_to_arrive(unsigned* counter, unsigned count, const Site& site) {
   pause(State::kReady, site);
   if (last) acquire(real);
   return last;
+}
+
+void Grid::expect_uniform(int64_t key, double value, const Site& site) {
+  const uint64_t bits = std::bit_cast<uint64_t>(value);
+  const auto first = uniform_.try_emplace({describe(site), key}, bits).first;
+  if (first->second == bits) return;
+  fault("blocks differ in a value of " + std::to_string(key) + ": " + std::to_string(value) + " here, " +
+            std::to_string(std::bit_cast<double>(first->second)) + " before",
+        site);
 }
 
 void* Grid::dynamic_shared(const Site& site) {
