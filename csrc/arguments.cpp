@@ -1,5 +1,6 @@
 #include "arguments.h"
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/util/Exception.h>
 
@@ -39,7 +40,7 @@ Input describe_input(const at::Tensor& x) {
   TORCH_CHECK(x.layout() == at::kStrided, "batch_norm: expected a dense (strided) input, but got layout ", x.layout());
   const Dtype dtype = to_dtype(x.scalar_type());
   const at::MemoryFormat format = x.suggest_memory_format();
-  Input input{x.contiguous(format), {}};
+  Input input{x.resolve_neg().contiguous(format), {}};
   const int64_t batch = x.size(0);
   const int64_t channels = x.size(1);
   int64_t spatial = 1;
@@ -63,7 +64,7 @@ at::Tensor dense_like(const at::Tensor& tensor, const Input& input, const char* 
               ", but got ", tensor.scalar_type());
   TORCH_CHECK(tensor.device() == x.device(), who, ": expected ", what, " on ", x.device(), ", but got one on ",
               tensor.device());
-  return tensor.contiguous(x.suggest_memory_format());
+  return tensor.resolve_neg().contiguous(x.suggest_memory_format());
 }
 
 }  // namespace
@@ -90,12 +91,18 @@ Vector::Vector(const OptionalTensor& given, const char* name, int64_t channels, 
   TORCH_CHECK(type == data || (sixteen_bit && type == at::kFloat), "batch_norm: expected ", name, " of dtype ", data,
               sixteen_bit ? " or Float" : "", " for an input of dtype ", data, ", but got ", type);
   given_ = *given;
-  dense_ = given_.contiguous();
+  dense_ = given_.resolve_neg().contiguous();
 }
 
 PerChannel Vector::pointer() const {
   if (!defined()) return {nullptr, Dtype::kFloat32};
   return {dense_.data_ptr(), to_dtype(dense_.scalar_type())};
+}
+
+void Vector::check_writable(const Vector& other) const {
+  if (!defined()) return;
+  at::assert_no_internal_overlap(given_);
+  if (other.defined()) at::assert_no_overlap(given_, other.given_);
 }
 
 void Vector::write_back() {
@@ -111,6 +118,12 @@ void check_same_dtype(const Vector& a, const char* a_name, const Vector& b, cons
   if (!a.defined() || !b.defined()) return;
   TORCH_CHECK(a.scalar_type() == b.scalar_type(), "batch_norm: expected ", a_name, " and ", b_name,
               " of one dtype, but got ", a.scalar_type(), " and ", b.scalar_type());
+}
+
+void check_updated(const Vector& running_mean, const Vector& running_var) {
+  check_same_dtype(running_mean, "running_mean", running_var, "running_var");
+  running_mean.check_writable(running_var);
+  running_var.check_writable(running_mean);
 }
 
 Vector saved_statistic(const at::Tensor& given, const char* name, const Input& input) {

@@ -41,6 +41,8 @@ class Vector {
   bool defined() const { return dense_.defined(); }
   at::ScalarType scalar_type() const { return dense_.scalar_type(); }
   PerChannel pointer() const;
+  // Throws if write_back() could not write each element to a place of its own, apart from those of `other`.
+  void check_writable(const Vector& other) const;
   void write_back();
 
  private:
@@ -50,6 +52,9 @@ class Vector {
 
 // Both, neither or one of them may be there; if both are, they are of one dtype.
 void check_same_dtype(const Vector& a, const char* a_name, const Vector& b, const char* b_name);
+
+// Running statistics that a call updates: of one dtype, and each element at a place of its own.
+void check_updated(const Vector& running_mean, const Vector& running_var);
 
 // The saved statistics of a forward: C elements of accumulate_dtype on the device of x.
 Vector saved_statistic(const at::Tensor& given, const char* name, const Input& input);

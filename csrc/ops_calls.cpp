@@ -56,7 +56,7 @@ Normalized call_train(const at::Tensor& x, const OptionalTensor& weight, const O
   const Vector scale(weight, "weight", input);
   const Vector shift(bias, "bias", input);
   check_same_dtype(scale, "weight", shift, "bias");
-  check_same_dtype(average_mean, "running_mean", average_var, "running_var");
+  check_updated(average_mean, average_var);
   check_counter(num_batches_tracked, input.tensor.device());
   const bool counts = num_batches_tracked.has_value() && num_batches_tracked->defined();
   const bool averages = average_mean.defined();

@@ -47,7 +47,7 @@ ThreeTensors join(const at::Tensor& rows, const OptionalTensor& running_mean, co
   const at::Tensor dense = rank_rows(rows, statistics_row(channels), device);
   Vector average_mean(running_mean, "running_mean", channels, dtype, device);
   Vector average_var(running_var, "running_var", channels, dtype, device);
-  check_same_dtype(average_mean, "running_mean", average_var, "running_var");
+  check_updated(average_mean, average_var);
   check_counter(num_batches_tracked, device);
   const bool counts = num_batches_tracked.has_value() && num_batches_tracked->defined();
   const bool averages = average_mean.defined();

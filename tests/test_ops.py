@@ -278,6 +278,8 @@ def test_bad_vectors_of_backward(bad: Callable[[], Tensor], match: str, which: s
             "running_mean and running_var of",
         ),
         (torch.float16, {"weight": torch.bfloat16, "bias": torch.bfloat16}, "weight of dtype"),
+        (torch.float64, {"weight": torch.float32, "bias": torch.float32}, "weight of dtype"),
+        (torch.float64, {"running_mean": torch.float32, "running_var": torch.float32}, "running_mean of dtype"),
     ],
 )
 def test_mixed_dtypes(x_dtype: torch.dtype, changes: dict[str, torch.dtype], match: str, device: str) -> None:
@@ -320,6 +322,45 @@ def test_bad_arguments_of_training(changes: Arguments, error: type[Exception], m
     arguments = train_arguments(torch.randn(X, device=device)) | moved
     both_doors(ops.forward_train, ops.train_op, arguments, error, match)
     both_doors(ops.train_functional, ops.train_functional, arguments, error, match)
+
+
+OVERLAPS: dict[str, Callable[[Tensor], Arguments]] = {
+    "the variances": lambda ones: {"running_var": ones[:1].expand(3)},
+    "the means": lambda ones: {"running_mean": ones[:1].expand(3)},
+    "one with the other": lambda ones: {"running_mean": ones[:3], "running_var": ones[2:]},
+}
+
+
+@pytest.mark.parametrize("changes", OVERLAPS.values(), ids=OVERLAPS)
+def test_statistics_that_overlap(changes: Callable[[Tensor], Arguments], device: str) -> None:
+    """Refused before anything is written: torch's own copy back would refuse after the mean has moved."""
+    arguments = train_arguments(torch.randn(X, device=device), **changes(torch.ones(5, device=device)))
+    both_doors(ops.forward_train, ops.train_op, arguments, RuntimeError, "single memory location")
+
+
+def test_negative_views(device: str) -> None:
+    """Views whose values torch negates when they are read (torch._neg_view), by both doors. For an op that writes two
+    of them torch itself has no answer."""
+    x = torch.randn(X, device=device)
+
+    def negated(tensor: Any) -> Any:
+        is_data = isinstance(tensor, Tensor) and tensor.is_floating_point()
+        return torch._neg_view(-tensor) if is_data else tensor  # type: ignore[attr-defined]
+
+    for direct, op, arguments in (
+        (ops.forward_train, ops.train_op, train_arguments),
+        (ops.forward_eval, ops.eval_op, eval_arguments),
+        (ops.backward, ops.backward_op, backward_arguments),
+    ):
+        torch.manual_seed(0)
+        plain = arguments(x)
+        views = {name: value if "running" in name else negated(value) for name, value in plain.items()}
+        assert views["x"].is_neg()
+        for door in (direct, op):
+            expected = door(*(value.clone() if isinstance(value, Tensor) else value for value in plain.values()))
+            arguments_now = (v.clone() if "running" in name else v for name, v in views.items())
+            for got, wanted in zip(door(*arguments_now), expected):
+                torch.testing.assert_close(got, wanted, rtol=0, atol=0)
 
 
 def test_bad_eps_of_inference(device: str) -> None:

@@ -172,6 +172,8 @@ resident_backward_kernel(ResidentBackwardParams params) {
     };
     const auto finish = [&](int local, const Sums& all) {
       const int64_t channel = channel_of(local);
+      expect_uniform(channel, all.first);
+      expect_uniform(channel, all.second);
       const double sum_g_xhat = all.second * read(params.invstd, channel);
       const double mean_g = all.first / params.elements_per_channel;
       const double mean_g_xhat = sum_g_xhat / params.elements_per_channel;

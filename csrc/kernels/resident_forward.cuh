@@ -196,6 +196,8 @@ resident_forward_kernel(ResidentForwardParams params) {
       expect_uniform(channel, invstds[local]);
     };
     const auto finish = [&](int local, const Moments& all) {
+      expect_uniform(channel_of(local), all.mean);
+      expect_uniform(channel_of(local), all.m2);
       set(local, all.mean, invstd_of(params.results, all));
       if (residence.divided || member.rank == 0) {
         const int64_t batches = params.results.cumulative ? load(params.num_batches_tracked) + 1 : 0;
