@@ -92,10 +92,7 @@ BNK_DEVICE double load_member(const double* address, int rank) {
 
 BNK_DEVICE bool last_to_arrive(unsigned* word, unsigned count) {
   unsigned before;
-  asm volatile("atom.inc.acq_rel.gpu.global.u32 %0, [%1], %2;"
-               : "=r"(before)
-               : "l"(word), "r"(count - 1)
-               : "memory");
+  asm volatile("atom.inc.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(word), "r"(count - 1) : "memory");
   return before == count - 1;
 }
 

@@ -81,7 +81,7 @@ def requested(inputs: Inputs, last: bool, lead: int, own: int) -> int:
 
 # Rows that start anywhere, with heads and tails, in blocks that hold several of them; and rows of whole vectors.
 FIRST = ((3, 5, 37), (2, 3, 8, 8))
-# Rows of so many float32 vectors that 1/vectors, rounded to double, is too small: row numbers need quotient()'s correction.
+# Rows of so many vectors that their number's reciprocal, rounded to double, is too small: quotient() has to correct.
 INEXACT_ROWS = (49, 98, 103, 107)
 # Channels that are no whole vectors, over more than one slab of lanes; and whole vectors.
 LAST = ((5, 69, 3), (37, 16))
