@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 
-from . import cuda, gate, harness, machine
-from .cases import DTYPES, EPILOGUES, FLOOR_TENSORS, LAYOUTS, Case
+from . import cuda, harness, machine
+from .cases import DTYPES, EPILOGUES, FLOOR_TENSORS, LAYOUTS, MAX_RING, Case
 from .contestants import BUILDERS, COMPILED, TITLES, why_no_compiler
-from .report import render
+from .files import replace_text
+from .report import case_line, render
 from .results import Run
 from .sampling import Effort
 from .shapes import FAMILIES, LayerShape
@@ -119,6 +120,12 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument(
         "--budget", type=float, metavar="S", help="seconds for one case and direction, instead of the preset's"
     )
+    parse.add_argument(
+        "--max-ring", type=int, default=MAX_RING, metavar="N", help=f"buffers that calls go round, default: {MAX_RING}"
+    )
+    parse.add_argument(
+        "--copy-mib", type=int, default=cuda.COPY_BYTES >> 20, metavar="M", help="of the GPU's copy, default: 1024"
+    )
     parse.add_argument("--threads", type=int, metavar="T", help="CPU threads (default: torch's)")
     parse.add_argument("--out", type=Path, default=Path("out/bench"), metavar="DIR", help="default: out/bench")
     parse.add_argument(
@@ -127,6 +134,7 @@ def parser() -> argparse.ArgumentParser:
         help="last part of the files' name (default: quick, default or full, and the epilogue)",
     )
     parse.add_argument("--no-plot", action="store_true")
+    parse.add_argument("--json-only", action="store_true", help="no report and no plot: --render makes them later")
     parse.add_argument(
         "--render", type=Path, metavar="JSON", help="measure nothing: write the report of this run again"
     )
@@ -164,6 +172,8 @@ def make_plan(options: argparse.Namespace) -> harness.Plan:
         modes=modes,
         effort=effort,
         compile_all=options.full,
+        copy_bytes=options.copy_mib << 20,
+        max_ring=options.max_ring,
     )
 
 
@@ -188,28 +198,57 @@ def _progress(cases: Iterable[Case]) -> Iterable[Case]:
     return bar
 
 
-def write(run: Run, stem: Path, plot: bool) -> list[Path]:
-    """Writes stem.json, stem.md and, unless told not to or without matplotlib, stem.png."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    written = [stem.with_name(stem.name + ".json")]
+def file_of(stem: Path, suffix: str) -> Path:
+    return stem.with_name(stem.name + suffix)
+
+
+def write(run: Run, stem: Path, plot: bool, report: bool = True) -> list[Path]:
+    """Writes stem.json and, with a report, stem.md and, unless told not to or without matplotlib, stem.png."""
+    written = [file_of(stem, ".json")]
     run.save(written[0])
+    if not report:
+        return written
     picture = None
-    if plot:
+    if plot and run.records:
         try:
             from .plot import plot as draw
         except ImportError as error:
             print(f"no plot: {error}", file=sys.stderr)
         else:
-            picture = stem.with_name(stem.name + ".png")
+            picture = file_of(stem, ".png")
             draw(run, picture)
             written.append(picture)
-    report = stem.with_name(stem.name + ".md")
-    report.write_text(render(run, picture.name if picture else None))
-    return [*written, report]
+    text = file_of(stem, ".md")
+    replace_text(text, render(run, picture.name if picture else None))
+    return [*written, text]
+
+
+INTERRUPTED = 130  # as shells have it
+
+
+def _measure(plan: harness.Plan, run: Run, file: Path) -> int:
+    """Runs the cases; `file` holds the finished ones at every moment. The exit status."""
+    seen = 0
+
+    def finished(case: Case) -> None:
+        nonlocal seen
+        run.save(file)
+        records, seen = run.records[seen:], len(run.records)
+        if not sys.stderr.isatty():  # where nobody watches the bar, the log tells
+            reference = run.reference_bandwidth(records[0]) if records else None
+            print(f"{case}: {case_line(records, reference) or 'no time'}", flush=True)
+
+    try:
+        harness.execute(plan, run, _progress, finished)
+    except KeyboardInterrupt:
+        run.notes.append("interrupted: not all cases were measured")
+        return INTERRUPTED
+    return 1 if run.failed else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0: measured and written. 1: bnkernels' results are outside the bound. 2: it could not run."""
+    """0: measured and written. 1: so were the cases that did not fail. 2: it could not run. 130: interrupted, and
+    what was measured before is written."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_args(arguments)
     if options.render is not None:
@@ -230,20 +269,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "budget_s": plan.effort.budget_s,
             "rounds": [plan.effort.min_rounds, plan.effort.max_rounds],
             "compile_all": plan.compile_all,
+            "copy_bytes": plan.copy_bytes,
+            "max_ring": plan.max_ring,
         },
     )
     plan = _without_compiler(plan, run)
     load = facts["load_average_at_start"]
     if plan.device.type == "cpu" and load is not None and load > 0.5 * facts["cores"]:
         run.notes.append(f"the machine was busy when the run began (load average {load}): expect wide spreads")
-    try:
-        harness.execute(plan, run, _progress)
-    except gate.GateError as error:
-        print(f"{error}\nnothing is reported", file=sys.stderr)
-        return 1
     what = options.name or "-".join(filter(None, (preset, options.epilogue.replace("+", "-"))))
     stem = options.out / f"{facts['date'][:10]}-{machine.slug(facts)}-{what}"
-    written = write(run, stem, not options.no_plot)
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    status = _measure(plan, run, file_of(stem, ".json"))
+    written = write(run, stem, not options.no_plot, not options.json_only)
     print(render(run).split("## All cases")[0].rstrip())
     print("\nwritten: " + ", ".join(str(path) for path in written))
-    return 0
+    for line in run.failed:
+        print(f"failed: {line}", file=sys.stderr)
+    return status

@@ -117,23 +117,23 @@ def user_timer(call: Call, ring: Ring) -> GpuTimer:
     return GpuTimer(timer, "wall")
 
 
-def copy_bandwidth(device: torch.device) -> list[float]:
-    """Bytes/s, read plus written, of a device-to-device copy of 1 GiB: samples by events, after a warm-up.
+def copy_bandwidth(device: torch.device, bytes: int = COPY_BYTES) -> list[float]:
+    """Bytes/s, read plus written, of a device-to-device copy: samples by events, after a warm-up.
 
     It is the ceiling that the achieved floor bytes/s are quoted against: what this device does today with a plain copy.
     """
-    samples = _copy_samples(device)
+    samples = _copy_samples(device, bytes)
     free_memory()
     return samples
 
 
-def _copy_samples(device: torch.device) -> list[float]:
-    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device).random_()
+def _copy_samples(device: torch.device, bytes: int) -> list[float]:
+    source = torch.empty(bytes, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
     stream = torch.cuda.current_stream()
     _elapsed(lambda: target.copy_(source), WARMUP_CALLS, stream)
     return [
-        2 * COPY_BYTES * COPY_REPEATS / _elapsed(lambda: target.copy_(source), COPY_REPEATS, stream)
+        2 * bytes * COPY_REPEATS / _elapsed(lambda: target.copy_(source), COPY_REPEATS, stream)
         for _ in range(COPY_SAMPLES)
     ]
 

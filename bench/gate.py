@@ -24,7 +24,11 @@ _ELEMENTS_AT_ONCE = 1 << 23
 
 
 class GateError(RuntimeError):
-    """bnkernels' own results are outside the bound: there is nothing to time."""
+    """bnkernels' own results are outside the bound: there is nothing to time. The message names each one that is."""
+
+    def __init__(self, message: str, records: list[GateRecord]) -> None:
+        super().__init__(message)
+        self.records = records  # of all contestants
 
 
 @dataclass(frozen=True)
@@ -129,10 +133,12 @@ def hold(case: Case, contestants: Mapping[str, Contestant], buffers: Buffers, tr
     outcomes = {name: run_once(contestant, buffers, training) for name, contestant in contestants.items()}
     direction = "step" if training else "eval"
     records = []
+    outside: list[str] = []
     for name, verdicts in judge(case, buffers, outcomes, training).items():
         first = verdicts[0]
         records.append(GateRecord(name, str(case), direction, first.ratio, first.quantity))
-        if name == OURS and not first.ok:
-            lines = "\n  ".join(str(verdict) for verdict in verdicts if not verdict.ok)
-            raise GateError(f"{TITLES[OURS]} is outside the bound on {case}, {direction}:\n  {lines}")
+        if name == OURS:
+            outside += [str(verdict) for verdict in verdicts if not verdict.ok]
+    if outside:
+        raise GateError(f"{TITLES[OURS]} is outside the bound on {case}, {direction}: {'; '.join(outside)}", records)
     return records

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from . import cuda, gate, machine
-from .cases import Buffers, Case, make_buffers, make_ring, ring_length
+from .cases import MAX_RING, Buffers, Case, make_buffers, make_ring, ring_length
 from .contestants import COMPILED, COPY, Contestant, make_call, make_copy
 from .results import Record, Run
 from .sampling import Effort, Ring, Timer, cpu_timer, interleave
@@ -31,30 +32,62 @@ class Plan:
     modes: Sequence[str]  # ("cpu",), or modes of cuda.py
     effort: Effort
     compile_all: bool  # the compiled layer in every direction, not only in the training step
+    copy_bytes: int = cuda.COPY_BYTES
+    max_ring: int = MAX_RING
 
     def takes_part(self, name: str, direction: str) -> bool:
         return name != COMPILED or direction == "step" or self.compile_all
 
 
-def execute(plan: Plan, run: Run, progress: Callable[[Iterable[Case]], Iterable[Case]] = iter) -> None:
-    """Fills run with gate records and samples. Raises gate.GateError where bnkernels' results are wrong."""
-    if plan.device.type == "cuda":
-        run.device_copy += cuda.copy_bandwidth(plan.device)
-    for case in progress(plan.cases):
-        try:
-            _run_case(plan, case, run)
-        except torch.OutOfMemoryError:
-            run.notes.append(f"{case}: does not fit into this device's memory, left out")
+def execute(
+    plan: Plan,
+    run: Run,
+    progress: Callable[[Iterable[Case]], Iterable[Case]] = iter,
+    finished: Callable[[Case], None] = lambda case: None,
+) -> None:
+    """Fills run with gate records and samples, and calls finished() after every case.
+
+    A case that raises, or whose result is wrong, goes into run.failed with the reason, and the next one is run.
+    An interrupt is raised on, and leaves in run what was measured before it.
+    """
+    try:
+        _measure_copy(plan, run)
+        for case in progress(plan.cases):
+            _attempt(run, str(case), partial(_run_case, plan, case, run))
+            finished(case)
+        _measure_copy(plan, run)
+    finally:
         if plan.device.type == "cuda":
-            cuda.free_memory()
+            run.machine["gpu"]["state_at_end"] = machine.gpu_state()
+        run.machine["load_average_at_end"] = machine.load_average()
+        run.notes += _fallbacks(run.records)
+
+
+def _attempt(run: Run, what: str, work: Callable[[], None]) -> None:
+    try:
+        work()
+    except torch.OutOfMemoryError:
+        run.notes.append(f"{what}: does not fit into this device's memory, left out")
+    except gate.GateError as error:
+        run.gate += error.records
+        run.failed.append(f"{what}: {error}")
+    except Exception as error:  # a kernel that faults, a compiler that fails: the other cases may tell more
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        run.failed.append(f"{what}: {type(error).__name__}: {first_line}")
+
+
+def _measure_copy(plan: Plan, run: Run) -> None:
     if plan.device.type == "cuda":
-        run.device_copy += cuda.copy_bandwidth(plan.device)
-        run.machine["gpu"]["state_at_end"] = machine.gpu_state()
-    run.machine["load_average_at_end"] = machine.load_average()
-    run.notes += _fallbacks(run.records)
+
+        def measure() -> None:
+            run.device_copy += cuda.copy_bandwidth(plan.device, plan.copy_bytes)
+
+        _attempt(run, "device copy", measure)
 
 
 def _run_case(plan: Plan, case: Case, run: Run) -> None:
+    if plan.device.type == "cuda":
+        cuda.free_memory()  # of the case before, whose results no frame holds any more
     contestants = {name: Contestant.make(name, case, plan.device) for name in plan.contestants}
     _hold(plan, case, contestants, run)
     for direction in plan.directions:
@@ -116,10 +149,12 @@ def _ring_length(plan: Plan, case: Case, direction: str, mode: str) -> int:
         memory = int(torch.cuda.get_device_properties(plan.device).total_memory)
         # Outputs go round too: each call of the graph has its own.
         per_call = case.floor_bytes(direction)
-        return ring_length(case, per_call, cuda.COLD_L2_MULTIPLE * cuda.l2_bytes(plan.device), memory // 16)
+        length = ring_length(case, per_call, cuda.COLD_L2_MULTIPLE * cuda.l2_bytes(plan.device), memory // 16)
+        return min(length, plan.max_ring)
     # Only inputs go round: outputs come from the allocator, which hands the same memory out again, as in a program.
     per_call = case.tensor_bytes * (1 if direction in ("forward", "eval") else 2)
-    return ring_length(case, per_call, CPU_CACHE_MULTIPLE * machine.last_level_cache_bytes(), CPU_RING_LIMIT)
+    length = ring_length(case, per_call, CPU_CACHE_MULTIPLE * machine.last_level_cache_bytes(), CPU_RING_LIMIT)
+    return min(length, plan.max_ring)
 
 
 def _fallbacks(records: Sequence[Record]) -> list[str]:

@@ -135,7 +135,7 @@ def plot_bandwidth(run: Run, path: Path) -> None:
                     label=TITLES[name],
                 )
             if ceiling is not None:
-                axes.axhline(ceiling, color=_COLORS[COPY], linewidth=1, label="device copy of 1 GiB")
+                axes.axhline(ceiling, color=_COLORS[COPY], linewidth=1, label="device copy")
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.set_ylim(bottom=0)

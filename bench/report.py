@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .cases import DIRECTION_TITLES, EPILOGUE_TITLES
-from .contestants import OURS, TITLES
+from .contestants import COPY, OURS, TITLES
 from .markdown import table
 from .results import Comparison, Record, Run
 from .stats import Spread
@@ -73,13 +73,29 @@ def machine_lines(run: Run) -> list[str]:
                 )
         if run.device_copy:
             spread = Spread.of(run.device_copy)
+            size = run.settings.get("copy_bytes", 1 << 30) >> 20
             lines.append(
-                f"- device copy of 1 GiB, before and after the cases: {spread.median / 1e12:.2f} TB/s read and written "
-                f"(p20 {spread.p20 / 1e12:.2f}, p80 {spread.p80 / 1e12:.2f})"
+                f"- device copy of {size} MiB, before and after the cases: {spread.median / 1e12:.2f} TB/s read and "
+                f"written (p20 {spread.p20 / 1e12:.2f}, p80 {spread.p80 / 1e12:.2f})"
             )
     if facts.get("build"):
         lines.append("- build: " + ", ".join(f"{name} {value}" for name, value in facts["build"].items()))
     return lines
+
+
+def case_line(records: Sequence[Record], reference: float | None) -> str:
+    """One case as it is finished: in each direction bnkernels' time, the others' over it, its share of a copy."""
+    words = []
+    for record in records:
+        if OURS not in record.seconds:
+            continue
+        ratios = [f"{name} {format_ratio(record.ratio(name))}" for name in record.seconds if name not in (OURS, COPY)]
+        if reference is not None:
+            ratios.append(f"{100 * record.bandwidth(OURS) / reference:.0f}% of copy")
+        words.append(
+            f"{record.direction} {record.mode} {', '.join([format_time(record.spread(OURS).median), *ratios])}"
+        )
+    return "; ".join(words)
 
 
 def _is_whole(records: Sequence[Record]) -> bool:
@@ -194,12 +210,14 @@ def render(run: Run, plot: str | None = None) -> str:
             "What follows BatchNorm is in bnkernels' own kernels. Behind torch's layer it is torch's operations, in "
             "place, which torch.compile may fuse; in 16 bits it rounds between them, which the bound has no room for."
         )
+    if run.failed:
+        parts.append("\n".join(f"- **failed**: {line}" for line in run.failed))
     if run.notes:
         parts.append("\n".join(f"- note: {note}" for note in run.notes))
     parts.append("\n".join(gate_lines(run)))
     if plot:
         parts.append(f"![speed by shape]({plot})")
-    copy = "the 1 GiB device copy above" if run.device_copy else "a copy of the same tensor, timed in the same rounds"
+    copy = "the device copy above" if run.device_copy else "a copy of the same tensor, timed in the same rounds"
     parts += [
         "## Summary",
         "Ratios are the other's median time over bnkernels' in the same run: above 1 bnkernels is faster, **bold** "

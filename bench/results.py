@@ -10,6 +10,7 @@ from typing import Any
 
 from .cases import Case
 from .contestants import COPY, EAGER, OURS
+from .files import replace_text
 from .stats import Spread, geometric_mean
 
 SCHEMA = 1
@@ -102,24 +103,29 @@ class Run:
     machine: dict[str, Any]
     settings: dict[str, Any]
     notes: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)  # cases without a time, and why
     gate: list[GateRecord] = field(default_factory=list)
     device_copy: list[float] = field(default_factory=list)  # bytes/s; GPU only
     records: list[Record] = field(default_factory=list)
 
     def save(self, path: Path) -> None:
-        """One record a line: the file stays small and a diff of two runs readable."""
+        """One record a line, so that the file stays small and a diff of two runs is readable.
+
+        The file is replaced in one step: a run that ends while it saves leaves what it saved before.
+        """
         head = {
             "schema": SCHEMA,
             "machine": self.machine,
             "settings": self.settings,
             "notes": self.notes,
+            "failed": self.failed,
             "device_copy_bytes_per_s": self.device_copy,
         }
         lines = [json.dumps(head, indent=1)[:-2]]
         for name, rows in (("gate", self.gate), ("records", self.records)):
             body = ",\n".join("  " + json.dumps(asdict(row)) for row in rows)
             lines.append(f',\n "{name}": [\n{body}\n ]')
-        path.write_text("".join(lines) + "\n}\n")
+        replace_text(path, "".join(lines) + "\n}\n")
 
     @classmethod
     def load(cls, path: Path) -> Run:
@@ -130,6 +136,7 @@ class Run:
             machine=data["machine"],
             settings=data["settings"],
             notes=data["notes"],
+            failed=data.get("failed", []),  # runs before 2026-11-24 ended at the first one
             gate=[GateRecord(**row) for row in data["gate"]],
             device_copy=data["device_copy_bytes_per_s"],
             records=[Record(**row) for row in data["records"]],

@@ -84,11 +84,53 @@ def test_settings_that_move_figures_are_told(tmp_path: Path, monkeypatch: pytest
     capsys.readouterr()
 
 
-def test_our_wrong_result_stops_the_run(tmp_path: Path, monkeypatch, capsys):
-    monkeypatch.setitem(BUILDERS, OURS, wrong_eps)
-    assert cli.main([*TINY_RUN, "--dtypes", "fp32", "--layouts", "nchw", "--out", str(tmp_path)]) == 1
+def test_our_wrong_result_is_not_timed(tmp_path: Path, monkeypatch, capsys):
+    """The case has no time, the run goes on, and neither its report nor its exit code lets it pass."""
+
+    def wrong_in_bf16(layer: nn.BatchNorm2d, case: Case) -> nn.Module:
+        return wrong_eps(layer, case) if case.dtype == "bf16" else layer
+
+    monkeypatch.setitem(BUILDERS, OURS, wrong_in_bf16)
+    options = [*TINY_RUN, "--dtypes", "bf16,fp32", "--layouts", "nchw", "--no-plot", "--out", str(tmp_path)]
+    assert cli.main(options) == 1
     assert "bnkernels is outside the bound" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+    run = Run.load(next(tmp_path.glob("*.json")))
+    assert {record.dtype for record in run.records} == {"fp32"}
+    assert len(run.failed) == 1 and run.failed[0].startswith("4x3x5x5 nchw bf16: bnkernels is outside the bound")
+    assert [row.passed for row in run.gate if row.contestant == OURS and "bf16" in row.case] == [False]
+    assert f"- **failed**: {run.failed[0]}" in next(tmp_path.glob("*.md")).read_text()
+
+
+def test_a_case_that_raises_is_passed_over(tmp_path: Path, monkeypatch, capsys):
+    def raises_in_nchw(layer: nn.BatchNorm2d, case: Case) -> nn.Module:
+        if case.layout == "nchw":
+            raise RuntimeError("CUDA error: an illegal memory access\nmore of it")
+        return layer
+
+    monkeypatch.setitem(BUILDERS, EAGER, raises_in_nchw)
+    assert cli.main([*TINY_RUN, "--dtypes", "fp32", "--json-only", "--out", str(tmp_path)]) == 1
+    (file,) = tmp_path.iterdir()
+    run = Run.load(file)
+    assert run.failed == ["4x3x5x5 nchw fp32: RuntimeError: CUDA error: an illegal memory access"]
+    assert {record.layout for record in run.records} == {"nhwc"}
+    told = capsys.readouterr().out
+    assert "4x3x5x5 nchw fp32: no time\n" in told and "4x3x5x5 nhwc fp32: forward cpu" in told
+
+
+def test_an_interrupted_run_is_written(tmp_path: Path, monkeypatch, capsys):
+    """What was measured before, in the JSON, the report and the plot."""
+
+    def interrupted_in_bf16(layer: nn.BatchNorm2d, case: Case) -> nn.Module:
+        if case.dtype == "bf16":
+            raise KeyboardInterrupt
+        return layer
+
+    monkeypatch.setitem(BUILDERS, EAGER, interrupted_in_bf16)
+    assert cli.main([*TINY_RUN, "--dtypes", "fp32,bf16", "--no-plot", "--out", str(tmp_path)]) == cli.INTERRUPTED
+    run = Run.load(next(tmp_path.glob("*.json")))
+    assert {record.dtype for record in run.records} == {"fp32"} and "interrupted" in run.notes[-1]
+    assert "interrupted" in next(tmp_path.glob("*.md")).read_text()
+    capsys.readouterr()
 
 
 def test_their_wrong_result_is_reported(tmp_path: Path, monkeypatch):
