@@ -1,17 +1,22 @@
-"""Every kernel variant once, at sizes small enough for compute-sanitizer (bench/gpu.sh runs it under three tools).
+"""Calls at sizes small enough for compute-sanitizer: every kernel variant, or a case of each kind of plan.
 
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 python -m bench.sanitize
+    compute-sanitizer --tool memcheck --error-exitcode 9 python -m bench.sanitize
+
+With --kinds (what bench/gpu.sh runs under three tools) the device's own plans choose the cases, some twenty of them. A
+layout or kind of group that no case takes is an error. With BNKERNELS_PLAN=streaming they are of the two-pass path.
 
 Without the caching allocator each tensor is an allocation of its own, so that memcheck sees a read or write one element
 beyond it. Results are held against the reference as well: a race that a tool does not model may still show in them.
-Exit code 0: all within the bound; 1: some are not.
+Exit code 0: all within the bound; 1: some are not, or a kind is missing.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +24,7 @@ import torch
 from torch import Tensor
 
 import bnkernels
+from bnkernels import ops
 from bnkernels.check.ranks import call_in_ranks
 from bnkernels.testing import (
     DTYPE_PAIRS,
@@ -35,6 +41,8 @@ from bnkernels.testing import (
     misaligned,
     poisoned_allocations,
 )
+
+from . import kinds
 
 # Each for a path through the kernels; see csrc/plan_*.cpp for where they part.
 SHAPES: tuple[tuple[int, ...], ...] = (
@@ -100,28 +108,84 @@ def run_case(inputs: Inputs, epilogue: Epilogue) -> list[Verdict]:
     return judge_fused_call(inputs, epilogue, outputs)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parse = argparse.ArgumentParser(description="Runs every kernel variant at small sizes, for compute-sanitizer.")
-    parse.add_argument("--device", default="cuda", help="default: cuda")
-    parse.add_argument("--quick", action="store_true", help="two shapes instead of all")
-    options = parse.parse_args(arguments)
+def counts_a_batch(inputs: Inputs) -> bool:
+    """momentum=None: the last block of the launch counts the batch, by a word of memory that all blocks share."""
+    mean, var, counter = _copy(inputs.running_mean), _copy(inputs.running_var), torch.zeros((), dtype=torch.int64)
+    counter = counter.to(inputs.x.device)
+    ops.forward_train(inputs.x, inputs.weight, inputs.bias, mean, var, counter, None, inputs.eps)
+    return counter.item() == 1
+
+
+def in_ranks(inputs: Inputs) -> list[Verdict]:
+    """The kernels of SyncBatchNorm: one rank without data, and two that share the rest."""
+    batch = len(inputs.x)
+    return judge_call(inputs, call_in_ranks(inputs, (0, 0, batch // 2, batch)))
+
+
+@contextmanager
+def uncached_memory(device: torch.device) -> Iterator[None]:
+    """Each tensor is an allocation of its own."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.init()
+    torch.cuda.memory.caching_allocator_enable(False)
+    try:
+        yield
+    finally:
+        torch.cuda.memory.caching_allocator_enable(True)
+
+
+def run_variants(device: torch.device, quick: bool) -> tuple[int, list[str]]:
+    """How many calls there were, and a line for each thing that is wrong."""
     count = 0
-    outside: list[str] = []
-    for case in cases(options.quick):
-        inputs = case.inputs(options.device)
-        with poisoned_allocations():
-            verdicts = run_case(inputs, make_epilogue(case.epilogue, inputs))
-            if (
-                case.training and not case.epilogue
-            ):  # the kernels of SyncBatchNorm: one rank without data, and two that share the rest
-                half = case.shape[0] // 2
-                verdicts += judge_call(inputs, call_in_ranks(inputs, (0, 0, half, case.shape[0])))
+    wrong: list[str] = []
+    for case in cases(quick):
+        with uncached_memory(device):
+            inputs = case.inputs(device)
+            with poisoned_allocations():
+                verdicts = run_case(inputs, make_epilogue(case.epilogue, inputs))
+                if case.training and not case.epilogue:
+                    verdicts += in_ranks(inputs)
         count += 1
-        outside += [f"{case}: {verdict}" for verdict in verdicts if not verdict.ok]
-    print(f"{count} calls, forward and backward, on {options.device}: {len(outside)} results outside the bound")
-    for line in outside:
+        wrong += [f"{case}: {verdict}" for verdict in verdicts if not verdict.ok]
+    return count, wrong
+
+
+def run_kinds(device: torch.device) -> tuple[int, list[str]]:
+    """As run_variants. Says what runs before it does, for a tool that is cut off."""
+    limits = ops.device_limits(device.index or 0)
+    two_pass = os.environ.get("BNKERNELS_PLAN") == "streaming"
+    chosen = kinds.choose(limits, two_pass)
+    wrong = [f"no case is {kind}" for kind in kinds.missing(chosen, limits, two_pass)]
+    for one in chosen:
+        print(f"{one.case}: {', '.join(map(str, one.kinds))}", flush=True)
+        with uncached_memory(device):
+            inputs = one.case.inputs(device)
+            with poisoned_allocations():
+                verdicts = run_case(inputs, make_epilogue(one.case.epilogue, inputs))
+                if two_pass:
+                    verdicts += in_ranks(inputs)
+                if not counts_a_batch(inputs):
+                    wrong.append(f"{one.case}: the batch is not counted once")
+        wrong += [f"{one.case}: not run as {kind}" for kind in kinds.demoted(one, inputs)]
+        wrong += [f"{one.case}: {verdict}" for verdict in verdicts if not verdict.ok]
+    return len(chosen), wrong
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parse = argparse.ArgumentParser(description="Runs the kernels at small sizes, for compute-sanitizer.")
+    parse.add_argument("--device", default="cuda", help="default: cuda")
+    choice = parse.add_mutually_exclusive_group()
+    choice.add_argument("--quick", action="store_true", help="two shapes instead of all")
+    choice.add_argument("--kinds", action="store_true", help="a case of each kind of plan that the device has")
+    options = parse.parse_args(arguments)
+    device = torch.device(options.device)
+    count, wrong = run_kinds(device) if options.kinds else run_variants(device, options.quick)
+    print(f"{count} calls, forward and backward, on {device}: {len(wrong)} results outside the bound, or missing")
+    for line in wrong:
         print(f"  {line}")
-    return 1 if outside else 0
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

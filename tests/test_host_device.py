@@ -223,7 +223,7 @@ def test_ends_of_allocations() -> None:
     code = (
         "import host_device; host_device.attach(); from bench.sanitize import main; raise SystemExit(main(['--quick']))"
     )
-    done = on_a_host_device(code, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    done = on_a_host_device(code)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
