@@ -7,7 +7,9 @@
 #                 all is as docs/why.md tells (make why: writes what was measured into docs/why.md)
 #   make lint     ruff, mypy, clang-format (make format: lets them write)
 #   make bench    the benchmark harness (CPU, and the GPU where there is one)
-#   make gpu      on a machine with a GPU: build, tests marked cuda, compute-sanitizer, bench, in one go, without network
+#   make gpu      on a machine with a GPU, without network: both stages of bench/gpu.sh, which can be run one by one. The
+#                 first (4 minutes): build, check, tests of plans, bench, hardware counters; the second (7): compute-sanitizer,
+#                 the other tests, the other figures. bench/results/README.md tells how to read them
 #   make ptxas    registers and spills of every kernel for every supported architecture (needs nvcc, no GPU)
 #   make sass     what each kernel's main loops are made of, as machine code for sm_90 (needs nvcc and nvdisasm, no GPU)
 #   make build    the extension alone, in place
@@ -60,8 +62,8 @@ else
 endif
 
 CPP_FILES = $(shell git ls-files -co --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'csrc/*.cu' \
-    'tests/simt/*.h' 'tests/simt/*.cpp' 'tests/host_device/*.h' 'tests/host_device/*.cpp' 2>/dev/null || \
-    find csrc tests/simt tests/host_device -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+    'tests/simt/*.h' 'tests/simt/*.cpp' 'tests/host_device/*.h' 'tests/host_device/*.cpp' 'bench/*.cu' 'bench/*.cuh' \
+    2>/dev/null || find csrc tests/simt tests/host_device bench -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
 STUDIES = $(filter-out study digits speedrun_networks,$(patsubst examples/%.py,%,$(wildcard examples/*.py)))
 
@@ -119,7 +121,9 @@ bench: $(call environment,bench)
 	$(PY) -m bench $(if $(RESULTS),--out $(RESULTS))
 
 gpu: $(call environment,dev)
-	PYTHON="$(PY)" RESULTS="$(or $(RESULTS),$(CURDIR)/out/gpu)" bash bench/gpu.sh
+	@status=0; for stage in first second; do \
+	  PYTHON="$(PY)" RESULTS="$(or $(RESULTS),$(CURDIR)/out/gpu)" bash bench/gpu.sh $$stage || status=1; \
+	done; exit $$status
 
 ptxas: $(call environment,bench)
 	$(PY) bench/registers.py

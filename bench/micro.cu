@@ -1,0 +1,409 @@
+// What the constants of csrc/plan_resident.cpp stand for, measured on a GPU. bench/micro.py compiles and runs this.
+//
+//   micro barrier      a barrier of a group of blocks in global memory, by size: primitives_cuda.cuh's own
+//   micro cluster      a barrier of a hardware cluster, likewise
+//   micro launch       what a launch costs: plain, cooperative, of clusters; from the host, and in a graph
+//   micro runs         bandwidth where a block touches rows in runs of 32 to 1024 bytes
+//   micro phases OUTER CHANNELS INNER LAYOUT LANES BLOCK MEMBERS GROUPS KEPT DIVIDED CLUSTER
+//                      when each block of the resident forward loads, exchanges and stores: bfloat16, a plan's numbers
+//
+// Each prints lines of JSON. Exit status: 0 measured, 1 a CUDA call failed, 2 unknown arguments.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../csrc/kernels/primitives.cuh"
+#include "micro_stamps.cuh"
+
+namespace {
+
+using bnk::Reuse;
+
+#define CHECK(call)                                                                           \
+  do {                                                                                        \
+    const cudaError_t error = (call);                                                         \
+    if (error != cudaSuccess) {                                                               \
+      std::fprintf(stderr, "%s: %s (line %d)\n", #call, cudaGetErrorString(error), __LINE__); \
+      std::exit(1);                                                                           \
+    }                                                                                         \
+  } while (false)
+
+constexpr int kThreads = 256;
+constexpr int kRepeats = 7;
+constexpr int kCounterWords = bnk::kBarrierWordBytes / sizeof(unsigned);
+
+int attribute(cudaDeviceAttr which) {
+  int value = 0;
+  CHECK(cudaDeviceGetAttribute(&value, which, 0));
+  return value;
+}
+
+int multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount); }
+
+template <typename T>
+T* allocate(size_t count) {
+  void* memory = nullptr;
+  CHECK(cudaMalloc(&memory, count * sizeof(T)));
+  CHECK(cudaMemset(memory, 0, count * sizeof(T)));
+  return static_cast<T*>(memory);
+}
+
+// Median seconds of `work`, which puts something on the default stream; once before to warm up.
+double seconds(const std::function<void()>& work) {
+  cudaEvent_t start, end;
+  CHECK(cudaEventCreate(&start));
+  CHECK(cudaEventCreate(&end));
+  std::vector<float> samples;
+  for (int i = 0; i <= kRepeats; ++i) {
+    CHECK(cudaEventRecord(start));
+    work();
+    CHECK(cudaEventRecord(end));
+    CHECK(cudaEventSynchronize(end));
+    float milliseconds = 0;
+    CHECK(cudaEventElapsedTime(&milliseconds, start, end));
+    if (i > 0) samples.push_back(milliseconds);
+  }
+  std::nth_element(samples.begin(), samples.begin() + kRepeats / 2, samples.end());
+  CHECK(cudaEventDestroy(start));
+  CHECK(cudaEventDestroy(end));
+  return samples[kRepeats / 2] * 1e-3;
+}
+
+enum class Launch { kPlain, kCooperative, kCluster };
+
+template <typename... Params, typename... Args>
+void launch(Launch how, int grid, int block, size_t shared, int cluster, cudaStream_t stream, void (*kernel)(Params...),
+            Args... args) {
+  cudaLaunchAttribute attribute{};
+  if (how == Launch::kCooperative) {
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  } else {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(grid);
+  config.blockDim = dim3(block);
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = how == Launch::kPlain ? 0 : 1;
+  CHECK(cudaLaunchKernelEx(&config, kernel, args...));
+}
+
+// ---- barriers
+
+constexpr int kFields = 3;  // doubles that a member tells of a channel: count, mean, sum of squares
+
+// Rounds of a barrier of each group; with kExchange what comes before and behind it as well: a partial of one channel stored
+// by every member, and all of them read by every member.
+template <bool kExchange>
+__global__ void __launch_bounds__(kThreads)
+    group_barriers(unsigned* counters, double* partials, int members, int rounds, double* sink) {
+  const int group = blockIdx.x / members;
+  const int rank = blockIdx.x % members;
+  double sum = 0;
+  for (int round = 0; round < rounds; ++round) {
+    // Two in turn: a member that still reads one is not overtaken by one that writes the next but one.
+    double* partial = partials + (static_cast<int64_t>(group) * 2 + round % 2) * kFields * members;
+    if constexpr (kExchange) {
+      if (threadIdx.x < kFields) bnk::store(partial + rank * kFields + threadIdx.x, sum + rank);
+    }
+    bnk::group_barrier(counters + kCounterWords * group, members, rank);
+    if constexpr (kExchange) {
+      for (int i = threadIdx.x; i < kFields * members; i += blockDim.x) sum += bnk::load(partial + i);
+      bnk::block_barrier();
+    }
+  }
+  if (sum < 0) *sink = sum;  // keeps the reads
+}
+
+template <bool kExchange>
+__global__ void __launch_bounds__(kThreads) cluster_barriers(int members, int rounds, double* sink) {
+  BNK_SHARED(double, told, 2 * kFields);
+  double sum = 0;
+  for (int round = 0; round < rounds; ++round) {
+    double* mine = told + round % 2 * kFields;
+    if constexpr (kExchange) {
+      if (threadIdx.x == 0) mine[0] = mine[1] = mine[2] = sum + round;
+    }
+    bnk::cluster_barrier();
+    if constexpr (kExchange) {
+      if (threadIdx.x == 0) {
+        for (int rank = 0; rank < members; ++rank) {
+          for (int field = 0; field < kFields; ++field) sum += bnk::load_member(mine + field, rank);
+        }
+      }
+      bnk::block_barrier();
+    }
+  }
+  bnk::cluster_barrier();  // no block's memory goes while another reads it
+  if (sum < 0) *sink = sum;
+}
+
+// Of one round: the difference of many rounds and few, in which the launch is not.
+template <typename Rounds>
+double seconds_a_round(const Rounds& run) {
+  constexpr int kFew = 100;
+  constexpr int kMany = 600;
+  const double few = seconds([&] { run(kFew); });
+  return (seconds([&] { run(kMany); }) - few) / (kMany - kFew);
+}
+
+void print_barrier(const char* what, int members, int groups, double barrier, double exchange) {
+  std::printf("{\"what\": \"%s\", \"members\": %d, \"groups\": %d, \"barrier_ns\": %.1f, \"exchange_ns\": %.1f}\n",
+              what, members, groups, barrier * 1e9, exchange * 1e9);
+  std::fflush(stdout);
+}
+
+void measure_barrier() {
+  const int blocks = 2 * (multiprocessors() - multiprocessors() / 16);  // as plans have them
+  unsigned* counters = allocate<unsigned>(static_cast<size_t>(kCounterWords) * blocks);
+  double* partials = allocate<double>(static_cast<size_t>(2) * kFields * blocks);
+  double* sink = allocate<double>(1);
+  for (int members = 2; members <= blocks; members = members < 16 ? 2 * members : members < 31 ? 31 : 2 * members) {
+    for (const int groups : {1, blocks / members}) {
+      const auto run = [&](auto kernel) {
+        return seconds_a_round([&](int rounds) {
+          launch(Launch::kCooperative, groups * members, kThreads, 0, 1, nullptr, kernel, counters, partials, members,
+                 rounds, sink);
+        });
+      };
+      print_barrier("barrier", members, groups, run(group_barriers<false>), run(group_barriers<true>));
+      if (blocks / members == 1) break;
+    }
+  }
+}
+
+void measure_cluster() {
+  double* sink = allocate<double>(1);
+  for (int members = 2; members <= 8; members *= 2) {
+    for (const int groups : {1, 2 * multiprocessors() / 16 * (16 / members)}) {
+      const auto run = [&](auto kernel) {
+        return seconds_a_round([&](int rounds) {
+          launch(Launch::kCluster, groups * members, kThreads, 0, members, nullptr, kernel, members, rounds, sink);
+        });
+      };
+      print_barrier("cluster", members, groups, run(cluster_barriers<false>), run(cluster_barriers<true>));
+    }
+  }
+}
+
+// ---- launches
+
+__global__ void __launch_bounds__(kThreads) nothing(int) {}
+
+void measure_launch() {
+  constexpr int kInGraph = 100;
+  const std::pair<const char*, Launch> ways[] = {
+      {"plain", Launch::kPlain}, {"cooperative", Launch::kCooperative}, {"cluster", Launch::kCluster}};
+  cudaStream_t stream;
+  CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  for (const auto& [name, how] : ways) {
+    const auto many = [&, how = how](cudaStream_t on) {
+      for (int i = 0; i < kInGraph; ++i) launch(how, 2 * multiprocessors() / 8 * 8, kThreads, 0, 8, on, nothing, i);
+    };
+    many(nullptr);
+    CHECK(cudaDeviceSynchronize());
+    const auto begin = std::chrono::steady_clock::now();
+    many(nullptr);
+    const std::chrono::duration<double> host = std::chrono::steady_clock::now() - begin;
+    const double device = seconds([&] { many(nullptr); });
+    CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+    many(stream);
+    cudaGraph_t graph;
+    CHECK(cudaStreamEndCapture(stream, &graph));
+    cudaGraphExec_t replay;
+    CHECK(cudaGraphInstantiate(&replay, graph, 0));
+    const double replayed = seconds([&] { CHECK(cudaGraphLaunch(replay, nullptr)); });
+    std::printf("{\"what\": \"launch\", \"how\": \"%s\", \"host_us\": %.3f, \"stream_us\": %.3f, \"graph_us\": %.3f}\n",
+                name, host.count() * 1e6 / kInGraph, device * 1e6 / kInGraph, replayed * 1e6 / kInGraph);
+    std::fflush(stdout);
+  }
+}
+
+// ---- runs
+
+__global__ void fill(uint16_t* x, int64_t count) {
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < count; i += int64_t{gridDim.x} * blockDim.x) {
+    const uint32_t hash = static_cast<uint32_t>(i * 2654435761u) ^ static_cast<uint32_t>(i >> 7);
+    x[i] = static_cast<uint16_t>(__float_as_uint(static_cast<float>(hash & 0xffffu) / 32768.0f - 1.0f) >> 16);
+  }
+}
+
+// Numbers of bfloat16 from -1 to 1: memory of zeros can be faster than a program's.
+template <typename T>
+T* allocate_numbers(int64_t bytes) {
+  T* memory = allocate<T>(bytes / sizeof(T));
+  fill<<<4 * multiprocessors(), kThreads>>>(reinterpret_cast<uint16_t*>(memory), bytes / 2);
+  CHECK(cudaGetLastError());
+  return memory;
+}
+
+using Vector = bnk::Vector<float>;
+constexpr int kInFlight = 4;
+
+// A matrix of rows; all blocks go through the columns slab by slab, as the groups of a channels-last plan do. A slab is
+// `run` vectors wide: what a block touches of a row at a time.
+template <bool kLoads, bool kStores>
+__global__ void __launch_bounds__(kThreads)
+    walk_runs(const float* in, float* out, int64_t rows, int row, int run, unsigned* sink) {
+  const int64_t share = (rows + gridDim.x - 1) / gridDim.x;
+  const int64_t first = share * blockIdx.x;
+  const int64_t last = first + share < rows ? first + share : rows;
+  const int step = blockDim.x / run;
+  unsigned seen = 0;
+  for (int slab = 0; slab < row / run; ++slab) {
+    const int column = slab * run + threadIdx.x % run;
+    for (int64_t at = first + threadIdx.x / run; at < last; at += static_cast<int64_t>(step) * kInFlight) {
+      Vector values[kInFlight] = {};
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        if (kLoads && at + i * step < last)
+          values[i] = bnk::load_vector<Reuse::kLast>(in + ((at + i * step) * row + column) * 4);
+      }
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        seen |= values[i].words[0];
+        if (kStores && at + i * step < last)
+          bnk::store_vector<Reuse::kLast>(out + ((at + i * step) * row + column) * 4, values[i]);
+      }
+    }
+  }
+  if (seen == 1) *sink = seen;  // keeps the loads
+}
+
+void measure_runs() {
+  constexpr int64_t kBytes = int64_t{512} << 20;
+  constexpr int kRowBytes = 1024;
+  const int64_t rows = kBytes / kRowBytes;
+  float* in = allocate_numbers<float>(kBytes);
+  float* out = allocate<float>(kBytes / 4);
+  unsigned* sink = allocate<unsigned>(1);
+  for (int bytes = 32; bytes <= kRowBytes; bytes *= 2) {
+    const auto measure = [&](const char* access, int tensors, auto kernel) {
+      const double time = seconds([&] {
+        launch(Launch::kPlain, 2 * multiprocessors(), kThreads, 0, 1, nullptr, kernel, in, out, rows, kRowBytes / 16,
+               bytes / 16, sink);
+      });
+      std::printf("{\"what\": \"runs\", \"access\": \"%s\", \"run_bytes\": %d, \"gb_per_s\": %.1f}\n", access, bytes,
+                  static_cast<double>(tensors * kBytes) / time * 1e-9);
+      std::fflush(stdout);
+    };
+    measure("load", 1, walk_runs<true, false>);
+    measure("store", 1, walk_runs<false, true>);
+    measure("copy", 2, walk_runs<true, true>);
+  }
+}
+
+// ---- phases
+
+bnk::Layout layout_of(const std::string& name) {
+  return name == "packed"          ? bnk::Layout::kPacked
+         : name == "channels_last" ? bnk::Layout::kChannelsLast
+                                   : bnk::Layout::kChannelsFirst;
+}
+
+using Stamped = void (*)(bnk::ResidentForwardParams, bnk::Stamps);
+
+Stamped kernel_of(bnk::Layout layout) {
+  switch (layout) {
+    case bnk::Layout::kPacked:
+      return bnk::stamped_forward<bnk::Layout::kPacked>;
+    case bnk::Layout::kChannelsLast:
+      return bnk::stamped_forward<bnk::Layout::kChannelsLast>;
+    default:
+      return bnk::stamped_forward<bnk::Layout::kChannelsFirst>;
+  }
+}
+
+void measure_phases(char** words) {
+  const auto number = [&](int i) { return std::atoll(words[i]); };
+  const bnk::Problem problem{number(0), number(1), number(2), bnk::Dtype::kBFloat16};
+  const bnk::ResidentChoice choice{layout_of(words[3]),
+                                   static_cast<int>(number(4)),
+                                   static_cast<int>(number(5)),
+                                   static_cast<int>(number(6)),
+                                   static_cast<int>(number(7)),
+                                   static_cast<int>(number(8)),
+                                   number(9) != 0,
+                                   number(10) != 0};
+  const bnk::ResidentPlan plan = bnk::make_resident(problem, true, bnk::Pass::kForwardTrain, choice);
+  uint16_t* x = allocate_numbers<uint16_t>(2 * problem.elements());
+  uint16_t* y = allocate<uint16_t>(problem.elements());
+  double* scratch = allocate<double>(bnk::resident::forward_scratch(plan) + 1);
+  void* workspace = allocate<char>(bnk::kBarrierWords * bnk::kBarrierWordBytes);
+  float* statistics = allocate<float>(2 * problem.channels);
+  bnk::ForwardTrainArgs args{};
+  args.eps = 1e-5;
+  args.mean = {statistics, bnk::Dtype::kFloat32};
+  args.invstd = {statistics + problem.channels, bnk::Dtype::kFloat32};
+  const bnk::ResidentForwardParams params{.walk = plan.walk,
+                                          .residence = bnk::resident::residence(plan, scratch, workspace),
+                                          .x = x,
+                                          .y = y,
+                                          .weight = {nullptr, bnk::Dtype::kFloat32},
+                                          .bias = {nullptr, bnk::Dtype::kFloat32},
+                                          .num_batches_tracked = nullptr,
+                                          .results = bnk::results_of(args),
+                                          .epilogue = {}};
+  const int64_t rounds = (plan.walk.slabs.value + plan.groups - 1) / plan.groups;
+  const int capacity = static_cast<int>(2 + 7 * rounds);
+  const int blocks = static_cast<int>(plan.launch.grid);
+  const bnk::Stamps stamps{allocate<bnk::BlockTimes>(blocks), allocate<bnk::Stamp>(size_t(blocks) * capacity),
+                           capacity};
+  const Stamped kernel = kernel_of(plan.walk.layout);
+  CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared_bytes)));
+  CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
+  const Launch how = plan.group == bnk::Group::kBlock     ? Launch::kPlain
+                     : plan.group == bnk::Group::kCluster ? Launch::kCluster
+                                                          : Launch::kCooperative;
+  const double time = seconds([&] {
+    launch(how, blocks, plan.launch.block, plan.shared_bytes, plan.members, nullptr, kernel, params, stamps);
+  });
+
+  std::vector<bnk::BlockTimes> times(blocks);
+  std::vector<bnk::Stamp> all(size_t(blocks) * capacity);
+  CHECK(cudaMemcpy(times.data(), stamps.blocks, times.size() * sizeof times[0], cudaMemcpyDeviceToHost));
+  CHECK(cudaMemcpy(all.data(), stamps.stamps, all.size() * sizeof all[0], cudaMemcpyDeviceToHost));
+  std::printf("{\"what\": \"whole\", \"us\": %.2f, \"blocks\": %d, \"rounds\": %lld}\n", time * 1e6, blocks,
+              static_cast<long long>(rounds));
+  for (int block = 0; block < blocks; ++block) {
+    const bnk::BlockTimes& one = times[block];
+    std::printf("{\"what\": \"block\", \"sm\": %u, \"begin_ns\": %llu, \"end_ns\": %llu, \"stamps\": [",
+                one.multiprocessor, one.begin_ns, one.end_ns);
+    for (int i = 0; i < one.count && i < capacity; ++i) {
+      const bnk::Stamp& stamp = all[size_t(block) * capacity + i];
+      std::printf("%s[%d, %lld]", i == 0 ? "" : ", ", stamp.point, static_cast<long long>(stamp.clock));
+    }
+    std::printf("]}\n");
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const std::string what = argc > 1 ? argv[1] : "";
+  const std::pair<const char*, void (*)()> measurements[] = {
+      {"barrier", measure_barrier}, {"cluster", measure_cluster}, {"launch", measure_launch}, {"runs", measure_runs}};
+  for (const auto& [name, measure] : measurements) {
+    if (what != name) continue;
+    measure();
+    return 0;
+  }
+  if (what == "phases" && argc == 13) {
+    measure_phases(argv + 2);
+    return 0;
+  }
+  std::fprintf(stderr, "usage: micro barrier|cluster|launch|runs, or micro phases and 11 numbers of a plan\n");
+  return 2;
+}

@@ -1,0 +1,123 @@
+// The resident forward with a clock beside it: the kernel's own source, compiled with the names that it calls at the ends
+// of its phases replaced by ones that note the time there. For micro.cu.
+#pragma once
+
+#include "../csrc/kernels/primitives.cuh"
+
+namespace bnk {
+
+// Where a block is.
+enum Point : int { kBegin, kExchanges, kWaits, kHasWaited, kHasExchanged, kHasStored, kEnd };
+
+struct Stamp {
+  int point;
+  long long clock;  // of the multiprocessor: comparable between its blocks
+};
+
+struct BlockTimes {
+  unsigned multiprocessor;
+  int count;                            // of its stamps
+  unsigned long long begin_ns, end_ns;  // of the device
+};
+
+struct Stamps {
+  BlockTimes* blocks;
+  Stamp* stamps;
+  int capacity;  // of each block
+};
+
+// Of this block, for its first thread.
+struct StampState {
+  Stamp* next;
+  Stamp* end;
+};
+
+BNK_DEVICE StampState& stamp_state() {
+  __shared__ StampState state;
+  return state;
+}
+
+BNK_DEVICE void stamp(Point point) {
+  if (threadIdx.x != 0) return;
+  StampState& state = stamp_state();
+  if (state.next < state.end) *state.next++ = {point, clock64()};
+}
+
+BNK_DEVICE unsigned long long nanoseconds() {
+  unsigned long long value;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(value));
+  return value;
+}
+
+BNK_DEVICE void stamped_group_barrier(unsigned* counter, unsigned members, unsigned rank) {
+  stamp(kWaits);
+  group_barrier(counter, members, rank);
+  stamp(kHasWaited);
+}
+
+BNK_DEVICE void stamped_cluster_barrier() {
+  stamp(kWaits);
+  cluster_barrier();
+  stamp(kHasWaited);
+}
+
+}  // namespace bnk
+
+#define group_barrier stamped_group_barrier
+#define cluster_barrier stamped_cluster_barrier
+#include "../csrc/kernels/resident.cuh"
+#undef group_barrier
+#undef cluster_barrier
+
+namespace bnk {
+
+template <Layout kLayout, typename... Args>
+BNK_DEVICE void stamped_exchange(Args&&... args) {
+  stamp(kExchanges);
+  exchange<kLayout>(static_cast<Args&&>(args)...);
+  stamp(kHasExchanged);
+}
+
+template <int kTile, typename... Args>
+BNK_DEVICE void stamped_visit_again(Args&&... args) {
+  visit_again<kTile>(static_cast<Args&&>(args)...);
+  stamp(kHasStored);
+}
+
+}  // namespace bnk
+
+// The kernel becomes a function of the kernel below.
+#pragma push_macro("BNK_KERNEL_BESIDE")
+#undef BNK_KERNEL_BESIDE
+#define BNK_KERNEL_BESIDE(max_threads, n) __device__ __forceinline__ void
+#define exchange stamped_exchange
+#define visit_again stamped_visit_again
+#include "../csrc/kernels/resident_forward.cuh"
+#undef exchange
+#undef visit_again
+#pragma pop_macro("BNK_KERNEL_BESIDE")
+
+#include "../csrc/paths/resident.h"
+
+namespace bnk {
+
+template <Layout kLayout>
+__global__ void __launch_bounds__(resident_threads(kLayout), kResidentBlocks)
+    stamped_forward(ResidentForwardParams params, Stamps stamps) {
+  BlockTimes& times = stamps.blocks[blockIdx.x];
+  Stamp* const first = stamps.stamps + static_cast<int64_t>(blockIdx.x) * stamps.capacity;
+  if (threadIdx.x == 0) {
+    stamp_state() = {first, first + stamps.capacity};
+    asm volatile("mov.u32 %0, %%smid;" : "=r"(times.multiprocessor));
+    times.begin_ns = nanoseconds();
+  }
+  stamp(kBegin);
+  resident_forward_kernel<BFloat16, kLayout, false>(params);
+  stamp(kEnd);
+  if (threadIdx.x == 0) {
+    times.end_ns = nanoseconds();
+    times.count = static_cast<int>(stamp_state().next - first);
+  }
+}
+
+}  // namespace bnk
