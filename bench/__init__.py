@@ -16,8 +16,12 @@ device_code.py  the device code, compiled as setup.py does (needs nvcc, no GPU),
 registers.py    registers, spills and shared memory of each kernel by architecture
 sass.py         machine code of the main loops: widths, loads in flight, instructions an element (needs nvdisasm)
   sass_listing.py, sass_flow.py, sass_constants.py, sass_paths.py    from the listing to a loop's fast path
-sanitize.py     every kernel variant at small sizes, to be run under compute-sanitizer
+sanitize.py     calls at small sizes, to be run under compute-sanitizer: every kernel variant, or
+  kinds.py      a case of each kind of plan that the device has
 planted.*       faults that compute-sanitizer must find, or its silence on ours would say nothing
 ncu.py          DRAM bytes as the hardware counts them, against the floor
-gpu.sh          all of it on a machine with a GPU, in one go
+micro.py, .cu   what the plan's constants rest on: barriers, launches, narrow runs, and, with micro_stamps.cuh and
+  phases.py     the resident forward with a clock beside it: when each block loads, waits and stores
+gpu.sh, gpu.py  all of it on a machine with a GPU, in the two stages of stages.py
+files.py        files that are written in one step
 """
