@@ -58,7 +58,8 @@ else
   VENV := $(CURDIR)/.venv$(if $(filter-out torch>=2.11,$(TORCH)),-$(subst =,,$(subst <,,$(subst >,,$(TORCH)))))
   PY := $(VENV)/bin/python
   TORCH_STAMP := $(VENV)/.torch
-  environment = build $(VENV)/.$(1)
+  # What the demo and the benchmark harness need is there as soon as torch is.
+  environment = build $(if $(filter dev,$(1)),$(VENV)/.dev)
 endif
 
 CPP_FILES = $(shell git ls-files -co --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'csrc/*.cu' \
@@ -75,6 +76,8 @@ CLANG_FORMAT = "$$(dirname "$$($(PY) -c 'import sys; print(sys.executable)')")/c
 help:
 	@sed -n '1,/^$$/{/^#/!d;s/^# \{0,1\}//;p}' Makefile
 
+# Threads that wait do not spin: on a busy machine, each step of the demo takes several times as long otherwise.
+demo: export OMP_WAIT_POLICY ?= passive
 demo: $(call environment,demo)
 	$(PY) examples/digits.py
 
@@ -144,16 +147,21 @@ distclean: clean
 	rm -rf .venv*
 
 ifndef INTERPRETER
-$(VENV)/.torch:
+DEMO = $(shell sed -n 's/^demo = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
+
+# --no-compile: the bytecode of all of torch takes half a minute, that of what is imported is written as it is imported.
+unexport PYTHONDONTWRITEBYTECODE
+$(VENV)/.torch: pyproject.toml
 	@echo "== environment $(VENV) from $(PYTHON); then $(TORCH) (a CUDA build is some gigabytes: minutes)"
 	$(PYTHON) -m venv "$(VENV)"
-	"$(PY)" -m pip install --quiet --upgrade pip
-	"$(PY)" -m pip install setuptools wheel ninja numpy "$(TORCH)"
+	"$(PY)" -m pip install --no-compile setuptools wheel ninja $(DEMO) "$(TORCH)"
 	@touch "$@"
 
-# The package itself, editable, with the extra's dependencies: without isolation, against the torch just installed.
-$(VENV)/.%: pyproject.toml setup.py build_support.py | build
-	@echo "== bnkernels[$*] into $(VENV)"
-	"$(PY)" -m pip install --quiet --no-build-isolation -e ".[$*]"
+# The package itself, editable, with the tools of development: without isolation, against the torch just installed. The pip
+# of an early Python 3.10 knows no editable package of this form.
+$(VENV)/.dev: pyproject.toml setup.py build_support.py | build
+	@echo "== bnkernels[dev] into $(VENV)"
+	"$(PY)" -m pip install --quiet --upgrade pip
+	"$(PY)" -m pip install --quiet --no-build-isolation -e ".[dev]"
 	@touch "$@"
 endif
