@@ -126,6 +126,19 @@ def default_arch_list(known: Iterable[Capability], present: Iterable[Capability]
     return ";".join(f"{major}.{minor}" for major, minor in sorted(chosen)) + "+PTX"
 
 
+def progress_line(line: str, root: Path, seconds: float) -> str | None:
+    """A line of ninja's output that reports a finished file of `root`, in short; None for any other line.
+
+    ninja -v prints a file's whole command line, of some 1,500 characters.
+    """
+    done = re.match(r"\[(\d+/\d+)\] ", line)
+    source = re.search(r" -c (\S+)", line.replace(" -c -c ", " -c "))
+    if not done or not source:
+        return None
+    name = os.path.relpath(source.group(1), root)
+    return f"[{done.group(1)}] {name} after {seconds:.0f} s\n"
+
+
 def wants_cuda(environ: Mapping[str, str]) -> bool | None:
     """FORCE_CUDA as True, False or None where it is not set."""
     value = environ.get("FORCE_CUDA", "").strip().lower()

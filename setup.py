@@ -7,14 +7,20 @@ Environment:
   TORCH_CUDA_ARCH_LIST        e.g. "9.0" or "8.0;9.0+PTX" (default: of the GPUs present, else all supported)
   MAX_JOBS                    compilers run at a time (default: ninja's, cores + 2); lower it where memory is short
   BNKERNELS_PTXAS_VERBOSE=1   registers, shared memory and spills of each kernel to build/ptxas.log
+  BNKERNELS_LINEINFO=1        source lines in the device code, for profilers and compute-sanitizer; triples its size
+  BNKERNELS_VERBOSE=1         the compilers' whole command lines instead of one line per file
+
+pip shows what a build prints with -v only. Where there is a terminal, each file is reported on it without.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import threading
+import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -49,6 +55,8 @@ if CUDA is not None:
 
 from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402
 
+VERBOSE = os.environ.get("BNKERNELS_VERBOSE") == "1"
+
 PTXAS_LOG = ROOT / "build" / "ptxas.log" if os.environ.get("BNKERNELS_PTXAS_VERBOSE") == "1" else None
 
 
@@ -70,13 +78,16 @@ def extension() -> Extension:
     host = ["-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden"]
     flags = {"cxx": host + openmp_flags()}
     macros = [("BNK_BUILD_TORCH", f'"{torch.__version__}"')]
-    sources = files("*.cpp", "cpu/*.cpp")
+    # *_unit.cpp include what needs torch's headers: reading those takes longer than compiling any of it.
+    sources = files("cpu/*.cpp", "*_unit.cpp", "plan_*.cpp")
     headers = files("**/*.h", "**/*.cuh")
     if CUDA is None:
         return CppExtension(
             "bnkernels._C", sources, depends=headers, define_macros=macros, extra_compile_args=flags, language="c++"
         )
-    flags["nvcc"] = ["-O3", "-lineinfo", "--fmad=false", "-Xcompiler", ",".join(host[2:])]
+    flags["nvcc"] = ["-O3", "--fmad=false", "-Xcompiler", ",".join(host[2:])]
+    if os.environ.get("BNKERNELS_LINEINFO") == "1":
+        flags["nvcc"].append("-lineinfo")
     if PTXAS_LOG is not None:
         flags["nvcc"] += ["-Xptxas", "-v"]
     macros += [
@@ -86,7 +97,8 @@ def extension() -> Extension:
     ]
     return CUDAExtension(
         "bnkernels._C",
-        sources + files("cuda/*.cu", "cuda/*.cpp"),
+        # Compilers start in this order: the longest first, so that none is left alone at the end.
+        files("cuda/persistent_*.cu") + sources + files("cuda/two_pass_*.cu", "cuda/[!pt]*.cu", "cuda/*.cpp"),
         depends=headers,
         define_macros=macros,
         extra_compile_args=flags,
@@ -94,23 +106,58 @@ def extension() -> Extension:
 
 
 @contextmanager
-def standard_output_to(path: Path | None) -> Iterator[None]:
-    """Sends file descriptor 1, which ninja writes to, into a file meanwhile."""
-    if path is None:
-        yield
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
+def standard_output_to(target: int) -> Iterator[int]:
+    """Sends file descriptor 1, which ninja writes to, to `target` meanwhile. Yields a descriptor of what it was."""
     sys.stdout.flush()
     saved = os.dup(1)
+    os.dup2(target, 1)
     try:
-        with path.open("wb") as log:
-            os.dup2(log.fileno(), 1)
-        yield
+        yield saved
     finally:
         sys.stdout.flush()
         os.dup2(saved, 1)
         os.close(saved)
-        print(f"bnkernels: the compiler's output is in {path}")
+
+
+@contextmanager
+def logged(path: Path) -> Iterator[None]:
+    """The compilers' output goes into a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as log, standard_output_to(log.fileno()):
+        yield
+    print(f"bnkernels: the compiler's output is in {path}")
+
+
+@contextmanager
+def progress() -> Iterator[None]:
+    """Each finished file is one line, "[12/27] cuda/two_pass_f32.cu 31 s", on standard output and on the terminal."""
+    read_end, write_end = os.pipe()
+    begin = time.monotonic()
+    try:
+        terminal = None if os.isatty(1) else open("/dev/tty", "w")  # noqa: SIM115
+    except OSError:
+        terminal = None
+
+    def shorten(output: int) -> None:
+        with open(read_end, errors="replace") as lines:
+            for line in lines:
+                short = build_support.progress_line(line, ROOT / "csrc", time.monotonic() - begin)
+                os.write(output, (short or line).encode())
+                if short and terminal is not None:
+                    print(short, end="", file=terminal, flush=True)
+
+    with standard_output_to(write_end) as output:
+        os.close(write_end)
+        reader = threading.Thread(target=shorten, args=(output,))
+        reader.start()
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            os.dup2(output, 1)  # the pipe's last writer: the reader comes to its end
+            reader.join()
+            if terminal is not None:
+                terminal.close()
 
 
 class Build(BuildExtension):
@@ -126,7 +173,7 @@ class Build(BuildExtension):
     def build_extensions(self) -> None:
         device = f"CUDA {CUDA.version} for {CUDA.arch_list} ({CUDA.root})" if CUDA else "the CPU only"
         print(f"bnkernels: building against torch {torch.__version__} for {device}", flush=True)
-        with standard_output_to(PTXAS_LOG):
+        with logged(PTXAS_LOG) if PTXAS_LOG else nullcontext() if VERBOSE else progress():
             super().build_extensions()
 
 

@@ -76,7 +76,13 @@ def _checked(name: str, tool: str, limit: int, setting: str = "") -> Step:
     return Step(name, limit, program, a_sanitizer, r"calls, forward|ERROR SUMMARY|RACECHECK SUMMARY")
 
 
-BUILD = Step("build", 170, "{python} setup.py -q build_ext --inplace", something_to_build, "^bnkernels: building")
+BUILD = Step(
+    "build",
+    170,
+    "env BNKERNELS_LINEINFO=1 {python} setup.py -q build_ext --inplace",
+    something_to_build,
+    "^bnkernels: building",
+)
 
 # Seconds of a stage, and its steps. Files of results are 8 at most: all JSON, but for summary.md, log.txt and ncu.md.
 STAGES: dict[str, tuple[int, tuple[Step, ...]]] = {

@@ -14,28 +14,29 @@ FourTensors results_of(const Normalized& all) {
   return {all.y, all.mean, all.invstd, all.relu_range.defined() ? all.relu_range : at::empty({0}, all.mean.options())};
 }
 
-FourTensors train(const at::Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
-                  const OptionalTensor& bias, const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                  const OptionalTensor& num_batches_tracked, std::optional<double> momentum, double eps, bool relu) {
+FourTensors fused_train(const at::Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
+                        const OptionalTensor& bias, const OptionalTensor& running_mean,
+                        const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
+                        std::optional<double> momentum, double eps, bool relu) {
   return results_of(call_train(x, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps,
                                {.residual = residual, .relu = relu}));
 }
 
 // The same without a change to its arguments: what torch.compile can move and fuse around.
-SevenTensors train_functional(const at::Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
-                              const OptionalTensor& bias, const OptionalTensor& running_mean,
-                              const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
-                              std::optional<double> momentum, double eps, bool relu) {
+SevenTensors fused_train_functional(const at::Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
+                                    const OptionalTensor& bias, const OptionalTensor& running_mean,
+                                    const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
+                                    std::optional<double> momentum, double eps, bool relu) {
   const Changed buffers(running_mean, running_var, num_batches_tracked);
-  auto [y, mean, invstd, relu_range] = train(x, residual, weight, bias, buffers.running_mean, buffers.running_var,
-                                             buffers.num_batches_tracked, momentum, eps, relu);
+  auto [y, mean, invstd, relu_range] = fused_train(x, residual, weight, bias, buffers.running_mean, buffers.running_var,
+                                                   buffers.num_batches_tracked, momentum, eps, relu);
   auto [new_mean, new_var, new_count] = buffers.or_empty(mean);
   return {y, mean, invstd, relu_range, new_mean, new_var, new_count};
 }
 
-FourTensors eval(const at::Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
-                 const OptionalTensor& bias, const at::Tensor& running_mean, const at::Tensor& running_var, double eps,
-                 bool relu) {
+FourTensors fused_eval(const at::Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
+                       const OptionalTensor& bias, const at::Tensor& running_mean, const at::Tensor& running_var,
+                       double eps, bool relu) {
   return results_of(call_eval(x, weight, bias, running_mean, running_var, eps, {.residual = residual, .relu = relu}));
 }
 
@@ -51,14 +52,14 @@ FourTensors batch_norm_fused_train(const at::Tensor& x, const OptionalTensor& re
                                    const OptionalTensor& bias, const OptionalTensor& running_mean,
                                    const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
                                    std::optional<double> momentum, double eps, bool relu) {
-  static const auto op = find_op<decltype(train)>("bnkernels::batch_norm_fused_train");
+  static const auto op = find_op<decltype(fused_train)>("bnkernels::batch_norm_fused_train");
   return op.call(x, residual, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, relu);
 }
 
 FourTensors batch_norm_fused_eval(const at::Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
                                   const OptionalTensor& bias, const at::Tensor& running_mean,
                                   const at::Tensor& running_var, double eps, bool relu) {
-  static const auto op = find_op<decltype(eval)>("bnkernels::batch_norm_fused_eval");
+  static const auto op = find_op<decltype(fused_eval)>("bnkernels::batch_norm_fused_eval");
   return op.call(x, residual, weight, bias, running_mean, running_var, eps, relu);
 }
 
@@ -95,16 +96,16 @@ TORCH_LIBRARY_FRAGMENT(bnkernels, library) {
 
 namespace {
 
-void register_kernels(torch::Library& library) {
-  library.impl("batch_norm_fused_train", TORCH_FN(train));
-  library.impl("batch_norm_fused_train_functional", TORCH_FN(train_functional));
-  library.impl("batch_norm_fused_eval", TORCH_FN(eval));
+void register_fused_kernels(torch::Library& library) {
+  library.impl("batch_norm_fused_train", TORCH_FN(fused_train));
+  library.impl("batch_norm_fused_train_functional", TORCH_FN(fused_train_functional));
+  library.impl("batch_norm_fused_eval", TORCH_FN(fused_eval));
   library.impl("batch_norm_relu_backward", TORCH_FN(relu_backward));
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(bnkernels, CPU, library) { register_kernels(library); }
-TORCH_LIBRARY_IMPL(bnkernels, CUDA, library) { register_kernels(library); }
+TORCH_LIBRARY_IMPL(bnkernels, CPU, library) { register_fused_kernels(library); }
+TORCH_LIBRARY_IMPL(bnkernels, CUDA, library) { register_fused_kernels(library); }
 
 }  // namespace bnk

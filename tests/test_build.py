@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -265,3 +266,32 @@ def test_sdist_holds_what_a_build_needs(tmp_path: Path) -> None:
     needed = {str(path.relative_to(ROOT)) for path in native | python}
     needed |= {"setup.py", "build_support.py", "pyproject.toml", "LICENSE", "README.md", "bnkernels/py.typed"}
     assert needed - held == set()
+
+
+# Progress
+
+
+NINJA = (
+    "[3/27] /usr/local/cuda/bin/nvcc -MD -MF /r/build/csrc/cuda/two_pass_f32.o.d -DX=1 -I/t/include -c -c "
+    "/r/csrc/cuda/two_pass_f32.cu -o /r/build/csrc/cuda/two_pass_f32.o -O3\n"
+)
+
+
+def test_progress_is_a_short_line_for_each_file() -> None:
+    assert build_support.progress_line(NINJA, Path("/r/csrc"), 31.4) == "[3/27] cuda/two_pass_f32.cu after 31 s\n"
+
+
+@pytest.mark.parametrize("line", ["csrc/ops.cpp:3: error: expected ';'\n", "FAILED: /r/build/csrc/ops.o\n", "\n"])
+def test_other_lines_are_left(line: str) -> None:
+    """Errors above all."""
+    assert build_support.progress_line(line, Path("/r/csrc"), 1.0) is None
+
+
+def test_units_include_every_file_with_torchs_headers() -> None:
+    """A file that no unit includes would be missing from the library."""
+    csrc = Path(build_support.__file__).parent / "csrc"
+    included = {
+        name for unit in csrc.glob("*_unit.cpp") for name in re.findall(r'#include "(\w+\.cpp)"', unit.read_text())
+    }
+    compiled = {path.name for pattern in ("*_unit.cpp", "plan_*.cpp") for path in csrc.glob(pattern)}
+    assert included | compiled == {path.name for path in csrc.glob("*.cpp")} and not included & compiled
