@@ -3,7 +3,7 @@
 import bnkernels as bnk
 
 model = bnk.convert(model)                                  # every nn.BatchNorm* of a model, in place
-model = bnk.fuse(model)                                     # and the ReLUs and additions behind them, in a GraphModule
+model = bnk.fuse(model)                                     # and the ReLUs and additions that follow them, when it runs
 layer = bnk.BatchNorm2d(64)                                 # nn.BatchNorm2d's signature
 y = bnk.batch_norm(x, running_mean, running_var, weight, bias, training=True)
 print(bnk.explain(x))                                       # how a GPU runs it; explain_model: every layer of a model
@@ -12,7 +12,8 @@ print(bnk.explain(x))                                       # how a GPU runs it;
 from .convert import ConversionReport, convert, revert
 from .explain import explain, explain_model
 from .functional import batch_norm
-from .fuse import FusionReport, fuse
+from .fx import FusionReport, fuse, unfuse
+from .fx.backend import register_on_import as _register_backends
 from .modules import (
     BatchNorm1d,
     BatchNorm2d,
@@ -24,6 +25,8 @@ from .modules import (
 from .ops import build_info, empty_cache
 from .sync import DistributedDataParallel, SyncBatchNorm
 from .tracking import checkpoint_contexts, no_statistics_update
+
+_register_backends()
 
 __version__ = "0.1.0"
 
@@ -49,4 +52,5 @@ __all__ = [
     "fuse",
     "no_statistics_update",
     "revert",
+    "unfuse",
 ]

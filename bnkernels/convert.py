@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import modules, sync
+from .fx import unfuse
 
 logger = logging.getLogger("bnkernels")
 
@@ -105,11 +106,12 @@ def revert(
     *,
     report: ConversionReport | None = None,
 ) -> _Model:
-    """Makes every bnkernels BatchNorm of a model the torch.nn one of its kind, in place: convert() undone.
+    """Makes every bnkernels BatchNorm of a model the torch.nn one of its kind, in place: convert() undone, and fuse().
 
     Exact types only; arguments and result as convert()'s.
     """
-    return _change(model, _TORCHS, filter_fn, report, "reverted")
+    _change(model, _TORCHS, filter_fn, report, "reverted")
+    return unfuse(model)
 
 
 def _change(

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 import bnkernels as bnk
 
 CHANNELS = 4
 # A step of a few layers in float64: sums of some hundred terms, taken in another order.
-CLOSE = {"rtol": 2.0**-40, "atol": 2.0**-40}
+CLOSE = {"rtol": 2.0**-38, "atol": 2.0**-38}
 
 Behind = Callable[[Any, Tensor, Tensor], Any]
 
@@ -48,7 +48,7 @@ def prepared(model: nn.Module) -> nn.Module:
     """In float64, with parameters and statistics that are not a fresh layer's."""
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point():
-            tensor.copy_(torch.rand_like(tensor) + 0.5 if name.endswith("var") else torch.randn_like(tensor))
+            tensor.copy_(torch.rand_like(tensor) + 0.5 if name.endswith("var") else torch.randn_like(tensor) / 2)
     return model.double()
 
 
@@ -56,28 +56,46 @@ def images() -> Tensor:
     return torch.randn(4, 3, 5, 5, dtype=torch.float64)
 
 
-def assert_computes_the_same(result: nn.Module, model: nn.Module, x: Tensor) -> None:
-    """Two training steps and an evaluation: results, gradients, running statistics. The two must share no state."""
-    seen = []
-    for each in (result, model):
-        inputs = [(x + step).requires_grad_() for step in range(2)]
-        ys = [each.train()(input) for input in inputs]
-        torch.stack([y.square().mean() for y in ys]).sum().backward()
-        grads = {name: p.grad for name, p in each.named_parameters() if p.grad is not None}
-        evaluated = each.eval()(x.clone())
-        seen.append((ys, [input.grad for input in inputs], grads, dict(each.named_buffers()), evaluated))
-    torch.testing.assert_close(*seen, **CLOSE)
+def tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ()
+    return [tensor for each in values for tensor in tensors(each)]
 
 
-def fused(model: nn.Module) -> tuple[fx.GraphModule, dict[str, str], dict[str, str]]:
-    """The fused model, which shares nothing with the model; what was fused, and what was left and why, by name."""
+def step(model: nn.Module, x: Tensor, differentiates: bool = True) -> list[Any]:
+    """Results, gradients of the input and of all parameters, and buffers, of one call."""
+    model.zero_grad()
+    input = x.clone().requires_grad_(differentiates)
+    torch.manual_seed(0)  # for dropout
+    ys = tensors(model(input * 1) if differentiates else model(input))
+    if differentiates:
+        torch.stack([y.square().mean() for y in ys if y.requires_grad]).sum().backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return [ys, [y.stride() for y in ys], input.grad, grads, dict(model.named_buffers())]
+
+
+def assert_computes_the_same(result: nn.Module, model: nn.Module, x: Tensor, differentiates: bool = True) -> None:
+    """Through train, eval, train and a batch of another size. The two must share no state."""
+    for training, size in ((True, len(x)), (False, len(x)), (True, len(x) - 1)):
+        with torch.set_grad_enabled(differentiates):
+            seen = [step(each.train(training), x[:size], differentiates) for each in (result, model)]
+        torch.testing.assert_close(*seen, **CLOSE)
+
+
+def fused(model: nn.Module, **options: Any) -> tuple[nn.Module, bnk.FusionReport]:
+    """The fused model, which shares nothing with the model, and its report, which fills as it runs."""
+    torch.compiler.reset()
     report = bnk.FusionReport()
-    result = bnk.fuse(copy.deepcopy(prepared(model)), report=report)
-    return result, {each.name: each.what for each in report.fused}, {each.name: each.reason for each in report.left}
+    return bnk.fuse(copy.deepcopy(prepared(model)), report=report, **options), report
 
 
-def calls(graph_module: fx.GraphModule) -> set[str]:
-    return {str(node.target) for node in graph_module.graph.nodes if node.op.startswith("call")}
+def whats(report: bnk.FusionReport) -> dict[str, str]:
+    return {each.name: each.what for each in report.fused}
+
+
+def reasons(report: bnk.FusionReport) -> dict[str, str]:
+    return {each.name: each.reason for each in report.left}
 
 
 RELUS: dict[str, Behind] = {
@@ -85,6 +103,8 @@ RELUS: dict[str, Behind] = {
     "nn.ReLU(inplace=True)": lambda m, y, _: m.relu_in_place(y),
     "F.relu": lambda m, y, _: F.relu(y),
     "F.relu(inplace=True)": lambda m, y, _: F.relu(y, inplace=True),
+    "F.relu(y, True)": lambda m, y, _: F.relu(y, True),
+    "F.relu(input=y)": lambda m, y, _: F.relu(input=y),
     "torch.relu": lambda m, y, _: torch.relu(y),
     "torch.relu_": lambda m, y, _: torch.relu_(y),
     "Tensor.relu": lambda m, y, _: y.relu(),

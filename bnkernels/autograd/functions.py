@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, is_grad_enabled
+from torch._guards import TracingContext
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
 from torch.compiler import is_compiling
@@ -29,6 +30,14 @@ from bnkernels import ops
 from . import batching, formulas
 
 transforms_active = torch._C._are_functorch_transforms_active
+
+
+def is_traced() -> bool:
+    """Whether a compiler sees this call: TorchDynamo, torch.export, or what takes a captured graph to its ops.
+
+    torch before 2.13 says so by is_compiling() for the first two only.
+    """
+    return is_compiling() or TracingContext.try_get() is not None
 
 
 def batch_norm(
@@ -53,7 +62,7 @@ def batch_norm(
         or (running_var is not None and running_var.requires_grad)
     ):
         raise RuntimeError("batch_norm is not differentiable with respect to running_mean and running_var.")
-    if is_compiling():
+    if is_traced():
         traced = _traced
         if is_in_onnx_export():
             traced = _exported_to_onnx

@@ -18,13 +18,12 @@ import torch
 from torch import Tensor, is_grad_enabled
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
-from torch.compiler import is_compiling
 from torch.onnx import is_in_onnx_export
 
 from bnkernels import ops
 
 from . import formulas
-from .functions import Backward, batch_norm, transforms_active
+from .functions import Backward, batch_norm, is_traced, transforms_active
 
 
 def fused_batch_norm(
@@ -50,7 +49,7 @@ def fused_batch_norm(
         y = batch_norm(x, weight, bias, *buffers, training, momentum, eps)
         y = y if residual is None else y + residual
         return torch.relu(y) if relu else y
-    if is_compiling():
+    if is_traced():
         outputs: tuple[Tensor, ...] = FusedTraced.apply(
             x, weight, bias, residual, *buffers, training, momentum, eps, relu
         )

@@ -1,0 +1,152 @@
+"""The backends "bnkernels" and "bnkernels_inductor" of torch.compile: the pass, and then the graph as it is, or inductor.
+
+torch._dynamo takes seconds to import, so they are registered when it is imported, which may be never.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.util
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..functional import batch_norm_tracked, fused_batch_norm_tracked
+
+logger = logging.getLogger("bnkernels")
+
+Record = Callable[[fx.Node, Sequence[Any], dict[fx.Node, Any], str, str], None]
+EAGER, INDUCTOR = "bnkernels", "bnkernels_inductor"
+
+
+def fuse_graphs(graph_module: fx.GraphModule, example_inputs: Sequence[Any], record: Record | None = None) -> int:
+    """The pass, on a captured graph and on those within it (of checkpointed blocks). Returns how many calls it fused."""
+    from .patterns import fuse_graph
+
+    fused = 0
+    for module in graph_module.modules():
+        if not isinstance(module, fx.GraphModule):
+            continue
+        inputs: dict[fx.Node, Any] = {}
+        if module is graph_module:
+            inputs = dict(zip((node for node in module.graph.nodes if node.op == "placeholder"), example_inputs))
+        for call, what, reason in fuse_graph(module.graph):
+            fused += bool(what)
+            if record is not None:
+                tensors = [value for value in call.arguments.values() if isinstance(value, fx.Node)]
+                record(call.node, tensors, inputs, what, reason)
+        module.graph.lint()
+        module.recompile()
+    return fused
+
+
+def eager_backend(
+    graph_module: fx.GraphModule, example_inputs: Sequence[Any], *, record: Record | None = None, **_: Any
+) -> Callable[..., Any]:
+    """Runs the rest of the graph as it is, operation by operation: autograd, to any order, is that of eager."""
+    logger.debug("fused %d calls in a graph", fuse_graphs(graph_module, example_inputs, record))
+    _checkpoint_eagerly(graph_module)
+    return graph_module.forward
+
+
+def inductor_backend(
+    graph_module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    record: Record | None = None,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compiles the rest of the graph by inductor. mode, options: those of torch.compile."""
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    logger.debug("fused %d calls in a graph", fuse_graphs(graph_module, example_inputs, record))
+    patches = {**(list_mode_options(mode) if mode and mode != "default" else {}), **(options or {})}
+    compiled: Callable[..., Any] = compile_fx(graph_module, list(example_inputs), config_patches=patches or None)
+    return compiled
+
+
+BACKENDS: dict[str, Callable[..., Callable[..., Any]]] = {EAGER: eager_backend, INDUCTOR: inductor_backend}
+
+
+def _checkpoint_eagerly(graph_module: fx.GraphModule) -> None:
+    """Checkpointed blocks recompute. The operator in a captured graph only marks them, for a compiler that partitions."""
+    operator = torch.ops.higher_order.tag_activation_checkpoint
+    for module in graph_module.modules():
+        if isinstance(module, fx.GraphModule):
+            found = [node for node in module.graph.nodes if node.op == "call_function" and node.target is operator]
+            for node in found:
+                block = node.args[0]
+                context_fn = node.meta.get("_checkpoint_context_fn")
+                if context_fn is None and isinstance(block, fx.Node):
+                    context_fn = getattr(module.get_submodule(str(block.target)), "meta", {}).get(
+                        "_checkpoint_context_fn"
+                    )
+                node.target = partial(_checkpoint, context_fn)
+                node.target.__name__ = "checkpoint"  # type: ignore[attr-defined]
+            if found:
+                module.recompile()
+
+
+def _checkpoint(context_fn: Callable[[], Any] | None, *args: Any, **kwargs: Any) -> Any:
+    if context_fn is not None:
+        kwargs["context_fn"] = context_fn
+    return torch.utils.checkpoint.checkpoint(*args, **kwargs)
+
+
+# Registration
+
+
+def register() -> None:
+    """Makes the layers one node of captured graphs, and the backends known by name."""
+    from torch._dynamo.backends import registry
+
+    for function in (batch_norm_tracked, fused_batch_norm_tracked):
+        torch.compiler.allow_in_graph(function)
+    for name, backend in BACKENDS.items():
+        # Known already: as an entry point, which torch loads and registers itself.
+        if name not in registry._BACKENDS:
+            registry.register_backend(backend, name=name)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Calls register() after the import of torch._dynamo."""
+
+    def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != "torch._dynamo":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)
+        return spec
+
+
+class _Loader(importlib.abc.Loader):
+    def __init__(self, loader: importlib.abc.Loader) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        register()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+
+def register_on_import() -> None:
+    if "torch._dynamo" in sys.modules:
+        register()
+    else:
+        sys.meta_path.insert(0, _Finder())
