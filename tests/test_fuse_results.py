@@ -1,105 +1,189 @@
-"""What fuse() returns: what it shares with the model, how it is stored, and what comes of known networks."""
+"""What a fused model is: the same object, as it was for everything that does not call it."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import io
-import re
-from collections import Counter
+import os
+import pickle
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from compatibility import cells, row
-from fusing import (
-    CHANNELS,
-    CLOSE,
-    RELUS,
-    Branches,
-    Model,
-    assert_computes_the_same,
-    calls,
-    fused,
-    images,
-    prepared,
-)
+from fusing import CLOSE, Branches, Model, assert_computes_the_same, fused, images, prepared, whats
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import bnkernels as bnk
 
-# What is shared, kept and stored
+ROOT = Path(__file__).resolve().parent.parent
 
 
-class Whole(nn.Module):
-    """State that no call uses, in an order that is not that of the calls; a module of two names; a constant."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.unused = nn.ModuleDict({"bn": nn.BatchNorm2d(2), "nothing": nn.Identity()})
-        self.head = nn.Linear(CHANNELS, 2)
-        self.body = nn.Sequential(nn.Conv2d(3, CHANNELS, 1), nn.BatchNorm2d(CHANNELS), nn.ReLU(), nn.Dropout(0.5))
-        self.same = self.body
-        self.weights = nn.Parameter(torch.randn(2))
-        self.register_buffer("mean", torch.randn(3, 1, 1))
-        self.register_buffer("uncalled", torch.randn(2))
-        self.register_buffer("passing", torch.randn(1), persistent=False)
-        self.plain = torch.randn(1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.body((x - self.mean) * self.passing * self.plain + torch.ones(1))
-        return self.head(y.mean((2, 3)))  # type: ignore[no-any-return]
+def relu(m: Model, y: Tensor, skip: Tensor) -> Any:
+    return m.relu(y)
 
 
-def test_state() -> None:
-    """Names, order, parameters and buffers are the model's; a checkpoint of either loads into the other."""
-    model = Whole()
-    result = bnk.fuse(model)
-    assert list(result.state_dict()) == list(model.state_dict())
-    assert all(a is b for a, b in zip(result.parameters(), model.parameters(), strict=True))
-    names = dict(result.named_buffers())
-    assert all(names[name] is buffer for name, buffer in model.named_buffers())
-    assert result.get_submodule("same.1") is result.get_submodule("body.1")
-
-    other = Whole()
-    stored, mine = io.BytesIO(), {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    torch.save(result.state_dict(), stored)
-    stored.seek(0)
-    other.load_state_dict(torch.load(stored, weights_only=True))
-    torch.testing.assert_close(dict(other.state_dict()), mine)
-    result.load_state_dict(Whole().state_dict())
-    assert not torch.equal(model.head.weight, mine["head.weight"])
-    result.load_state_dict(other.state_dict())
-    torch.testing.assert_close(dict(model.state_dict()), mine)
+def test_the_model_keeps_what_it_is() -> None:
+    model = Branches()
+    before, state = list(model.named_modules()), {key: id(value) for key, value in model.state_dict(keep_vars=True).items()}
+    assert bnk.fuse(model) is model
+    assert list(model.named_modules()) == before and type(model) is Branches
+    assert {key: id(value) for key, value in model.state_dict(keep_vars=True).items()} == state
 
 
-def test_the_model_stays_as_it_was() -> None:
-    """Its modules are what they were and compute what they did, with a hook that is theirs alone."""
-    model = prepared(Model(lambda m, y, skip: m.relu_in_place(y + skip)))
-    before, expected = copy.deepcopy(model), [type(module) for module in model.modules()]
-    layer = model.bn
-    result = bnk.fuse(model)
-    assert model.bn is layer and [type(module) for module in model.modules()] == expected
-    assert_computes_the_same(model, before, images())
-    layer.register_forward_hook(lambda *_: pytest.fail("the hook of another module"))
-    result(images())
+@pytest.mark.parametrize("undo", [bnk.unfuse, bnk.revert], ids=["unfuse", "revert"])
+def test_undone(undo: Callable[[nn.Module], nn.Module]) -> None:
+    """In submodules too."""
+    model = nn.Sequential(Branches(), nn.ReLU())
+    bnk.fuse(bnk.fuse(model)[0])
+    bnk.fuse(model)
+    bnk.fuse(model)  # twice is once
+    assert undo(model) is model
+    assert all(module._compiled_call_impl is None for module in model.modules())
 
 
-@pytest.mark.parametrize("of_result", [True, False], ids=["the result's", "the model's"])
-def test_both_keep_in_step(of_result: bool) -> None:
-    """to() puts new tensors in the place of buffers; loading with assign=True in the place of parameters too."""
-    model = Model(RELUS["nn.ReLU"])
-    result = bnk.fuse(model)
-    one = result if of_result else model
-    one.double()
-    one.load_state_dict(one.state_dict(), assign=True)
-    model(images()).sum().backward()
-    result(images())
-    assert all(getattr(model.bn, name) is getattr(result.bn, name) for name in model.bn.state_dict())
-    assert model.bn.num_batches_tracked == 2
+def test_a_fused_module_within_a_fused_module() -> None:
+    result, report = fused(nn.Sequential(model := Branches()))
+    bnk.fuse(result[0])  # type: ignore[index]
+    assert_computes_the_same(result, nn.Sequential(model), images())
+    assert whats(report) == {"0.skip.1": "add + relu"}
 
 
-def test_an_optimizer_of_the_model_goes_on() -> None:
-    model = prepared(Model(RELUS["nn.ReLU"]))
+def test_torch_compile_by_name() -> None:
+    for backend in ("bnkernels", "bnkernels_inductor"):
+        torch.compiler.reset()
+        model = prepared(Branches())
+        other = copy.deepcopy(model)
+        torch.testing.assert_close(torch.compile(other, backend=backend)(x := images()), model(x), **CLOSE)
+        torch.testing.assert_close(dict(other.state_dict()), dict(model.state_dict()), **CLOSE)
+
+
+def test_the_import_of_this_package_registers_the_backends() -> None:
+    """Whichever of the two is imported first, and without the import of torch._dynamo, which takes seconds."""
+    code = {
+        "first": "import sys, bnkernels; assert 'torch._dynamo' not in sys.modules; import torch",
+        "second": "import torch._dynamo, bnkernels",
+    }
+    check = "; from torch._dynamo import lookup_backend; assert {'bnkernels', 'bnkernels_inductor'} <= set(torch.compiler.list_backends())"
+    check += "; assert lookup_backend('bnkernels').__module__ == 'bnkernels.fx.backend'"
+    for each in code.values():
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        subprocess.run([sys.executable, "-c", each + check], check=True, env=environment, cwd=ROOT)
+
+
+def test_copies_are_not_fused() -> None:
+    """And compute the same: pickled, copied, stored whole."""
+    result, _ = fused(model := Branches())
+    file = io.BytesIO()
+    torch.save(result, file)
+    file.seek(0)
+    for other in (copy.deepcopy(result), pickle.loads(pickle.dumps(result)), torch.load(file, weights_only=False)):
+        assert other._compiled_call_impl is None
+        assert_computes_the_same(other, copy.deepcopy(model), images())
+
+
+def test_exported() -> None:
+    """README's line: a program for a process without this package, of a fused and reverted model; and of a fused one."""
+    result, _ = fused(model := Branches())
+    bnk.convert(result)
+    x = images()
+    result(x)
+    expected = copy.deepcopy(result).eval()(x)
+    for each in (result.eval(), bnk.revert(copy.deepcopy(result))):
+        program = torch.export.export(each, (x,))
+        torch.testing.assert_close(program.module()(x), expected, **CLOSE)
+    assert "bnkernels" not in str(program.graph)
+    del model
+
+
+def test_other_tracers_see_the_model() -> None:
+    result, _ = fused(model := Model(relu))
+    result.eval(), model.eval()
+    x = images()
+    ways: list[Callable[[nn.Module], Any]] = [
+        lambda m: torch.fx.symbolic_trace(nn.Sequential(m))(x),
+        lambda m: torch.func.grad(lambda x: m(x).sum())(x),
+        lambda m: torch.func.vmap(m)(x[None]),
+        lambda m: torch.func.jvp(m, (x,), (x,)),
+        lambda m: torch.func.functional_call(m, {"bn.weight": torch.ones(4, dtype=torch.float64)}, (x,)),
+    ]
+    for way in ways:
+        torch.testing.assert_close(way(result), way(model), **CLOSE)
+
+
+def test_double_backward() -> None:
+    seen = []
+    result, _ = fused(model := Branches())
+    x = images()
+    for each in (result, model):
+        input = x.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(each(input).square().sum(), input, create_graph=True)
+        grad.square().sum().backward()
+        seen.append([input.grad, [p.grad for p in each.parameters()]])
+    torch.testing.assert_close(*seen, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(mode: Any) -> None:
+    result, report = fused(model := Branches())
+    with mode():
+        for training in (True, False):
+            torch.testing.assert_close(result.train(training)(x := images()), model.train(training)(x), **CLOSE)
+    assert whats(report) == {"skip.1": "add + relu"}
+
+
+@pytest.mark.parametrize("once", [False, True], ids=["torch's", "checkpoint_contexts"])
+def test_checkpointed_within(once: bool) -> None:
+    """The block is recomputed, and its statistics are updated as often as without fuse()."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = bnk.convert(Branches())
+
+        def forward(self, x: Tensor) -> Tensor:
+            contexts: Any = {"context_fn": functools.partial(bnk.checkpoint_contexts, self.block)} if once else {}
+            return checkpoint(self.block, x, use_reentrant=False, **contexts)  # type: ignore[no-any-return]
+
+    result, report = fused(model := Checkpointed())
+    assert_computes_the_same(result, model, images())
+    assert model.get_submodule("block.skip.1").num_batches_tracked == (2 if once else 4)
+    assert whats(report) == {"block.skip.1": "add + relu"}
+
+
+def test_hooks_run() -> None:
+    """Of the model itself, of a BatchNorm and of a ReLU: forward, and backward."""
+    result, _ = fused(model := Model(relu))
+    seen: list[list[Any]] = []
+    for each in (result, model):
+        events: list[Any] = []
+        seen.append(events)
+        each.register_forward_hook(lambda m, i, y: y * 2)
+        each.bn.register_forward_pre_hook(lambda m, i: (i[0] * 3,))
+        each.bn.register_full_backward_hook(lambda m, i, o, to=events: to.append(o[0].sum().item()))
+    assert_computes_the_same(result, model, images())
+    torch.testing.assert_close(*seen, **CLOSE)
+    assert len(seen[0]) == 3
+
+
+def test_lazy() -> None:
+    """A first call that makes the parameters runs as it is; the next is fused."""
+    torch.compiler.reset()
+    report = bnk.FusionReport()
+    model = bnk.fuse(nn.Sequential(nn.LazyConv2d(4, 1), bnk.LazyBatchNorm2d(), nn.ReLU()), report=report)
+    model(torch.randn(2, 3, 2, 2))
+    assert report.fused == [] and type(model[1]) is bnk.BatchNorm2d
+    model(torch.randn(2, 3, 2, 2))
+    assert whats(report) == {"1": "relu"}
+
+
+def test_an_optimizer_goes_on() -> None:
+    model = prepared(Branches())
     other = copy.deepcopy(model)
     optimizers = [torch.optim.SGD(each.parameters(), lr=0.1, momentum=0.9) for each in (model, other)]
     for each, optimizer in zip((bnk.fuse(model), other), optimizers):
@@ -111,97 +195,10 @@ def test_an_optimizer_of_the_model_goes_on() -> None:
     torch.testing.assert_close(dict(model.state_dict()), dict(other.state_dict()), **CLOSE)
 
 
-def stored_whole(model: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    loaded: nn.Module = torch.load(file, weights_only=False)
-    return loaded
-
-
-AGAIN: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "deepcopy": copy.deepcopy,
-    "torch.save": stored_whole,
-    "fuse": lambda model: bnk.fuse(copy.deepcopy(model)),
-}
-
-
-@pytest.mark.parametrize("again", AGAIN.values(), ids=AGAIN)
-def test_the_result_again(again: Callable[[nn.Module], nn.Module]) -> None:
-    result, *_ = fused(Branches())
-    other = again(result)
-    assert other.get_submodule("skip.1").activation == "relu" and calls(other) == calls(result)  # type: ignore[arg-type]
-    assert_computes_the_same(other, result, images())
-
-
-def test_compiled() -> None:
-    result, *_ = fused(model := Branches())
-    result.compile(backend="aot_eager", fullgraph=True)
-    assert_computes_the_same(result, model, images())
-
-
-def test_exported() -> None:
-    result, *_ = fused(model := Branches())
-    x = images()
-    program = torch.export.export(result.eval(), (x,))
-    torch.testing.assert_close(program.module()(x), model.eval()(x), **CLOSE)
-
-
-def test_reverted() -> None:
-    """torch has no such layer: revert() says so, and the model stays right."""
-    result, *_ = fused(model := Branches())
-    report = bnk.ConversionReport()
-    bnk.revert(result, report=report)
-    assert [skip.name for skip in report.skipped] == ["skip.1"] and "activation" in report.skipped[0].reason
-    assert_computes_the_same(result, model, images())
-
-
-# Models as people have them
-
-
-def torchvision_resnet18() -> nn.Module:
-    return pytest.importorskip("torchvision").models.resnet18(num_classes=5)
-
-
-def torchvision_resnet50() -> nn.Module:
-    return pytest.importorskip("torchvision").models.resnet50(num_classes=5)
-
-
-def timm_resnet10t() -> nn.Module:
-    return pytest.importorskip("timm").create_model("resnet10t", num_classes=5)
-
-
-# (blocks, BatchNorms in each, in the stem, of branches that change the shape)
-STRUCTURES = {
-    torchvision_resnet18: (8, 2, 1, 3),
-    torchvision_resnet50: (16, 3, 1, 4),
-    timm_resnet10t: (4, 2, 3, 3),
-}
-
-
-@row(
-    "Fusion",
-    "fuse() of torchvision's and timm's residual networks",
-    cells(training=(True,), compiled=(False,), channels_last=(False,)),
-)
-@pytest.mark.parametrize("make", STRUCTURES, ids=lambda make: make.__name__)
-def test_a_residual_network(make: Callable[[], nn.Module]) -> None:
-    """Each addition and each ReLU has become part of a BatchNorm; what is left is a residual."""
-    blocks, norms, stem, downsampling = STRUCTURES[make]
-    report = bnk.FusionReport()
-    model = make().double()
-    result = bnk.fuse(copy.deepcopy(model), report=report)
-    whats = Counter(fusion.what for fusion in report.fused)
-    assert whats == {"relu": stem + blocks * (norms - 1), "add + relu": blocks}
-    assert len(report.left) == downsampling
-    assert all(re.fullmatch(r"its result is the residual of layer\d\.0\.downsample\.\d", s.reason) for s in report.left)
-    assert not any("relu" in name or "act" in name or "add" in name for name in calls(result))
-    assert list(result.state_dict()) == list(model.state_dict())
-    x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
-    ys = [each.train()(x) for each in (result, model)]
-    torch.testing.assert_close(*ys)
-    for y in ys:
-        y.square().mean().backward()
-    torch.testing.assert_close(*([p.grad for p in each.parameters()] for each in (result, model)))
-    torch.testing.assert_close(dict(result.named_buffers()), dict(model.named_buffers()))
-    torch.testing.assert_close(result.eval()(x), model.eval()(x))
+def test_16_bits() -> None:
+    """torch's layer with float32 parameters is fused; a sum is rounded once."""
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())
+    result, report = fused(model)
+    x = torch.randn(4, 3, 5, 5, dtype=torch.bfloat16)
+    torch.testing.assert_close(result.float()(x), model.float()(x))
+    assert whats(report) == {"0": "relu"}

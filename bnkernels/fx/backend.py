@@ -10,15 +10,17 @@ import importlib.util
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import fx
 
 from ..functional import batch_norm_tracked, fused_batch_norm_tracked
+from ..tracking import checkpoint_contexts
+from .calls import STATISTICS, norm_call
 
 logger = logging.getLogger("bnkernels")
 
@@ -84,22 +86,36 @@ def _checkpoint_eagerly(graph_module: fx.GraphModule) -> None:
         if isinstance(module, fx.GraphModule):
             found = [node for node in module.graph.nodes if node.op == "call_function" and node.target is operator]
             for node in found:
-                block = node.args[0]
-                context_fn = node.meta.get("_checkpoint_context_fn")
-                if context_fn is None and isinstance(block, fx.Node):
-                    context_fn = getattr(module.get_submodule(str(block.target)), "meta", {}).get(
-                        "_checkpoint_context_fn"
-                    )
-                node.target = partial(_checkpoint, context_fn)
-                node.target.__name__ = "checkpoint"  # type: ignore[attr-defined]
+                node.target = _checkpoint
             if found:
                 module.recompile()
 
 
-def _checkpoint(context_fn: Callable[[], Any] | None, *args: Any, **kwargs: Any) -> Any:
+def _checkpoint(block: fx.GraphModule, *args: Any, use_reentrant: bool = False, **kwargs: Any) -> Any:
+    """torch.utils.checkpoint of a captured block. Of no arguments: it would miss the statistics that a block writes."""
+    context_fn = block.meta.get("_checkpoint_context_fn")
     if context_fn is not None:
         kwargs["context_fn"] = context_fn
-    return torch.utils.checkpoint.checkpoint(*args, **kwargs)
+    recomputes = False
+
+    def run() -> Any:
+        nonlocal recomputes
+        given, recomputes = _with_statistics_to_spare(block, args) if recomputes and once else args, True
+        return block(*given)
+
+    once = getattr(context_fn, "func", None) is checkpoint_contexts
+    return torch.utils.checkpoint.checkpoint(run, use_reentrant=False, **kwargs)
+
+
+def _with_statistics_to_spare(block: fx.GraphModule, args: Sequence[Any]) -> list[Any]:
+    """The arguments, with copies in place of what this package's BatchNorms update: the batch is counted already."""
+    updated: set[Any] = set()
+    for node in block.graph.nodes:
+        call = norm_call(node)
+        if call is not None and call.training and not call.is_torch:
+            updated |= {call.arguments[name] for name in STATISTICS}
+    inputs = [node for node in block.graph.nodes if node.op == "placeholder"]
+    return [arg.clone() if node in updated else arg for node, arg in zip(inputs, args)]
 
 
 # Registration

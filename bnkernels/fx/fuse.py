@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch import fx as torch_fx
+from torch.autograd import forward_ad
 from torch.fx import _symbolic_trace
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -134,15 +135,26 @@ class FusedCall:
 
     def __init__(self, model: nn.Module, compiled: Any) -> None:
         self._model, self._compiled = model, compiled
+        self._is_lazy = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or _is_traced():
             return self._model._call_impl(*args, **kwargs)
+        if self._is_lazy and _is_lazy(self._model):
+            return self._model._call_impl(*args, **kwargs)
+        self._is_lazy = False
         return self._compiled(*args, **kwargs)
 
 
 def _is_traced() -> bool:
-    return _is_fx_tracing() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+    """Whether something else than autograd sees the operations of this call."""
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return transformed or _is_fx_tracing() or torch.jit.is_tracing()
+
+
+def _is_lazy(model: nn.Module) -> bool:
+    """Whether a layer gets its parameters in the coming call, which also changes its class."""
+    return any(nn.parameter.is_lazy(tensor) for tensor in [*model.parameters(), *model.buffers()])
 
 
 def _check(model: Any, backend: str) -> None:
