@@ -78,7 +78,7 @@ def extension() -> Extension:
     host = ["-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden"]
     flags = {"cxx": host + openmp_flags()}
     macros = [("BNK_BUILD_TORCH", f'"{torch.__version__}"')]
-    # *_unit.cpp include what needs torch's headers: reading those takes longer than compiling any of it.
+    # Units include what needs torch's headers: reading those takes longer than compiling any of it.
     sources = files("cpu/*.cpp", "*_unit.cpp", "plan_*.cpp")
     headers = files("**/*.h", "**/*.cuh")
     if CUDA is None:
@@ -97,8 +97,7 @@ def extension() -> Extension:
     ]
     return CUDAExtension(
         "bnkernels._C",
-        # Compilers start in this order: the longest first, so that none is left alone at the end.
-        files("cuda/persistent_*.cu") + sources + files("cuda/two_pass_*.cu", "cuda/[!pt]*.cu", "cuda/*.cpp"),
+        sources + files("cuda/*.cu", "cuda/*.cpp"),
         depends=headers,
         define_macros=macros,
         extra_compile_args=flags,

@@ -54,6 +54,8 @@ ROOMS = {
     # CPU or CUDA, and which device and stream.
     "backend": Room(frozenset({"problem", "plan", "cuda", "cpu"}), (TORCH,)),
     "ops": Room(frozenset({"problem", "arguments", "backend"}), (TORCH,)),
+    # The translation unit of the three above.
+    "aten": Room(frozenset({"arguments", "backend", "ops"})),
     "binding": Room(frozenset({"problem", "plan", "backend", "ops", "cpu"}), (TORCH,)),
 }
 
