@@ -1,6 +1,6 @@
 # The commands of this repository. Each target does all the set-up it needs, from a clean clone:
 #
-#   make demo     trains a small residual network on real images with nn.BatchNorm2d and with bnkernels, side by side
+#   make demo     trains a small ResNet on real images with nn.BatchNorm2d, converted and fused, side by side
 #   make test     builds and runs all tests; those marked cuda once more on the host device, without a GPU (the second alone:
 #                 make test-host-device; tests/host_device tells what it is)
 #   make examples the studies of what the papers claim: a few minutes; plots and reports in out/examples, exit code 0 if

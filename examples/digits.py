@@ -334,8 +334,8 @@ def table(race: Race, saved: dict[str, tuple[int, int]]) -> str:
 ABOUT_THE_TABLE = """\
 Times: medians with quartiles, of steps taken in turns (forward, backward and optimizer, convolutions included).
 Saved: distinct storages that autograd keeps from forward to backward, without parameters, buffers and the batch itself.
-Fusing a ReLU spares its result where nothing else keeps it. A convolution keeps its input, whatever layer made it, so
-that fusing spares no memory where each ReLU is followed by a convolution, as in a residual network."""
+Fusing a ReLU spares its result where nothing else keeps it. A convolution keeps its input, whatever layer made it, and
+a ReLU that follows an addition keeps its result fused as well: in a residual network fusing spares no memory."""
 
 
 def draw_curves(axes: Axes, race: Race, values: dict[str, list[float]], label: str) -> None:
@@ -343,7 +343,7 @@ def draw_curves(axes: Axes, race: Race, values: dict[str, list[float]], label: s
     for width, (name, curve) in zip((6, 3, 1.2), values.items()):
         epochs = range(1, len(curve) + 1)
         axes.plot(epochs, curve, color=COLOURS[name], linewidth=width, marker="o", markersize=width + 2, label=name)
-    axes.set(xlabel="epoch", ylabel=label, title=f"{race.name}: {label}")
+    axes.set(xlabel="epoch", ylabel=label, title=f"{race.name}: {label}, apart by rounding alone")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
@@ -362,7 +362,7 @@ def draw_times(axes: Axes, race: Race, saved: dict[str, tuple[int, int]]) -> Non
     for box, median, colour in zip(boxes["boxes"], boxes["medians"], COLOURS.values()):
         box.set(facecolor=colour, alpha=0.6)
         median.set(color="black")
-    labels = [f"{name}\n{total / 1e6:.2f} MB kept for backward" for name, (total, _) in saved.items()]
+    labels = [f"{name}\n{total / 1e6:.2f} MB kept\nfor backward" for name, (total, _) in saved.items()]
     axes.set_xticks(range(1, len(labels) + 1), labels)
     axes.set(ylabel="ms", ylim=(0, None), title=f"{race.name}: time of a step (median, quartiles, 5% and 95%)")
 
