@@ -1,4 +1,5 @@
-"""What setup.py decides before anything is compiled: is CUDA built, with which toolkit, for which GPUs.
+"""What setup.py decides before anything is compiled: is CUDA built, with which toolkit, for which GPUs;
+and what it prints while ninja compiles.
 
 Standard library only, and nothing is read but the arguments: torch's versions, the environment and the GPUs are handed
 in, so that every decision is tested with scripts that play nvcc (tests/test_build.py).
@@ -11,9 +12,11 @@ import re
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 # Every architecture that the kernels are written and compiled for; the last one also goes in as PTX, so that GPUs newer
 # than the list start with a one-time compilation by the driver instead of "no kernel image is available".
@@ -126,19 +129,6 @@ def default_arch_list(known: Iterable[Capability], present: Iterable[Capability]
     return ";".join(f"{major}.{minor}" for major, minor in sorted(chosen)) + "+PTX"
 
 
-def progress_line(line: str, root: Path, seconds: float) -> str | None:
-    """A line of ninja's output that reports a finished file of `root`, in short; None for any other line.
-
-    ninja -v prints a file's whole command line, of some 1,500 characters.
-    """
-    done = re.match(r"\[(\d+/\d+)\] ", line)
-    source = re.search(r" -c (\S+)", line.replace(" -c -c ", " -c "))
-    if not done or not source:
-        return None
-    name = os.path.relpath(source.group(1), root)
-    return f"[{done.group(1)}] {name} after {seconds:.0f} s\n"
-
-
 def wants_cuda(environ: Mapping[str, str]) -> bool | None:
     """FORCE_CUDA as True, False or None where it is not set."""
     value = environ.get("FORCE_CUDA", "").strip().lower()
@@ -190,3 +180,46 @@ def plan_cuda(
     if not arch_list:
         arch_list = default_arch_list(known_archs(root), present())
     return CudaBuild(root, version, arch_list)
+
+
+NINJA_STATUS = "[%f/%t] "
+_COMPILED = re.compile(r"^(\[\d+/\d+\]) .* -c '?(?:[^']*/)?csrc/(\S+?)'? -o ")
+
+
+def progress_line(line: str, seconds: float) -> str | None:
+    """Of a line that `ninja -v` prints for a compiled file: "[12/31] 0:45 cuda/two_pass_f32.cu". None for any other."""
+    compiled = _COMPILED.match(line)
+    if compiled is None:
+        return None
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{compiled[1]} {minutes}:{rest:02} {compiled[2]}"
+
+
+def relay_ninja(ninja: TextIO, printed: TextIO, terminal: TextIO | None, log: TextIO | None) -> None:
+    """Prints a line for each file that `ninja -v` has compiled, and what else it writes: warnings and errors.
+
+    terminal: where those lines go as well. log: gets all of the output as it is; then nothing else is printed of it.
+    """
+    started = time.monotonic()
+    with ninja:
+        for line in ninja:
+            progress = progress_line(line, time.monotonic() - started)
+            if log is not None:
+                log.write(line)
+            if progress is not None:
+                print(progress, file=printed, flush=True)
+                if terminal is not None:
+                    # Over what the front end last wrote there: that it is still running.
+                    print(f"\r\033[K  {progress}", file=terminal, flush=True)
+            elif log is None:
+                print(line, end="", file=printed, flush=True)
+
+
+def hidden_terminal(environ: Mapping[str, str], path: str = "/dev/tty") -> TextIO | None:
+    """The terminal, where there is one and a build front end keeps what is printed from it: pip does without -v."""
+    if "_PYPROJECT_HOOKS_BUILD_BACKEND" not in environ and "PEP517_BUILD_BACKEND" not in environ:
+        return None
+    try:
+        return open(path, "w")
+    except OSError:
+        return None

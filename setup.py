@@ -8,20 +8,16 @@ Environment:
   MAX_JOBS                    compilers run at a time (default: ninja's, cores + 2); lower it where memory is short
   BNKERNELS_PTXAS_VERBOSE=1   registers, shared memory and spills of each kernel to build/ptxas.log
   BNKERNELS_LINEINFO=1        source lines in the device code, for profilers and compute-sanitizer; triples its size
-  BNKERNELS_VERBOSE=1         the compilers' whole command lines instead of one line per file
-
-pip shows what a build prints with -v only. Where there is a terminal, each file is reported on it without.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-import threading
-import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from threading import Thread
 
 from setuptools import Extension, setup
 
@@ -55,8 +51,6 @@ if CUDA is not None:
 
 from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402
 
-VERBOSE = os.environ.get("BNKERNELS_VERBOSE") == "1"
-
 PTXAS_LOG = ROOT / "build" / "ptxas.log" if os.environ.get("BNKERNELS_PTXAS_VERBOSE") == "1" else None
 
 
@@ -78,8 +72,7 @@ def extension() -> Extension:
     host = ["-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden"]
     flags = {"cxx": host + openmp_flags()}
     macros = [("BNK_BUILD_TORCH", f'"{torch.__version__}"')]
-    # Units include what needs torch's headers: reading those takes longer than compiling any of it.
-    sources = files("cpu/*.cpp", "*_unit.cpp", "plan_*.cpp")
+    sources = files("*_unit.cpp", "plan_*.cpp", "cpu/*.cpp")
     headers = files("**/*.h", "**/*.cuh")
     if CUDA is None:
         return CppExtension(
@@ -105,58 +98,34 @@ def extension() -> Extension:
 
 
 @contextmanager
-def standard_output_to(target: int) -> Iterator[int]:
-    """Sends file descriptor 1, which ninja writes to, to `target` meanwhile. Yields a descriptor of what it was."""
+def progress_shown(log: Path | None) -> Iterator[None]:
+    """Reads what ninja writes to file descriptor 1 meanwhile, and prints a line for each file that is compiled.
+
+    log: where all of it goes; what else ninja writes is then not printed.
+    """
+    if log is not None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+    terminal = build_support.hidden_terminal(os.environ)
     sys.stdout.flush()
-    saved = os.dup(1)
-    os.dup2(target, 1)
-    try:
-        yield saved
-    finally:
-        sys.stdout.flush()
-        os.dup2(saved, 1)
-        os.close(saved)
-
-
-@contextmanager
-def logged(path: Path) -> Iterator[None]:
-    """The compilers' output goes into a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as log, standard_output_to(log.fileno()):
-        yield
-    print(f"bnkernels: the compiler's output is in {path}")
-
-
-@contextmanager
-def progress() -> Iterator[None]:
-    """Each finished file is one line, "[12/27] cuda/two_pass_f32.cu 31 s", on standard output and on the terminal."""
-    read_end, write_end = os.pipe()
-    begin = time.monotonic()
-    try:
-        terminal = None if os.isatty(1) else open("/dev/tty", "w")  # noqa: SIM115
-    except OSError:
-        terminal = None
-
-    def shorten(output: int) -> None:
-        with open(read_end, errors="replace") as lines:
-            for line in lines:
-                short = build_support.progress_line(line, ROOT / "csrc", time.monotonic() - begin)
-                os.write(output, (short or line).encode())
-                if short and terminal is not None:
-                    print(short, end="", file=terminal, flush=True)
-
-    with standard_output_to(write_end) as output:
-        os.close(write_end)
-        reader = threading.Thread(target=shorten, args=(output,))
-        reader.start()
+    reader, writer = os.pipe()
+    with ExitStack() as streams:
+        printed = streams.enter_context(os.fdopen(os.dup(1), "w"))
+        whole = None if log is None else streams.enter_context(log.open("w"))
+        if terminal is not None:
+            streams.enter_context(terminal)
+        ninja = os.fdopen(reader, errors="replace")
+        relay = Thread(target=build_support.relay_ninja, args=(ninja, printed, terminal, whole))
+        relay.start()
+        os.dup2(writer, 1)
+        os.close(writer)
         try:
             yield
         finally:
             sys.stdout.flush()
-            os.dup2(output, 1)  # the pipe's last writer: the reader comes to its end
-            reader.join()
-            if terminal is not None:
-                terminal.close()
+            os.dup2(printed.fileno(), 1)  # nobody can write to the pipe any more: the relay ends
+            relay.join()
+    if log is not None:
+        print(f"bnkernels: the compiler's output is in {log}")
 
 
 class Build(BuildExtension):
@@ -172,7 +141,8 @@ class Build(BuildExtension):
     def build_extensions(self) -> None:
         device = f"CUDA {CUDA.version} for {CUDA.arch_list} ({CUDA.root})" if CUDA else "the CPU only"
         print(f"bnkernels: building against torch {torch.__version__} for {device}", flush=True)
-        with logged(PTXAS_LOG) if PTXAS_LOG else nullcontext() if VERBOSE else progress():
+        os.environ["NINJA_STATUS"] = build_support.NINJA_STATUS
+        with progress_shown(PTXAS_LOG):
             super().build_extensions()
 
 

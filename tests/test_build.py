@@ -1,7 +1,8 @@
-"""The build's decisions (build_support.py), with scripts that play nvcc; the built extension; the sdist."""
+"""The build: what build_support.py decides, with scripts that play nvcc; what it prints; the extension; the sdist."""
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shutil
@@ -206,6 +207,126 @@ def test_force_cuda_of_another_kind_is_an_error() -> None:
         build_support.wants_cuda({"FORCE_CUDA": "maybe"})
 
 
+# What is printed while it compiles
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("[3/9] c++ -MMD -MF /a/x.o.d -I/t/csrc/api -c -c /a b/csrc/ops.cpp -o /a/x.o -O3", "[3/9] 1:05 ops.cpp"),
+        ("[3/9] nvcc -c -c '/a b/csrc/cuda/x.cu' -o '/a b/x.o' -O3", "[3/9] 1:05 cuda/x.cu"),
+        ("FAILED: /a/csrc/x.o ", None),
+        ("c++ -c -c /a/csrc/ops.cpp -o /a/x.o", None),
+        ("csrc/ops.cpp:3:1: error: [1/2] expected ';' -c csrc/x.cpp -o x", None),
+    ],
+)
+def test_progress_line(line: str, expected: str | None) -> None:
+    assert build_support.progress_line(line, 65.9) == expected
+
+
+NINJA = """\
+ninja: Entering directory
+[1/2] c++ -c /a/csrc/plan_walk.cpp -o /a/plan_walk.o
+FAILED: /a/csrc/ops.o
+c++ -c /a/csrc/ops.cpp -o /a/ops.o
+/a/csrc/ops.cpp:1:1: error: no
+"""
+
+
+def test_errors_are_shown_as_they_are() -> None:
+    printed = io.StringIO()
+    build_support.relay_ninja(io.StringIO(NINJA), printed, None, None)
+    lines = NINJA.splitlines()
+    assert printed.getvalue().splitlines() == [lines[0], "[1/2] 0:00 plan_walk.cpp", *lines[2:]]
+
+
+def test_a_log_gets_all_and_the_terminal_the_progress() -> None:
+    printed, terminal, log = io.StringIO(), io.StringIO(), io.StringIO()
+    build_support.relay_ninja(io.StringIO(NINJA), printed, terminal, log)
+    assert log.getvalue() == NINJA
+    assert printed.getvalue() == "[1/2] 0:00 plan_walk.cpp\n"
+    assert terminal.getvalue() == "\r\033[K  [1/2] 0:00 plan_walk.cpp\n"
+
+
+def test_the_terminal_is_written_to_where_a_front_end_hides_the_output(tmp_path: Path) -> None:
+    terminal = tmp_path / "tty"
+    hidden = {"_PYPROJECT_HOOKS_BUILD_BACKEND": "setuptools.build_meta"}
+    assert build_support.hidden_terminal({}, str(terminal)) is None
+    assert build_support.hidden_terminal(hidden, str(tmp_path / "none" / "tty")) is None
+    opened = build_support.hidden_terminal(hidden, str(terminal))
+    assert opened is not None and opened.name == str(terminal)
+    opened.close()
+
+
+# Writes what ninja and the linker want to see.
+COMPILER = """#!/bin/sh
+while [ $# -gt 0 ]; do
+  case $1 in -o|-MF) : > "$2";; esac
+  shift
+done
+"""
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A copy of the repository's files: a build writes into the folder that it runs in."""
+    copy = tmp_path / "source"
+    left_out = shutil.ignore_patterns(".git", ".venv*", "build", "out", "*.egg-info", "*.so", "__pycache__")
+    shutil.copytree(ROOT, copy, ignore=left_out)
+    return copy
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="how a session gets its terminal is Linux's")
+def test_a_build_shows_what_it_compiles(source: Path, tmp_path: Path) -> None:
+    """As pip runs it, whose terminal shows the progress; and every source is compiled, in one translation unit."""
+    compiler = script(tmp_path / "bin" / "c++", COMPILER)
+    environ = {
+        **os.environ,
+        "CXX": str(compiler),
+        "FORCE_CUDA": "0",
+        "TORCH_DONT_CHECK_COMPILER_ABI": "1",
+        "_PYPROJECT_HOOKS_BUILD_BACKEND": "setuptools.build_meta",
+    }
+    master, terminal = os.openpty()
+    # The first terminal that the leader of a session opens is the session's.
+    command = [
+        "sh",
+        "-c",
+        'exec 3<>"$0"; exec "$@"',
+        os.ttyname(terminal),
+        sys.executable,
+        "setup.py",
+        "-q",
+        "build_ext",
+    ]
+    done = subprocess.run(
+        command,
+        cwd=source,
+        env=environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    os.set_blocking(master, False)
+    shown = os.read(master, 1 << 16).decode()
+    os.close(terminal)
+    os.close(master)
+    compiled = re.findall(r"^\[\d+/(\d+)\] \d:\d\d (\S+)$", done.stdout, re.MULTILINE)
+    files = [file for _, file in compiled]
+    assert {int(count) for count, _ in compiled} == {len(files)}
+    assert re.findall(r"\[\d+/\d+\] \d:\d\d (\S+)\r", shown) == files
+    assert max(len(line) for line in done.stdout.splitlines()) < 200
+
+    csrc = source / "csrc"
+    included = [
+        name for file in files for name in re.findall(r'^#include "(.*\.cpp)"', (csrc / file).read_text(), re.MULTILINE)
+    ]
+    wanted = [str(path.relative_to(csrc)) for path in csrc.rglob("*.cpp") if path.parent.name != "cuda"]
+    assert sorted(files + included) == sorted(wanted)
+
+
 # What was built
 
 
@@ -243,15 +364,10 @@ def test_parallel_on_torchs_own_openmp_runtime() -> None:
     assert len(runtimes) == 1, runtimes
 
 
-def test_sdist_holds_what_a_build_needs(tmp_path: Path) -> None:
-    # From a copy: setuptools writes into the folder that it runs in.
-    copy = tmp_path / "source"
-    shutil.copytree(
-        ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv*", "build", "out", "*.egg-info", "*.so", "__pycache__")
-    )
+def test_sdist_holds_what_a_build_needs(source: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", str(tmp_path / "dist")],
-        cwd=copy,
+        cwd=source,
         env={**os.environ, "FORCE_CUDA": "0"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -266,25 +382,6 @@ def test_sdist_holds_what_a_build_needs(tmp_path: Path) -> None:
     needed = {str(path.relative_to(ROOT)) for path in native | python}
     needed |= {"setup.py", "build_support.py", "pyproject.toml", "LICENSE", "README.md", "bnkernels/py.typed"}
     assert needed - held == set()
-
-
-# Progress
-
-
-NINJA = (
-    "[3/27] /usr/local/cuda/bin/nvcc -MD -MF /r/build/csrc/cuda/two_pass_f32.o.d -DX=1 -I/t/include -c -c "
-    "/r/csrc/cuda/two_pass_f32.cu -o /r/build/csrc/cuda/two_pass_f32.o -O3\n"
-)
-
-
-def test_progress_is_a_short_line_for_each_file() -> None:
-    assert build_support.progress_line(NINJA, Path("/r/csrc"), 31.4) == "[3/27] cuda/two_pass_f32.cu after 31 s\n"
-
-
-@pytest.mark.parametrize("line", ["csrc/ops.cpp:3: error: expected ';'\n", "FAILED: /r/build/csrc/ops.o\n", "\n"])
-def test_other_lines_are_left(line: str) -> None:
-    """Errors above all."""
-    assert build_support.progress_line(line, Path("/r/csrc"), 1.0) is None
 
 
 def test_units_include_every_file_with_torchs_headers() -> None:
