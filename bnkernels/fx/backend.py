@@ -1,4 +1,4 @@
-"""The backends "bnkernels" and "bnkernels_inductor" of torch.compile: the pass, and then the graph as it is, or inductor.
+"""The backends "bnkernels" and "bnkernels_inductor" of torch.compile: the pass, then the graph as it is, or inductor.
 
 torch._dynamo takes seconds to import, so they are registered when it is imported, which may be never.
 """
@@ -29,7 +29,7 @@ EAGER, INDUCTOR = "bnkernels", "bnkernels_inductor"
 
 
 def fuse_graphs(graph_module: fx.GraphModule, example_inputs: Sequence[Any], record: Record | None = None) -> int:
-    """The pass, on a captured graph and on those within it (of checkpointed blocks). Returns how many calls it fused."""
+    """The pass, on a captured graph and on those within it (of checkpointed blocks). Returns the number of fused calls."""
     from .patterns import fuse_graph
 
     fused = 0
@@ -72,7 +72,7 @@ def inductor_backend(
 
     logger.debug("fused %d calls in a graph", fuse_graphs(graph_module, example_inputs, record))
     patches = {**(list_mode_options(mode) if mode and mode != "default" else {}), **(options or {})}
-    compiled: Callable[..., Any] = compile_fx(graph_module, list(example_inputs), config_patches=patches or None)
+    compiled: Any = compile_fx(graph_module, list(example_inputs), config_patches=patches or None)
     return compiled
 
 
@@ -80,7 +80,7 @@ BACKENDS: dict[str, Callable[..., Callable[..., Any]]] = {EAGER: eager_backend, 
 
 
 def _checkpoint_eagerly(graph_module: fx.GraphModule) -> None:
-    """Checkpointed blocks recompute. The operator in a captured graph only marks them, for a compiler that partitions."""
+    """Checkpointed blocks recompute. The operator in a captured graph marks them for a compiler that partitions."""
     operator = torch.ops.higher_order.tag_activation_checkpoint
     for module in graph_module.modules():
         if isinstance(module, fx.GraphModule):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -142,7 +142,7 @@ def _asks_for_in_place(node: fx.Node) -> bool:
     return position is not None and position < len(node.args) and node.args[position] is not False
 
 
-@lru_cache(maxsize=None)
+@cache
 def _position_of_inplace(function: Any) -> int | None:
     try:
         names = list(inspect.signature(function).parameters)

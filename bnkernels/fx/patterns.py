@@ -1,8 +1,9 @@
 """The pass: BatchNorm -> [add] -> ReLU in a captured graph becomes one call with an epilogue.
 
-It runs before autograd, on the graph that TorchDynamo has captured: control flow, train() and eval(), dtypes and shapes
-are as its guards say. Fused is only what computes the same afterwards. Nothing else may use a value between, nothing may
-write to what the fused call reads at another time than the calls that it replaces, and no mode may change between them.
+It runs before autograd, on the graph that TorchDynamo captured: control flow, train() and eval(), dtypes and shapes
+are as its guards say. It fuses only what computes the same afterwards. Nothing else may use a value between, nothing
+may write to what the fused call reads at another time than the calls that it replaces, and no mode may change between
+them.
 """
 
 from __future__ import annotations
