@@ -7,6 +7,8 @@ flags, and whatever else refers to it (optimizers, EMA copies, a wrapper around 
 from __future__ import annotations
 
 import logging
+import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -143,6 +145,8 @@ def _change(
         done.changed.append(Change(name, before, after))
         logger.debug("%s: %s -> %s", name, _qualified(before), _qualified(after))
     _log(done, verb, type(model).__name__)
+    if not from_ours and not done.changed:
+        _warn_of_nothing(model, done.skipped)
     if report is not None:
         report.changed += done.changed
         report.skipped += done.skipped
@@ -166,6 +170,15 @@ def _reason_to_skip(
     if filter_fn is not None and not filter_fn(module, name):
         return "filter_fn"
     return ""
+
+
+def _warn_of_nothing(model: nn.Module, skipped: list[Skip]) -> None:
+    """Says why convert() has changed nothing, unless the layers are this package's already."""
+    if any(isinstance(module, modules.ForwardMixin) for module in model.modules()):
+        return
+    reasons = Counter(f"{_qualified(skip.module)}: {skip.reason}" for skip in skipped)
+    why = "; ".join(f"{count} x {reason}" for reason, count in reasons.items()) or "it has none"
+    warnings.warn(f"convert() changed no BatchNorm of {type(model).__name__}: {why}", stacklevel=4)
 
 
 def _log(report: ConversionReport, verb: str, model: str) -> None:

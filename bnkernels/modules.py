@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import Proxy
+from torch.jit import is_tracing
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .functional import batch_norm_tracked, check_activation, fused_batch_norm_tracked, with_epilogue
@@ -43,8 +44,16 @@ class ForwardMixin(_BatchNorm):
     activation: str | None = None
     """Of the result: None or "relu"."""
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "activation":
+            check_activation(value)
+        super().__setattr__(name, value)
+
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """activation(batch_norm(input) + residual); residual: see batch_norm()."""
+        return self._forward(input, residual, self.activation)
+
+    def _forward(self, input: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
         if isinstance(input, Tensor):
             self._check_input_dim(input)
         elif isinstance(input, Proxy) and self._is_leaf_for(input.tracer):
@@ -73,7 +82,6 @@ class ForwardMixin(_BatchNorm):
             training = running_mean is None and running_var is None
         if momentum is None and num_batches_tracked is None:
             momentum = 0.0  # there is nothing to average by, and torch leaves the statistics as they are
-        activation = self.activation
         if residual is None and activation is None:
             return batch_norm_tracked(
                 input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, self.eps
@@ -150,6 +158,60 @@ class BatchNorm3d(ForwardMixin, nn.BatchNorm3d):
     """
 
     __init__ = constructor(nn.BatchNorm3d)
+
+
+class BatchNormAct2d(nn.Module):
+    """relu(batch_norm(x) + residual) as a module that contains a plain BatchNorm2d: timm's BatchNormAct2d, fused.
+
+    Tools that replace BatchNorm layers (convert_sync_batchnorm, freezing, folding into a convolution) replace the layer
+    `bn` and leave the activation. What they put in its place is called as it is, and followed by the activation.
+    Arguments are timm's, in timm's order. A state_dict of nn.BatchNorm2d or of timm's class loads.
+
+    Args:
+        apply_act: whether there is an activation.
+        act_layer: nn.ReLU or None. inplace, act_kwargs: taken for timm's sake; neither changes a result.
+
+    Raises:
+        ValueError: another act_layer; a drop_layer.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        apply_act: bool = True,
+        act_layer: type[nn.Module] | None = nn.ReLU,
+        act_kwargs: dict[str, Any] | None = None,
+        inplace: bool = True,
+        drop_layer: type[nn.Module] | None = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        if act_layer not in (None, nn.ReLU) or drop_layer is not None:
+            raise ValueError(f"act_layer must be nn.ReLU or None, and drop_layer None: got {act_layer}, {drop_layer}")
+        self.bn = BatchNorm2d(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        self.act: nn.Module = nn.ReLU() if apply_act and act_layer is not None else nn.Identity()
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        bn: Any = self.bn
+        hooks = (module._forward_hooks or module._forward_pre_hooks for module in (bn, self.act))
+        more = bn._backward_hooks or bn._backward_pre_hooks or self.act._backward_hooks or self.act._backward_pre_hooks
+        if type(bn) is BatchNorm2d and type(self.act) in (nn.ReLU, nn.Identity) and not (any(hooks) or more):
+            if isinstance(x, Tensor) and not is_tracing():
+                return bn._forward(x, residual, "relu" if type(self.act) is nn.ReLU else bn.activation)
+        y = bn(x)
+        result: Tensor = self.act(y if residual is None else y + residual)
+        return result
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+            if prefix + name in state_dict:
+                state_dict[f"{prefix}bn.{name}"] = state_dict.pop(prefix + name)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 # A lazy module computes its first call itself, before its class changes for good, hence ForwardMixin in these too.

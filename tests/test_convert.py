@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
+import warnings
 from typing import Any
 
 import pytest
@@ -268,6 +269,19 @@ def test_the_report_as_text() -> None:
         "  (model)  nn.BatchNorm1d -> bnkernels.BatchNorm1d",
         f"  1        {__name__}.Custom left: a subclass, whose forward may be its own",
     ]
+
+
+def test_nothing_to_convert() -> None:
+    """A warning with counts and reasons; none where the layers are this package's already."""
+    for model, why in (
+        (nn.Sequential(nn.GroupNorm(1, 2)), "it has none"),
+        (nn.Sequential(Custom(2), Custom(2)), "2 x .*Custom: a subclass"),
+    ):
+        with pytest.warns(UserWarning, match=f"convert\\(\\) changed no BatchNorm of Sequential: {why}"):
+            bnk.convert(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bnk.convert(bnk.convert(nn.BatchNorm2d(2)))
 
 
 def test_not_a_module() -> None:

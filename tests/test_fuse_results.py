@@ -30,8 +30,10 @@ def relu(m: Model, y: Tensor, skip: Tensor) -> Any:
 
 def test_the_model_keeps_what_it_is() -> None:
     model = Branches()
-    before = list(model.named_modules())
-    state = {key: id(value) for key, value in model.state_dict(keep_vars=True).items()}
+    before, state = (
+        list(model.named_modules()),
+        {key: id(value) for key, value in model.state_dict(keep_vars=True).items()},
+    )
     assert bnk.fuse(model) is model
     assert list(model.named_modules()) == before and type(model) is Branches
     assert {key: id(value) for key, value in model.state_dict(keep_vars=True).items()} == state
@@ -70,8 +72,7 @@ def test_the_import_of_this_package_registers_the_backends() -> None:
         "first": "import sys, bnkernels; assert 'torch._dynamo' not in sys.modules; import torch",
         "second": "import torch._dynamo, bnkernels",
     }
-    check = "; from torch._dynamo import lookup_backend"
-    check += "; assert {'bnkernels', 'bnkernels_inductor'} <= set(torch.compiler.list_backends())"
+    check = "; from torch._dynamo import lookup_backend; assert {'bnkernels', 'bnkernels_inductor'} <= set(torch.compiler.list_backends())"
     check += "; assert lookup_backend('bnkernels').__module__ == 'bnkernels.fx.backend'"
     for each in code.values():
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -90,7 +91,7 @@ def test_copies_are_not_fused() -> None:
 
 
 def test_exported() -> None:
-    """README's line: a program for a process without this package, of a fused, reverted model; and of a fused one."""
+    """README's line: a program for a process without this package, of a fused and reverted model; and of a fused one."""
     result, _ = fused(model := Branches())
     bnk.convert(result)
     x = images()

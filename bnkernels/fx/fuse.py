@@ -49,8 +49,8 @@ class Left:
 class FusionReport:
     """What became of each BatchNorm of a model, once the model has run. str() gives a table.
 
-    TorchDynamo captures a graph when the model is first called, and more for other modes, dtypes or shapes. A layer
-    that is called several times, or in several graphs, is in the lists once for each different outcome.
+    TorchDynamo captures a graph when the model is first called, and more for other modes, dtypes or shapes. A layer that
+    is called several times, or in several graphs, is in the lists once for each different outcome.
     """
 
     outcomes: dict[str, list[Fusion | Left]] = field(default_factory=dict)
@@ -93,8 +93,8 @@ def fuse(model: _Model, *, report: FusionReport | None = None, backend: str = EA
     TorchDynamo checks it and captures another graph where it differs. What it cannot capture runs in eager, and the
     graphs before and after it are fused.
 
-    A copy (copy.deepcopy, pickle) is not fused. torch.export, torch.fx, torch.jit.trace and transforms of torch.func
-    see the model as it was. In 16 bits a sum that becomes part of a kernel is rounded once instead of twice.
+    A copy (copy.deepcopy, pickle) is not fused. torch.export, torch.fx, torch.jit.trace and transforms of torch.func see
+    the model as it was. In 16 bits a sum that becomes part of a kernel is rounded once instead of twice.
 
     Args:
         report: receives what was fused, and what was left and why, as the model runs.
@@ -149,7 +149,7 @@ class FusedCall:
 def _is_traced() -> bool:
     """Whether something else than autograd sees the operations of this call."""
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    return transformed or _is_fx_tracing() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return transformed or _is_fx_tracing() or torch.jit.is_tracing()
 
 
 def _is_lazy(model: nn.Module) -> bool:
@@ -197,5 +197,6 @@ def _name_of(model: nn.Module, node: torch_fx.Node, values: Sequence[Any]) -> st
                 return name
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     path = str(stack[-1][0]) if stack else node.name
-    below = re.sub(r"^L\[[^]]*\](\.__self__)?\.?", "", path)
-    return re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", below).replace("._modules", "")
+    return re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", re.sub(r"^L\[[^]]*\](\.__self__)?\.?", "", path)).replace(
+        "._modules", ""
+    )
