@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import Proxy
-from torch.jit import is_tracing
+from torch.jit import is_tracing  # type: ignore[attr-defined]
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .functional import batch_norm_tracked, check_activation, fused_batch_norm_tracked, with_epilogue
@@ -200,7 +200,7 @@ class BatchNormAct2d(nn.Module):
         bn: Any = self.bn
         hooks = (module._forward_hooks or module._forward_pre_hooks for module in (bn, self.act))
         more = bn._backward_hooks or bn._backward_pre_hooks or self.act._backward_hooks or self.act._backward_pre_hooks
-        if type(bn) is BatchNorm2d and type(self.act) in (nn.ReLU, nn.Identity) and not (any(hooks) or more):
+        if type(bn) is BatchNorm2d and type(self.act) in (nn.ReLU, nn.Identity) and not (any(hooks) or more):  # noqa: SIM102
             if isinstance(x, Tensor) and not is_tracing():
                 return bn._forward(x, residual, "relu" if type(self.act) is nn.ReLU else bn.activation)
         y = bn(x)

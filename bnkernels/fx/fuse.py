@@ -49,7 +49,7 @@ class Left:
 class FusionReport:
     """What became of each BatchNorm of a model, once the model has run. str() gives a table.
 
-    TorchDynamo captures a graph when the model is first called, and more for other modes, dtypes or shapes. A layer that
+    TorchDynamo captures a graph when the model is first called, more for other modes, dtypes or shapes. A layer that
     is called several times, or in several graphs, is in the lists once for each different outcome.
     """
 
@@ -85,7 +85,7 @@ def fuse(model: _Model, *, report: FusionReport | None = None, backend: str = EA
     """Computes the ReLU, the addition, or both after each BatchNorm of a model in the BatchNorm's kernel, in place.
 
     The same as model.compile(backend="bnkernels"), with a report. TorchDynamo captures what the model computes when it
-    is called; in the graphs, nn.ReLU, F.relu, torch.relu, Tensor.relu and additions of two tensors, in place or not,
+    is called; in the graphs, nn.ReLU, F.relu, torch.relu, Tensor.relu and additions of tensors, in place or not,
     become part of the call of a BatchNorm before them, of torch or of this package. The rest of a graph runs as it is.
 
     The model keeps its class, methods, modules, hooks and state_dict; only its call goes another way, and unfuse()
@@ -149,7 +149,7 @@ class FusedCall:
 def _is_traced() -> bool:
     """Whether something else than autograd sees the operations of this call."""
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    return transformed or _is_fx_tracing() or torch.jit.is_tracing()
+    return transformed or _is_fx_tracing() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def _is_lazy(model: nn.Module) -> bool:
