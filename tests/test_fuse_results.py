@@ -72,7 +72,8 @@ def test_the_import_of_this_package_registers_the_backends() -> None:
         "first": "import sys, bnkernels; assert 'torch._dynamo' not in sys.modules; import torch",
         "second": "import torch._dynamo, bnkernels",
     }
-    check = "; from torch._dynamo import lookup_backend; assert {'bnkernels', 'bnkernels_inductor'} <= set(torch.compiler.list_backends())"
+    check = "; from torch._dynamo import lookup_backend"
+    check += "; assert {'bnkernels', 'bnkernels_inductor'} <= set(torch.compiler.list_backends())"
     check += "; assert lookup_backend('bnkernels').__module__ == 'bnkernels.fx.backend'"
     for each in code.values():
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -91,7 +92,7 @@ def test_copies_are_not_fused() -> None:
 
 
 def test_exported() -> None:
-    """README's line: a program for a process without this package, of a fused and reverted model; and of a fused one."""
+    """README's line: a program for a process without this package, of a fused, reverted model; and of a fused one."""
     result, _ = fused(model := Branches())
     bnk.convert(result)
     x = images()

@@ -29,7 +29,7 @@ EAGER, INDUCTOR = "bnkernels", "bnkernels_inductor"
 
 
 def fuse_graphs(graph_module: fx.GraphModule, example_inputs: Sequence[Any], record: Record | None = None) -> int:
-    """The pass, on a captured graph and on those within it (of checkpointed blocks). Returns the number of fused calls."""
+    """The pass, on a captured graph and those within it (of checkpointed blocks). Returns the number of fused calls."""
     from .patterns import fuse_graph
 
     fused = 0

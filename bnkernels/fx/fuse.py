@@ -93,8 +93,8 @@ def fuse(model: _Model, *, report: FusionReport | None = None, backend: str = EA
     TorchDynamo checks it and captures another graph where it differs. What it cannot capture runs in eager, and the
     graphs before and after it are fused.
 
-    A copy (copy.deepcopy, pickle) is not fused. torch.export, torch.fx, torch.jit.trace and transforms of torch.func see
-    the model as it was. In 16 bits a sum that becomes part of a kernel is rounded once instead of twice.
+    A copy (copy.deepcopy, pickle) is not fused. torch.export, torch.fx, torch.jit.trace and transforms of torch.func
+    see the model as it was. In 16 bits a sum that becomes part of a kernel is rounded once instead of twice.
 
     Args:
         report: receives what was fused, and what was left and why, as the model runs.
