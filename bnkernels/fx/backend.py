@@ -81,7 +81,8 @@ BACKENDS: dict[str, Callable[..., Callable[..., Any]]] = {EAGER: eager_backend, 
 
 def _checkpoint_eagerly(graph_module: fx.GraphModule) -> None:
     """Checkpointed blocks recompute. The operator in a captured graph marks them for a compiler that partitions."""
-    operator = torch.ops.higher_order.tag_activation_checkpoint
+    from torch._higher_order_ops.wrap import tag_activation_checkpoint as operator
+
     for module in graph_module.modules():
         if isinstance(module, fx.GraphModule):
             found = [node for node in module.graph.nodes if node.op == "call_function" and node.target is operator]

@@ -9,7 +9,7 @@
 #include <map>
 #include <memory>
 #include <string>
-#include <utility>
+#include <tuple>
 #include <vector>
 
 #include "simt/engine.h"
@@ -138,8 +138,9 @@ class Grid {
   std::vector<size_t> waiting_;  // threads, for a counter
   size_t current_ = 0;
   size_t switches_ = 0;
-  std::vector<Site> barriers_;                                   // met
-  std::map<std::pair<std::string, int64_t>, uint64_t> uniform_;  // by place and key: the bits that were passed first
+  std::vector<Site> barriers_;  // met
+  std::map<std::tuple<const void*, unsigned, int64_t>, uint64_t>
+      uniform_;  // by place and key: the bits that were passed first
   std::string fault_;
   char start_token_, end_token_;
 };

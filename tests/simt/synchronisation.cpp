@@ -194,7 +194,7 @@ bool Grid::last_to_arrive(unsigned* counter, unsigned count, const Site& site) {
 
 void Grid::expect_uniform(int64_t key, double value, const Site& site) {
   const uint64_t bits = std::bit_cast<uint64_t>(value);
-  const auto first = uniform_.try_emplace({describe(site), key}, bits).first;
+  const auto first = uniform_.try_emplace({site.file_name(), site.line(), key}, bits).first;
   if (first->second == bits) return;
   fault("blocks differ in a value of " + std::to_string(key) + ": " + std::to_string(value) + " here, " +
             std::to_string(std::bit_cast<double>(first->second)) + " before",
