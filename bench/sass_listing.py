@@ -101,6 +101,8 @@ class Instruction:
         """Adds or multiplies floating-point values (a conversion, a selection or a comparison is not it)."""
         if self.base == "HADD2":
             return "F32" not in self.modifiers  # with it: how a half is widened
+        if self.base == "HFMA2" and self.operands[1:3] == ("-RZ", "RZ"):
+            return False  # how ptxas makes a constant
         return self.base in {"FADD", "FMUL", "FFMA", "DADD", "DMUL", "DFMA", "HMUL2", "HFMA2"}
 
     @property

@@ -50,7 +50,7 @@ REQUIRED_ACCURACY = 0.97
 # of the first. In float32: the first loss. In both: what a trained network computes once it is converted and fused.
 AGREEMENT = {torch.float64: 1e-9, torch.float32: 1e-5}
 # Convolutions in float64 are slow, and what a wrong layer computes shows in the first step.
-FLOAT64_EPOCHS = 2
+FLOAT64_EPOCHS = 1
 
 NN, CONVERTED, FUSED = "nn.BatchNorm2d", "converted", "fused"
 VARIANTS: dict[str, Callable[[nn.Module], nn.Module]] = {
@@ -396,7 +396,7 @@ def plot(path: Path, float64: Race, float32: Race, saved: dict[str, tuple[int, i
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")

@@ -1,6 +1,7 @@
 """The kernels as machine code (bench/sass.py); tests/test_sass_reading.py has the reading of it.
 
-Compiles the kernels once, for sm_90; skipped, with the reason, without nvcc or nvdisasm.
+Compiles the kernels of bfloat16 once, for sm_90 (`make sass` holds those of every dtype to the same rules); skipped,
+with the reason, without nvcc or nvdisasm.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def tools() -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def kernels(tools: tuple[Path, Path]) -> list[sass.Kernel]:
-    return sass.measure(device_code.sources(), ARCH, jobs=min(2, os.cpu_count() or 1))
+    sources = [path for path in device_code.sources() if path.stem.endswith("_bf16")]
+    return sass.measure(sources, ARCH, jobs=min(2, os.cpu_count() or 1))
 
 
 def names_of(kernels: Sequence[sass.Kernel]) -> dict[str, str]:
@@ -39,10 +41,10 @@ def names_of(kernels: Sequence[sass.Kernel]) -> dict[str, str]:
 
 def test_every_kernel_is_looked_at(kernels: list[sass.Kernel]):
     counted = {name: sum(kernel.plain_name == name for kernel in kernels) for name in sass.LOOPS}
-    # Four dtypes, and the layouts of their path: channels-first, channels-last, and packed where it is resident; plain
-    # and with an epilogue, or behind one, where there are both.
+    # The layouts of their path: channels-first, channels-last, and packed where it is resident; plain and with an
+    # epilogue, or behind one, where there are both.
     assert counted == {
-        name: (12 if name.startswith("resident") else 8) * (2 if name in device_code.EPILOGUES else 1)
+        name: (3 if name.startswith("resident") else 2) * (2 if name in device_code.EPILOGUES else 1)
         for name in sass.LOOPS
     }
     assert all(
@@ -57,7 +59,8 @@ def test_every_kernel_is_looked_at(kernels: list[sass.Kernel]):
 
 
 def test_only_what_is_named_cannot_be_told(kernels: list[sass.Kernel]):
-    assert {kernel.variant for kernel in kernels if kernel.unknown} == sass.UNTOLD
+    variants = {kernel.variant for kernel in kernels}
+    assert {kernel.variant for kernel in kernels if kernel.unknown} == sass.UNTOLD & variants != set()
 
 
 def test_no_kernel_uses_local_memory(kernels: list[sass.Kernel]):
@@ -129,18 +132,16 @@ def test_main_loops_hold_the_arithmetic_of_their_formula(kernels: list[sass.Kern
             if (kernel.plain_name, loop.loads / (loop.stores or 1)) == inference:
                 expected = 1
             choices = {expected, 1} if kernel.variant.startswith("grad_input") and kernel.epilogue else {expected}
-            # A gate looks at x with the other sign: of a double, that is a sum.
-            gate = kernel.epilogue == "behind relu" and loop.element_bytes == 8
             count = loop.path.count(lambda each: each.is_arithmetic)
-            # Beside the elements': one in a tile's address, one that ptxas makes a constant with.
-            beyond = [count - (each + gate) * loop.elements for each in choices]
-            assert any(0 <= more <= 2 for more in beyond), (kernel.name, loop.role, count, loop.elements)
+            # Beside the elements': one in a tile's address.
+            beyond = [count - each * loop.elements for each in choices]
+            assert any(0 <= more <= 1 for more in beyond), (kernel.name, loop.role, count, loop.elements)
     assert checked == set(formulas)
 
 
 def test_scheduling_words_are_read_right(kernels: list[sass.Kernel]):
     paths = [loop.path for kernel in kernels for loop in kernel.loops]
-    assert sum(path.count(lambda each: each.is_load and each.bits == 128) for path in paths) > 500
+    assert sum(path.count(lambda each: each.is_load and each.bits == 128) for path in paths) > 125
     assert [early for path in paths for early in read_too_early(path)] == []
 
 
@@ -150,9 +151,9 @@ def test_tables_name_every_kernel(kernels: list[sass.Kernel]):
     rows = sass.render_loops(kernels, names).splitlines()[2:]
     loops = sum(len(kernel.loops) for kernel in kernels)
     sums = sum(len(part) > 1 for kernel in kernels for part in kernel.totals().values())
-    # Resident kernels: twelve forward, whole windows kept or not and any kept; twelve backward, whole or any, kept; and
-    # as many with an epilogue.
-    assert len(rows) == loops + sums and sums == 2 * (12 * 3 + 12 * 2)
+    # Resident kernels: three forward, whole windows kept or not and any kept; three backward, whole or any, kept; and as
+    # many with an epilogue.
+    assert len(rows) == loops + sums and sums == 2 * (3 * 3 + 3 * 2)
 
 
 # Kernels with one fault each, under the names of kernels whose loops are held to something.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -113,10 +113,9 @@ def fuse(model: _Model, *, report: FusionReport | None = None, backend: str = EA
         if isinstance(module, _BatchNorm):
             report.outcomes.setdefault(name, [])
     record = partial(_record, report, model)
-    model._compiled_call_impl = None
-    model.compile(backend=partial(BACKENDS[backend], record=record))
-    assert model._compiled_call_impl is not None
-    model._compiled_call_impl = FusedCall(model, model._compiled_call_impl)
+    model._compiled_call_impl = FusedCall(
+        model, torch.compile(_call_of(model), backend=partial(BACKENDS[backend], record=record))
+    )
     return model
 
 
@@ -144,6 +143,20 @@ class FusedCall:
             return self._model._call_impl(*args, **kwargs)
         self._is_lazy = False
         return self._compiled(*args, **kwargs)
+
+
+def _call_of(model: nn.Module) -> Callable[..., Any]:
+    """The model's call, as a function whose code object is its own.
+
+    TorchDynamo keeps graphs, and limits their number, by code object. nn.Module.compile() gives all models the same:
+    beyond torch._dynamo.config.recompile_limit of them, models run in eager.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return model._call_impl(*args, **kwargs)
+
+    call.__code__ = call.__code__.replace(co_name=type(model).__name__)
+    return call
 
 
 def _is_traced() -> bool:
