@@ -57,6 +57,14 @@ def test_a_fused_module_within_a_fused_module() -> None:
     assert whats(report) == {"0.skip.1": "add + relu"}
 
 
+def test_more_models_than_graphs_of_one_code() -> None:
+    """TorchDynamo gives up on a code object after recompile_limit graphs: not on all models together."""
+    for channels in range(1, torch._dynamo.config.recompile_limit + 4):
+        result, report = fused(nn.Sequential(nn.Conv2d(3, channels, 1), nn.BatchNorm2d(channels), nn.ReLU()))
+        result(images())
+        assert whats(report) == {"1": "relu"}
+
+
 def test_torch_compile_by_name() -> None:
     for backend in ("bnkernels", "bnkernels_inductor"):
         torch.compiler.reset()
