@@ -59,9 +59,10 @@ def test_a_fused_module_within_a_fused_module() -> None:
 
 def test_more_models_than_graphs_of_one_code() -> None:
     """TorchDynamo gives up on a code object after recompile_limit graphs: not on all models together."""
+    torch.compiler.reset()
     for channels in range(1, torch._dynamo.config.recompile_limit + 4):
-        result, report = fused(nn.Sequential(nn.Conv2d(3, channels, 1), nn.BatchNorm2d(channels), nn.ReLU()))
-        result(images())
+        model = nn.Sequential(nn.Conv2d(3, channels, 1), nn.BatchNorm2d(channels), nn.ReLU()).double()
+        bnk.fuse(model, report=(report := bnk.FusionReport()))(images())
         assert whats(report) == {"1": "relu"}
 
 

@@ -91,7 +91,6 @@ def test_an_aborted_launch_takes_its_workspace_with_it(plain: Server) -> None:
         assert_same(good, other, how, but=FORWARD)
     # Where the last member is the one that is stalled, the others have arrived when it faults.
     assert 0 < seen.count("at rest") < len(seen)
-    assert "deadlock" in seen
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
