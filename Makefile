@@ -5,6 +5,8 @@
 #                 make test-host-device; tests/host_device tells what it is)
 #   make examples the studies of what the papers claim: a few minutes; plots and reports in out/examples, exit code 0 if
 #                 all is as docs/why.md tells (make why: writes what was measured into docs/why.md)
+#   make mutants  applies some 200 faults to the sources, one at a time, and sees the tests nearest to each fail: hours on two
+#                 cores (MUTANTS_ARGS="--area python": some of them; tests/mutants has the list)
 #   make lint     ruff, mypy, clang-format (make format: lets them write)
 #   make bench    the benchmark harness (CPU, and the GPU where there is one)
 #   make gpu      on a machine with a GPU, without network: both stages of bench/gpu.sh, which can be run one by one. The
@@ -34,6 +36,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 TORCH ?= torch>=2.11
 PYTEST_ARGS ?=
+MUTANTS_ARGS ?=
 WORKERS ?= 2
 RESULTS ?=
 MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
@@ -71,7 +74,7 @@ STUDIES = $(filter-out study digits speedrun_networks,$(patsubst examples/%.py,%
 # The one installed beside the interpreter.
 CLANG_FORMAT = "$$(dirname "$$($(PY) -c 'import sys; print(sys.executable)')")/clang-format"
 
-.PHONY: help demo examples why test test-host-device lint format bench gpu ptxas sass build clean distclean
+.PHONY: help demo examples why test test-host-device mutants lint format bench gpu ptxas sass build clean distclean
 
 help:
 	@sed -n '1,/^$$/{/^#/!d;s/^# \{0,1\}//;p}' Makefile
@@ -107,6 +110,10 @@ test-host-device: $(call environment,dev)
 	if [ -n "$$reason" ]; then echo "== no tests on the host device: $$reason"; exit 0; fi; \
 	echo "== tests marked cuda, on the host device"; \
 	$(PY) -m host_device $(PYTEST) -m cuda || [ $$? -eq 5 -a -n "$(PYTEST_ARGS)" ]
+
+mutants: export PYTHONPATH := $(CURDIR)/tests:$(PYTHONPATH)
+mutants: $(call environment,dev)
+	$(PY) -m mutants $(MUTANTS_ARGS)
 
 format: $(call environment,dev)
 	$(PY) -m ruff check --fix --select I .

@@ -1,0 +1,53 @@
+"""Mutation testing: realistic faults, applied one at a time, that the tests must notice.
+
+    make mutants                                   all of them: hours on 2 cores
+    make mutants MUTANTS_ARGS="--area python -k momentum"
+
+`python -m mutants` (with tests on PYTHONPATH) copies the repository to out/mutants. For each mutant of the catalogue
+(device, plans, launchers, cpu, ops, python) it replaces one snippet of one file, rebuilds what depends on it, runs the
+tests nearest to it, and restores the file. A mutant is *killed* when a test fails or does not end, and *survives* when all
+pass. Each selection of tests first runs on the unmodified copy, where it must pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from importlib import import_module
+
+AREAS = ("device", "plans", "launchers", "cpu", "ops", "python")
+
+
+class Build(Enum):
+    """What has to be rebuilt before the tests see a change."""
+
+    NONE = "nothing"
+    SIMT = "the kernels for the host, which the tests of tests/simt build themselves"
+    EXTENSION = "the extension, without CUDA"
+    HOST_DEVICE = "the extension for the host device, which it builds itself; the tests run on it"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One fault: `old`, which occurs once in `file`, becomes `new`; `tests` (arguments of pytest) must notice.
+
+    survives: why no test can notice (an equivalent mutant), or empty.
+    """
+
+    fault: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+    build: Build = Build.NONE
+    survives: str = ""
+
+    def apply(self, text: str) -> str:
+        if text.count(self.old) != 1:
+            raise ValueError(f"{self.file}: {text.count(self.old)} times, expected once: {self.old!r} ({self.fault})")
+        return text.replace(self.old, self.new)
+
+
+def catalogue() -> dict[str, list[Mutant]]:
+    """The mutants, by area."""
+    return {area: import_module(f"{__name__}.{area}").MUTANTS for area in AREAS}

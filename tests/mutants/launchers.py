@@ -1,0 +1,5 @@
+from __future__ import annotations
+
+from . import Build, Mutant
+
+MUTANTS: list[Mutant] = []
