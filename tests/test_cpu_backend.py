@@ -102,6 +102,41 @@ def assert_conversions_exact() -> None:
         assert torch.equal(y[1], wide.to(dtype)), f"{dtype} in columns"
 
 
+def assert_nan_stays_nan() -> None:
+    """Whatever NaN a float32 coefficient is: of either sign, quiet or not, and with bits that rounding would carry.
+
+    In vectors (y and dx, in runs, in short ones and in columns) and one by one (dweight).
+    """
+    payloads = (1, 0xFFF, 0x1000, 0x7FFF, 0x8000, 0xFFFF, 0x10000, 0x3FFFFF, 0x400000, 0x40FFFF, 0x7F8000, 0x7FFFFF)
+    bits = torch.tensor([sign + 0x7F800000 + payload for sign in (0, 0x80000000) for payload in payloads])
+    nan = bits.to(torch.int32).view(torch.float32)
+    some = torch.ones(2 * len(nan))
+    some[::2] = nan
+    one, zero, expected = torch.ones(len(some)), torch.zeros(len(some)), some.isnan()
+    assert expected.sum() == len(nan)
+    for dtype in (torch.bfloat16, torch.float16):
+        for shape in ((2, len(some), 35), (2, len(some), 3), (3, len(some))):
+            x = torch.ones(shape, dtype=dtype)
+            where = expected.view(1, -1, *(1,) * (len(shape) - 2)).expand(shape)
+            for weight, bias, mean, var in (
+                (some, zero, zero, one),
+                (one, some, zero, one),
+                (one, zero, some, one),
+                (one, zero, zero, some),
+            ):
+                y, _, _ = ops.forward_eval(x, weight, bias, mean, var, 1e-5)
+                assert torch.equal(y.isnan(), where), f"y, {dtype}, {shape}"
+            of_weight = one.to(dtype)
+            dx, dweight, dbias = ops.backward(x, x, of_weight, some, one, True, True, True, True)
+            assert dx is not None and dweight is not None and dbias is not None
+            assert torch.equal(dx.isnan(), where), f"dx, {dtype}, {shape}"
+            assert dweight.dtype == dtype and torch.equal(dweight.isnan(), expected), f"dweight, {dtype}, {shape}"
+            assert dbias.isfinite().all()
+        for value in nan:  # one channel is a run of any length, also one shorter than a vector
+            y, _, _ = ops.forward_eval(torch.ones(5, 1, 3, dtype=dtype), None, value[None], zero[:1], one[:1], 1e-5)
+            assert y.isnan().all(), f"{dtype}, one channel"
+
+
 def test_every_level_is_within_the_gate_and_all_give_the_same_bits() -> None:
     digests = {}
     names = levels()
@@ -110,6 +145,7 @@ def test_every_level_is_within_the_gate_and_all_give_the_same_bits() -> None:
         code = (
             "import bnkernels, test_cpu_backend as t\n"
             "t.assert_conversions_exact()\n"
+            "t.assert_nan_stays_nan()\n"
             "print(bnkernels.build_info()['simd'], t.digest_of_grid())"
         )
         answer = in_subprocess(code, BNKERNELS_CPU_SIMD=level)
@@ -122,7 +158,8 @@ def test_every_level_is_within_the_gate_and_all_give_the_same_bits() -> None:
 # ---- threads ----
 
 # A shape for each way of the schedule: blocks of a thread's own, shared chunks, one channel, few channels, folded rows,
-# several blocks of columns, short runs as columns, chunks of unequal size, blocks of several channels of several tiles.
+# several blocks of columns, short runs as columns, chunks of unequal size, blocks of several channels of several tiles,
+# more blocks than the cache holds.
 SCHEDULES = [
     ((3, 70, 56, 57), "contiguous"),
     ((20, 6, 46, 47), "contiguous"),
@@ -131,6 +168,7 @@ SCHEDULES = [
     ((8, 130, 7, 7), "contiguous"),
     ((3, 3, 301, 303), "contiguous"),
     ((2, 1, 400, 411), "contiguous"),
+    ((1, 3, 700_001), "contiguous"),
     ((5000, 40, 3), "contiguous"),
     ((40, 2048, 2, 2), "contiguous"),
     ((6, 64, 56, 56), "channels_last"),
@@ -192,6 +230,14 @@ def test_every_number_of_rows(rows: int) -> None:
         case = Case("ramp_1e3", shape, "float32")
         inputs = case.inputs()
         assert_within(judge_call(inputs, run(inputs)), str(case))
+
+
+@pytest.mark.parametrize("runs", [2, 3, 31, 32, 33, 63, 64, 65, 66, 67, 97, 127, 128, 129, 130, 255, 257, 513])
+def test_every_number_of_runs(runs: int) -> None:
+    """A tile is two runs and a chunk 32 tiles: the last of either may be a part of one."""
+    case = Case("ramp_1e3", (runs, 3, 700), "float32")
+    inputs = case.inputs()
+    assert_within(judge_call(inputs, run(inputs)), str(case))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -302,6 +348,41 @@ def test_running_statistics_and_counter_to_the_bit(shape: tuple[int, ...], dtype
         assert torch.equal(running_mean, (old + factor * (mean - old)).to(dtype)), momentum
         old = var_before.double()
         assert torch.equal(running_var, (old + factor * (squares / (n - 1) - old)).to(dtype)), momentum
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_16_bit_parameters_are_rounded_once(dtype: torch.dtype) -> None:
+    """From float64 to the nearest: values beside the middle of two neighbours, which float32 would put right on it.
+
+    The gate lets a backend round twice (gate.py); this one does not.
+    """
+    ulp = torch.finfo(dtype).eps * 1024
+    half, little = ulp / 2, 2.0**-20
+    # Both sides of 1024 + ulp, which is odd: rounded twice, ties go to its even neighbours.
+    near = torch.tensor([1024 + half + little, 1024 + 2 * ulp - half - little], dtype=torch.float64)
+    near = torch.cat([near, -near])
+    expected = (near.sign() * (1024 + ulp)).to(dtype)
+    assert not (near.float().to(dtype) == expected).any()
+
+    # Sums of three values, each in a lane of its own. x, invstd: 1; mean: 0.
+    parts = torch.tensor([[1024, half, little], [1024 + 2 * ulp, -half, -little]])
+    grad = torch.zeros(1, 4, 64, dtype=dtype)
+    grad[0, :, [0, 33, 50]] = torch.cat([parts, -parts]).to(dtype)
+    one, zero = torch.ones(4), torch.zeros(4)
+    for training in (True, False):
+        gradients = ops.backward(grad, torch.ones_like(grad), one.to(dtype), zero, one, training, False, True, True)
+        for sums in gradients[1:]:
+            assert sums is not None and sums.dtype == dtype
+            assert torch.equal(sums, expected), training
+
+    # Two values whose mean and unbiased variance are both `to`: the running statistics go there from `old`.
+    for old, to, target in ((1024.0, 2048.0, near[0]), (1024 + 2 * ulp, 512.0, near[1])):
+        width = (to / 2) ** 0.5
+        x = torch.tensor([to - width, to + width], dtype=dtype)[:, None].repeat(1, 3)
+        running_mean, running_var = (torch.full((3,), old, dtype=dtype) for _ in range(2))
+        momentum = float((target - old) / (to - old))
+        ops.forward_train(x, None, None, running_mean, running_var, None, momentum, 1e-5)
+        assert (running_mean == 1024 + ulp).all() and (running_var == 1024 + ulp).all(), old
 
 
 def test_outputs_that_are_not_wanted_change_nothing_in_the_others() -> None:

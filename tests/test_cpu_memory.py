@@ -48,6 +48,44 @@ def test_a_step_on_memory_kept_has_no_page_faults() -> None:
         assert int(answer_of(code, BNKERNELS_CPU_HUGE_PAGES=huge_pages)) < 100
 
 
+def test_what_is_used_again_or_given_back_is_no_longer_counted() -> None:
+    """Under a limit that the two results of a step just fill, steps go on without page faults, empty_cache() or not."""
+    code = """
+for _ in range(3):
+    faults = [step()[0] for _ in range(8)]
+    print(max(faults[3:]), bnk.empty_cache())
+"""
+    rounds = [tuple(map(int, line.split())) for line in answer_of(code, BNKERNELS_CPU_KEPT_MB="13").splitlines()]
+    assert len(rounds) == 3
+    for faults, kept in rounds:
+        assert faults < 100
+        assert kept == 13 * MIB
+
+
+def test_results_of_two_sizes_in_turn_take_no_more_than_both() -> None:
+    """A small result in the place of a large one would leave the next large one to fresh memory, and so every time."""
+    code = """
+def mapped():
+    return int(open("/proc/self/statm").read().split()[0]) * os.sysconf("SC_PAGESIZE")
+
+zero, one = torch.zeros(64), torch.ones(64)
+large, small = torch.ones(2**17, 64), torch.ones(2**12, 64)  # 32 MiB and 1 MiB
+
+def in_turn():
+    bnk.batch_norm(large, zero, one)
+    held = [bnk.batch_norm(small, zero, one) for _ in range(3)]
+
+in_turn()
+before = mapped()
+for _ in range(8):
+    in_turn()
+print(mapped() - before, bnk.empty_cache())
+"""
+    grown, kept = map(int, answer_of(code).split())
+    assert grown < 16 * MIB
+    assert kept == (32 + 3) * MIB
+
+
 @pytest.mark.parametrize("limit", [0, 13, 1024])
 def test_no_more_is_kept_than_allowed(limit: int) -> None:
     """What empty_cache() says was kept: of four results of 6.125 MiB as many as fit, and then nothing any more."""
@@ -124,7 +162,7 @@ print(bnk.empty_cache())
 def test_a_forked_process_goes_on() -> None:
     """Forked while another thread takes and gives back: the child goes on with what was kept, as its own.
 
-    The mutex is seldom held just then: that the handlers of pthread_atfork are missing would mostly go unseen here.
+    The mutex is seldom held just then: see the next test.
     """
     code = """
 import signal
@@ -154,6 +192,55 @@ thread.join()
 print(set(codes))
 """
     assert answer_of(code, BNKERNELS_CPU_HUGE_PAGES="0") == "{0}"
+
+
+def test_a_process_forked_while_the_memory_is_locked_goes_on() -> None:
+    """Without the handlers of pthread_atfork, the child would wait for a thread that it does not have.
+
+    Memory is locked while the system is told that it may have a large block. A signal that arrives meanwhile, and whose
+    handler is libc's sleep(), makes the thread keep the lock for as many seconds as the signal's number is. That it did
+    is seen from how long fork() waits for the lock; where the signal came too early or too late, it does not wait.
+    """
+    code = """
+import ctypes, signal, time
+zero, one = torch.zeros(1024), torch.ones(1024)
+x = torch.ones(25_000, 1024)
+libc = ctypes.CDLL(None)
+libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+libc.signal(signal.SIGHUP, ctypes.cast(libc.sleep, ctypes.c_void_p))
+assert signal.SIGHUP == 1
+
+def give_back(y):
+    global about_to
+    about_to = True
+    y.set_()  # without the lock of Python's interpreter
+
+give_back(bnk.batch_norm(x[:1024], zero, one))  # once before: see test_a_forked_process_goes_on
+for _ in range(20):
+    about_to = False
+    thread = threading.Thread(target=give_back, args=(bnk.batch_norm(x, zero, one),))
+    thread.start()
+    while not about_to:
+        pass
+    signal.pthread_kill(thread.ident, signal.SIGHUP)
+    time.sleep(0.05)
+    started = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(10)
+        bnk.batch_norm(x[:1024], zero, one)
+        os._exit(0)
+    waited = time.monotonic() - started > 0.5
+    code = os.waitpid(child, 0)[1]
+    thread.join()
+    if code or waited:
+        break
+print(code, waited)
+"""
+    code_of_child, waited = answer_of(code, BNKERNELS_CPU_HUGE_PAGES="0").split()
+    assert code_of_child == "0"
+    if waited != "True":
+        pytest.skip("no signal arrived while the memory was locked")
 
 
 def test_results_may_outlive_the_interpreter() -> None:

@@ -264,10 +264,14 @@ for shape, kernels in (
 ):
     x = torch.randn(shape).cuda()
     layer = (bnk.BatchNorm1d if len(shape) == 2 else bnk.BatchNorm2d)(shape[1]).cuda()
-    layer(x)
+    theirs = torch.nn.BatchNorm1d(shape[1]).cuda()
+    layer(x), torch.nn.functional.batch_norm(x, theirs.running_mean, theirs.running_var, training=True)
     results = []
     assert launches(lambda: results.append(layer(x))) == kernels, launches(layer, x)
-    torch.testing.assert_close(results[0], torch.nn.functional.batch_norm(x, None, None, training=True))
+    expected = torch.nn.functional.batch_norm(x, theirs.running_mean, theirs.running_var, training=True)
+    torch.testing.assert_close(results[0], expected)
+    torch.testing.assert_close(layer.running_mean, theirs.running_mean)
+    torch.testing.assert_close(layer.running_var, theirs.running_var)
 """
     done = on_a_host_device(code, HOST_DEVICE_BLOCKS_BESIDE="1")
     assert done.returncode == 0, done.stderr

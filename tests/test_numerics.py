@@ -259,15 +259,38 @@ def statistics(name: str, inputs: Inputs) -> Outputs:
 @pytest.mark.parametrize("momentum", [0.1, None, 1.0, 0.0], ids=str)
 def test_ops_and_saved_statistics(device: str, family: str, momentum: float | None) -> None:
     """mean and invstd, which autograd keeps; every momentum, the cumulative average among them."""
-    for dtype, layout in (("float32", "contiguous"), ("float32", "channels_last"), ("float16", "channels_last_offset")):
+    for dtype, parameters, layout in (
+        ("float64", "float64", "contiguous"),
+        ("float32", "float32", "contiguous"),
+        ("float32", "float32", "channels_last"),
+        ("float16", "float32", "channels_last_offset"),
+    ):
         if not FAMILIES[family].fits(DTYPES[dtype]):
             continue
         for training in (True, False):
-            case = Case(family, (6, 20, 5, 7), dtype, "float32", layout, weight="mixed", training=training)
+            case = Case(family, (6, 20, 5, 7), dtype, parameters, layout, weight="mixed", training=training)
             inputs = replace(case.inputs(device), momentum=momentum)
             verdicts = judge_call(inputs, statistics(family, inputs))
             assert len(verdicts) == (9 if training else 6)
             assert_within(verdicts, f"{case} momentum={momentum}")
+
+
+@pytest.mark.parametrize("family", ["one_nan", "one_inf"])
+@PAIRS
+def test_one_nan_or_infinity_is_in_every_statistic(device: str, family: str, dtype: str, parameters: str) -> None:
+    """Also where a channel is one tile, which no other tile is merged with; and in no other channel."""
+    for shape in ((2, 3, 40), (2, 3, 3000), (70, 3, 35), (2, 3, 5), (5, 3), (70, 40), (40, 3, 3)):
+        for layout in ("contiguous", "channels_last"):
+            if not LAYOUTS[layout].applies(shape):
+                continue
+            case = Case(family, shape, dtype, parameters, layout)
+            inputs = case.inputs(device)
+            outputs = statistics(family, inputs)
+            assert_within(judge_call(inputs, outputs), str(case))
+            hit = ~inputs.x.movedim(1, 0).flatten(1).isfinite().all(1)
+            assert hit.sum() == 1
+            for name in ("mean", "invstd", "running_mean", "running_var"):
+                assert torch.equal(getattr(outputs, name).isfinite(), ~hit), f"{case}: {name}"
 
 
 @pytest.mark.parametrize("needs", [(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)], ids=str)

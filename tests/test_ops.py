@@ -289,6 +289,17 @@ def test_mixed_dtypes(x_dtype: torch.dtype, changes: dict[str, torch.dtype], mat
     both_doors(ops.forward_eval, ops.eval_op, eval_arguments(x, **wrong), RuntimeError, match)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("which", ["mean", "invstd"])
+def test_saved_statistics_of_another_dtype(which: str, dtype: torch.dtype, device: str) -> None:
+    """Those of 16-bit inputs are float32: of any other dtype, the input's own among them, they would be misread."""
+    x = torch.randn(X, device=device).to(dtype)
+    right = torch.float64 if dtype == torch.float64 else torch.float32
+    for wrong in {torch.float16, torch.bfloat16, torch.float32, torch.float64} - {right}:
+        arguments = backward_arguments(x, **{which: torch.ones(3, device=device, dtype=wrong)})
+        both_doors(ops.backward, ops.backward_op, arguments, RuntimeError, f"{which} of dtype")
+
+
 TRAIN_ERRORS: dict[str, tuple[Arguments, type[Exception], str]] = {
     "eps zero": ({"eps": 0.0}, ValueError, "eps must be positive during training"),
     "eps negative": ({"eps": -1e-5}, ValueError, "eps must be positive during training"),

@@ -59,6 +59,7 @@ def test_streaming_covers_the_problem_within_limits(
         assert walk["step_rows"] * walk["windows"] + walk["step_windows"] == plan["block"]
         assert walk["step_windows"] < walk["windows"]
     assert walk["chunks"] * walk["chunk_size"] >= units
+    assert walk["chunk_size"] <= 2**30  # counted in 32 bits
     if dtype == "float64":  # no thread adds up more than 128 vectors one after the other
         assert walk["chunk_size"] * walk["lanes"] <= 128 * plan["block"]
     assert (walk["chunks"] - 1) * walk["chunk_size"] < units

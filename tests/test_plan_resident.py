@@ -195,6 +195,7 @@ def test_inference_streams(problem: Problem, device: str) -> None:
     forward = problem.plan("forward_eval", DEVICES[device])
     assert forward["path"] == "streaming" and forward["reason"] == "no_reduction"
     assert forward["predicted"] == forward["floor"]
+    assert forward["floor"] == {"read": problem.bytes, "written": problem.bytes}
     backward = problem.plan("backward_eval", DEVICES[device])
     assert backward["floor"]["read"] == 2 * problem.bytes
     assert backward["predicted"]["read"] == 3 * problem.bytes  # grad_y is read for the sums, and for grad_x

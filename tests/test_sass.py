@@ -151,8 +151,8 @@ def test_tables_name_every_kernel(kernels: list[sass.Kernel]):
     rows = sass.render_loops(kernels, names).splitlines()[2:]
     loops = sum(len(kernel.loops) for kernel in kernels)
     sums = sum(len(part) > 1 for kernel in kernels for part in kernel.totals().values())
-    # Resident kernels: three forward, whole windows kept or not and any kept; three backward, whole or any, kept; and as
-    # many with an epilogue.
+    # Resident kernels: three forward, whole windows kept or not and any kept; three backward, whole or any, kept; and
+    # as many with an epilogue.
     assert len(rows) == loops + sums and sums == 2 * (3 * 3 + 3 * 2)
 
 

@@ -5,8 +5,8 @@
 
 `python -m mutants` (with tests on PYTHONPATH) copies the repository to out/mutants. For each mutant of the catalogue
 (device, plans, launchers, cpu, ops, python) it replaces one snippet of one file, rebuilds what depends on it, runs the
-tests nearest to it, and restores the file. A mutant is *killed* when a test fails or does not end, and *survives* when all
-pass. Each selection of tests first runs on the unmodified copy, where it must pass.
+tests nearest to it, and restores the file. A mutant is *killed* when a test fails or does not end, and *survives* when
+all pass. Each selection of tests first runs on the unmodified copy, where it must pass.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class Build(Enum):
     """What has to be rebuilt before the tests see a change."""
 
     NONE = "nothing"
-    SIMT = "the kernels for the host, which the tests of tests/simt build themselves"
+    SIMT = "the kernels for the host, by the tests of tests/simt themselves"
     EXTENSION = "the extension, without CUDA"
-    HOST_DEVICE = "the extension for the host device, which it builds itself; the tests run on it"
+    HOST_DEVICE = "the extension with CUDA, for tests on the host device"
 
 
 @dataclass(frozen=True)

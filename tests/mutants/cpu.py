@@ -10,9 +10,11 @@ MEMORY = "tests/test_cpu_memory.py"
 
 # Selections, narrow enough to end in a minute.
 RUNS = (BACKEND, "-k", "every_length_of_a_run")
+RUN_NUMBERS = (BACKEND, "-k", "every_number_of_runs")
 COLUMNS = (BACKEND, "-k", "every_number_of")
 SCHEDULES = (BACKEND, "-k", "threads_or_repetition and float32")
 STATE = (BACKEND, "-k", "running_statistics_and_counter")
+ROUNDED_ONCE = (BACKEND, "-k", "rounded_once")
 LEVELS = (BACKEND, "-k", "every_level")
 BEYOND_FLOAT = (BACKEND, FUSED, "-k", "beyond_float or tiny_eps")
 FUSED_LENGTHS = (FUSED, "-k", "every_length_of_a_run and float32")
@@ -106,7 +108,7 @@ KERNELS = [  # files that each SIMD level compiles
         "scalar.h",
         "to_bfloat16(to_odd_float(value));",
         "to_bfloat16(static_cast<float>(value));",
-        STATE,
+        ROUNDED_ONCE,
     ),
 ]
 
@@ -116,7 +118,7 @@ CUTS = [
         "rows.cpp",
         "return std::min(tile * tile_rows_, problem_.outer) * problem_.inner;",
         "return tile * tile_rows_ * problem_.inner;",
-        SCHEDULES,
+        RUN_NUMBERS,
     ),
     mutant(
         "rows: the pieces of a last block of fewer channels are numbered as those of a full one",

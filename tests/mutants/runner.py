@@ -40,7 +40,7 @@ class Tree:
     def __init__(self, root: Path, source: Path = ROOT) -> None:
         self.root = root
         self.source = source
-        self._is_built = False
+        self._extension: Build | None = None  # what is built: EXTENSION, HOST_DEVICE, or nothing that can be used
         self._passing: set[tuple[Build, tuple[str, ...]]] = set()
         self._copy()
 
@@ -57,14 +57,16 @@ class Tree:
                     return Outcome(mutant, error=f"fails without the mutant: {failed}")
                 self._passing.add(selection)
             file.write_text(changed)
+            if mutant.build in (Build.EXTENSION, Build.HOST_DEVICE):
+                self._extension = None
             killed_by = self._failing_test(*selection)
             return Outcome(mutant, killed_by, seconds=time.monotonic() - started)
         except (RuntimeError, ValueError) as error:
             return Outcome(mutant, error=str(error))
         finally:
             file.write_text(original)
-            if mutant.build is Build.EXTENSION:
-                self._is_built = False
+            if mutant.build in (Build.EXTENSION, Build.HOST_DEVICE):
+                self._extension = None
 
     def _copy(self) -> None:
         """Files that differ are copied, so that ninja rebuilds what depends on them alone."""
@@ -78,10 +80,11 @@ class Tree:
 
     def _failing_test(self, build: Build, tests: Sequence[str]) -> str:
         """The first test that fails, or what else ended the run; empty where all pass."""
-        if build in (Build.EXTENSION, Build.NONE) and (build is Build.EXTENSION or not self._is_built):
-            self._build()
+        with_cuda = build is Build.HOST_DEVICE
+        if self._extension is None or with_cuda != (self._extension is Build.HOST_DEVICE):
+            self._build(with_cuda)
         command = [sys.executable, "-m"]
-        if build is Build.HOST_DEVICE:
+        if with_cuda:
             command += ["host_device", "-m"]
         command += ["pytest", "-x", "-q", "--tb=line", "-p", "no:cacheprovider", *tests]
         try:
@@ -92,28 +95,27 @@ class Tree:
             return ""
         if done.returncode in (4, 5):  # a selection that selects nothing
             raise RuntimeError(f"pytest {' '.join(tests)}: {done.stdout[-300:]}")
-        if "does not compile" in done.stdout or "error: command" in done.stdout:
-            raise RuntimeError(f"does not compile: {done.stdout[-600:]}")
+        if compiler := re.search(r"^.*:\d+: error: .*|^.*\(\d+\): error: .*", done.stdout, re.MULTILINE):
+            raise RuntimeError(f"does not compile: {compiler[0]}")
         found = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
         return found[1] if found else f"exit status {done.returncode}"
 
-    def _build(self) -> None:
-        done = self._run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], None)
+    def _build(self, with_cuda: bool) -> None:
+        self._extension = None
+        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+        done = self._run(command, None, FORCE_CUDA=str(int(with_cuda)), TORCH_CUDA_ARCH_LIST="9.0")
         if done.returncode != 0:
-            raise RuntimeError(f"does not compile: {(done.stdout + done.stderr)[-600:]}")
-        self._is_built = True
+            raise RuntimeError(f"does not compile: {done.stdout[-600:]}")
+        self._extension = Build.HOST_DEVICE if with_cuda else Build.EXTENSION
 
-    def _run(self, command: Sequence[str], timeout: float | None) -> subprocess.CompletedProcess[str]:
+    def _run(self, command: Sequence[str], timeout: float | None, **variables: str) -> subprocess.CompletedProcess[str]:
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join([str(self.root), str(self.root / "tests")]),
             "PYTHONDONTWRITEBYTECODE": "1",
             "OMP_WAIT_POLICY": "passive",
-            "FORCE_CUDA": "0",
-            "MAX_JOBS": str(max(1, (os.cpu_count() or 1) // 2)),
+            **variables,
         }
-        if "host_device" in command:
-            del environment["FORCE_CUDA"]
         with subprocess.Popen(
             command,
             cwd=self.root,
@@ -137,7 +139,8 @@ def run(mutants: Sequence[Mutant], folder: Path, jobs: int) -> Iterator[Outcome]
     trees: queue.SimpleQueue[Tree] = queue.SimpleQueue()
     for number in range(jobs):
         trees.put(Tree(folder / f"tree{number}"))
-    ordered = sorted(mutants, key=lambda mutant: (mutant.build.name, mutant.file))
+    order = list(Build)
+    ordered = sorted(mutants, key=lambda mutant: (order.index(mutant.build), mutant.file))
 
     def one(mutant: Mutant) -> Outcome:
         tree = trees.get()

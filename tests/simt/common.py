@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
@@ -22,16 +23,17 @@ PAIRS = [pytest.param(pair, id="+".join(dict.fromkeys(pair))) for pair in DTYPE_
 
 
 class Servers:
-    """One server for each build, made when first asked for, and anew after one has died."""
+    """One server for each build, compiled and started when first asked for, and started anew after one has died."""
 
     def __init__(self) -> None:
-        # Compiled once: what all tests of a run see is one state of the sources.
-        self._programs = build.programs(("run_kernels", name) for name in BUILDS)
+        self._programs: dict[str, Path] = {}
         self._running: dict[str, Server] = {}
 
     def __call__(self, name: str) -> Server:
+        if name not in self._programs:  # once, so that all tests of a run see one state of the sources
+            self._programs[name] = build.program("run_kernels", name)
         if name not in self._running or not self._running[name].alive:
-            self._running[name] = Server(self._programs["run_kernels", name])
+            self._running[name] = Server(self._programs[name])
         return self._running[name]
 
     def close(self) -> None:
