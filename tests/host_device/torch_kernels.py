@@ -52,7 +52,8 @@ def on_host(tensor: Tensor) -> Tensor:
     if bytes:
         memory = (ctypes.c_char * bytes).from_address(storage.data_ptr())
         view = view.set_(torch.frombuffer(memory, dtype=torch.uint8).untyped_storage())
-    return torch.as_strided(view, tensor.size(), tensor.stride(), tensor.storage_offset())
+    view = torch.as_strided(view, tensor.size(), tensor.stride(), tensor.storage_offset())
+    return torch._neg_view(view) if tensor.is_neg() else view
 
 
 class _Kernel:
@@ -111,8 +112,8 @@ class _Copy(_Kernel):
         super().__init__(runtime, "copy_")
 
     def __call__(self, target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-        alike = (target.dtype, target.size(), target.stride()) == (source.dtype, source.size(), source.stride())
-        if not alike or not _is_dense(target):
+        lie = [(each.dtype, each.size(), each.stride(), each.is_neg()) for each in (target, source)]
+        if lie[0] != lie[1] or not _is_dense(target):
             return super().__call__(target, source)
         with torch.cuda.device(target.device if target.is_cuda else source.device):
             stream = torch.cuda.current_stream()
