@@ -33,7 +33,12 @@ namespace simt {
 namespace {
 
 constexpr size_t kStackBytes = 256 * 1024;  // address space; the sanitizers print their reports on it
+// With a guard page a stack is two mappings, of the 65530 that Linux allows a process by default. Stacks without one
+// lie beside each other, in one mapping.
+constexpr size_t kGuardedStacks = 16 * 1024;
 constexpr unsigned kSwitchWithoutSync = 1;  // __tsan_switch_to_fiber_no_sync
+
+size_t live_stacks = 0;
 
 struct Scheduler {
   void* stack_pointer = nullptr;
@@ -104,10 +109,11 @@ char* new_stack() {
   const size_t guard = static_cast<size_t>(sysconf(_SC_PAGESIZE));
   void* pages = mmap(nullptr, guard + kStackBytes, PROT_READ | PROT_WRITE,
                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_STACK, -1, 0);
-  if (pages == MAP_FAILED || mprotect(pages, guard, PROT_NONE) != 0) {
+  if (pages == MAP_FAILED || (live_stacks < kGuardedStacks && mprotect(pages, guard, PROT_NONE) != 0)) {
     std::perror("simt: no memory for a fiber's stack");
     std::abort();
   }
+  ++live_stacks;
   return static_cast<char*>(pages) + guard;
 }
 
@@ -115,6 +121,7 @@ void delete_stack(char* stack) {
   const size_t guard = static_cast<size_t>(sysconf(_SC_PAGESIZE));
   permit_access(stack, kStackBytes);  // frames of an abandoned fiber leave their red zones behind
   munmap(stack - guard, guard + kStackBytes);
+  --live_stacks;
 }
 
 }  // namespace
