@@ -11,6 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
 
 def _like(x: Tensor) -> Tensor:
     """A tensor in the memory format of y and grad_x: the one that x is in, or is nearest to."""
@@ -18,8 +20,12 @@ def _like(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
 
 
+def _statistic_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def _statistic(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape[1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return x.new_empty(x.shape[1], dtype=_statistic_dtype(x.dtype))
 
 
 def _relu_range(x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
@@ -48,13 +54,18 @@ def _parameter_grads(
     )
 
 
-def _check(x: Tensor, **vectors: Tensor | None) -> None:
+def _check(x: Tensor, num_batches_tracked: Tensor | None = None, **vectors: Tensor | None) -> None:
+    """The input, the counter and the vectors of a call, by their names."""
     if x.dim() < 2:
         raise RuntimeError(f"batch_norm: expected an input of 2 or more dimensions, but got {x.dim()}")
-    _check_vectors(x.shape[1], x.dtype, x.device, **vectors)
+    _check_vectors(x.shape[1], x.dtype, x.device, num_batches_tracked, **vectors)
 
 
-def _check_vectors(channels: int, dtype: torch.dtype, device: torch.device, **vectors: Tensor | None) -> None:
+def _check_vectors(
+    channels: int, dtype: torch.dtype, device: torch.device, counter: Tensor | None, **vectors: Tensor | None
+) -> None:
+    if dtype not in _DTYPES:
+        raise NotImplementedError(f'"batch_norm" not implemented for {dtype}')
     dtypes = {dtype, torch.float32} if dtype in (torch.float16, torch.bfloat16) else {dtype}
     for name, vector in vectors.items():
         if vector is None:
@@ -62,8 +73,22 @@ def _check_vectors(channels: int, dtype: torch.dtype, device: torch.device, **ve
         torch._check(vector.numel() == channels, partial(_wrong_size, name, vector, channels))
         if vector.device != device:
             raise RuntimeError(f"batch_norm: expected {name} on the input's device, {device}, not {vector.device}")
-        if vector.dtype not in dtypes:
-            raise RuntimeError(f"batch_norm: expected {name} of one of {dtypes}, not {vector.dtype}")
+        allowed = {_statistic_dtype(dtype)} if name in ("mean", "invstd") else dtypes
+        if vector.dtype not in allowed:
+            raise RuntimeError(f"batch_norm: expected {name} of one of {allowed}, not {vector.dtype}")
+    for names in (("weight", "bias"), ("running_mean", "running_var")):
+        one, other = (vectors.get(name) for name in names)
+        if one is not None and other is not None and one.dtype != other.dtype:
+            raise RuntimeError(
+                f"batch_norm: expected {names[0]} and {names[1]} of one dtype, but got {one.dtype} and {other.dtype}"
+            )
+    if counter is not None:
+        torch._check(counter.numel() == 1, lambda: "batch_norm: expected num_batches_tracked to be one int64 value")
+        if counter.dtype != torch.int64 or counter.device != device:
+            raise RuntimeError(
+                f"batch_norm: expected num_batches_tracked to be one int64 value on {device}, but got {counter.dtype} "
+                f"on {counter.device}"
+            )
 
 
 def _wrong_size(name: str, vector: Tensor, channels: int) -> str:
@@ -80,29 +105,29 @@ def _check_rows(rows: Tensor, size: int, device: torch.device) -> None:
         rows.shape[1] == size,
         lambda: f"sync_batch_norm: expected a row of {size} doubles from each rank, but got shape {rows.shape}",
     )
+    torch._check(rows.shape[0] >= 1, lambda: "sync_batch_norm: expected a row from each rank, but got none")
     if rows.device != device:
         raise RuntimeError(f"sync_batch_norm: expected the ranks' rows on {device}, but got them on {rows.device}")
 
 
-def _check_grad(grad: Tensor, x: Tensor) -> None:
+def _check_like(tensor: Tensor | None, x: Tensor, who: str, what: str) -> None:
+    if tensor is None:
+        return
     torch._check(
-        grad.shape == x.shape,
-        lambda: f"batch_norm backward: expected a gradient of shape {x.shape}, but got {grad.shape}",
+        tensor.shape == x.shape, lambda: f"{who}: expected a {what} of shape {x.shape}, but got {tensor.shape}"
     )
+    if tensor.dtype != x.dtype or tensor.device != x.device:
+        raise RuntimeError(
+            f"{who}: expected a {what} of dtype {x.dtype} on {x.device}, but got {tensor.dtype} on {tensor.device}"
+        )
+
+
+def _check_grad(grad: Tensor, x: Tensor) -> None:
+    _check_like(grad, x, "batch_norm backward", "gradient")
 
 
 def _check_residual(residual: Tensor | None, x: Tensor) -> None:
-    if residual is None:
-        return
-    torch._check(
-        residual.shape == x.shape,
-        lambda: f"batch_norm: expected a residual of shape {x.shape}, but got {residual.shape}",
-    )
-    if residual.dtype != x.dtype or residual.device != x.device:
-        raise RuntimeError(
-            f"batch_norm: expected a residual of dtype {x.dtype} on {x.device}, but got {residual.dtype} on "
-            f"{residual.device}"
-        )
+    _check_like(residual, x, "batch_norm", "residual")
 
 
 @torch.library.register_fake("bnkernels::batch_norm_train")
@@ -116,7 +141,7 @@ def _train_fake(
     momentum: float | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    _check(x, num_batches_tracked, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     return _like(x), _statistic(x), _statistic(x)
 
 
@@ -131,7 +156,7 @@ def _train_functional_fake(
     momentum: float | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _check(x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    _check(x, num_batches_tracked, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     mean, invstd = _statistic(x), _statistic(x)
     return _like(x), mean, invstd, *_updated(mean, running_mean, running_var, num_batches_tracked)
 
@@ -227,11 +252,17 @@ def _relu_backward_fake(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    results = _backward_fake(grad, x, weight, mean, invstd, training, need_input, need_weight, need_bias)
     torch._check(
         relu_range.dim() == 2 and relu_range.shape[0] == 2 and relu_range.shape[1] == x.shape[1],
         lambda: f"batch_norm backward: expected a relu_range of shape [2, {x.shape[1]}], but got {relu_range.shape}",
     )
-    return _backward_fake(grad, x, weight, mean, invstd, training, need_input, need_weight, need_bias)
+    if relu_range.dtype != _statistic_dtype(x.dtype) or relu_range.device != x.device:
+        raise RuntimeError(
+            f"batch_norm backward: expected a relu_range of dtype {_statistic_dtype(x.dtype)} on {x.device}, but got "
+            f"{relu_range.dtype} on {relu_range.device}"
+        )
+    return results
 
 
 @torch.library.register_fake("bnkernels::sync_batch_norm_statistics")
@@ -241,13 +272,17 @@ def _sync_statistics_fake(x: Tensor, eps: float) -> Tensor:
 
 
 def _joined_fake(
-    rows: Tensor, running_mean: Tensor | None, running_var: Tensor | None, dtype: torch.dtype
+    rows: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     channels = (rows.shape[1] - 1) // 2 if rows.dim() == 2 else 0
     _check_rows(rows, 2 * channels + 1, rows.device)
-    _check_vectors(channels, dtype, rows.device, running_mean=running_mean, running_var=running_var)
-    statistic = torch.float64 if dtype == torch.float64 else torch.float32
-    mean, invstd = (rows.new_empty(channels, dtype=statistic) for _ in range(2))
+    buffers = {"running_mean": running_mean, "running_var": running_var}
+    _check_vectors(channels, dtype, rows.device, num_batches_tracked, **buffers)
+    mean, invstd = (rows.new_empty(channels, dtype=_statistic_dtype(dtype)) for _ in range(2))
     return mean, invstd, rows.new_empty(1)
 
 
@@ -261,7 +296,7 @@ def _sync_join_fake(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _joined_fake(rows, running_mean, running_var, dtype)
+    return _joined_fake(rows, running_mean, running_var, num_batches_tracked, dtype)
 
 
 @torch.library.register_fake("bnkernels::sync_batch_norm_join_functional")
@@ -274,7 +309,7 @@ def _sync_join_functional_fake(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
-    mean, invstd, count = _joined_fake(rows, running_mean, running_var, dtype)
+    mean, invstd, count = _joined_fake(rows, running_mean, running_var, num_batches_tracked, dtype)
     return mean, invstd, count, *_updated(mean, running_mean, running_var, num_batches_tracked)
 
 
@@ -307,6 +342,7 @@ def _sync_grad_input_fake(
     _check_grad(grad, x)
     _check(x, weight=weight, mean=mean, invstd=invstd)
     _check_rows(rows, 2 * x.shape[1], x.device)
+    torch._check(count.numel() == 1, lambda: "sync_batch_norm: expected the count as one double")
     if count.dtype != torch.float64 or count.device != x.device:
         raise RuntimeError(
             f"sync_batch_norm: expected the count as one double on {x.device}, but got {count.dtype} on {count.device}"

@@ -322,3 +322,17 @@ def test_forward_mode_of_a_part(training: bool, device: str) -> None:
         changed = torch.autograd.grad(y, leaves, forward_ad.make_dual(direction, change))
         expected = torch.autograd.grad(call(*leaves), leaves, change)
         torch.testing.assert_close([forward_ad.unpack_dual(t).tangent for t in changed], list(expected))
+
+
+@trainings
+def test_tangents_of_a_gradient_behind_an_ordinary_forward(training: bool, device: str) -> None:
+    """The dual level is entered after the forward, which knew of none: the backward looks for it itself."""
+    call, names = function("affine", training, device)
+    leaves = arguments("4-D", names, device)
+    y = call(*leaves)
+    direction, change = torch.randn_like(y), torch.randn_like(y)
+    expected = torch.autograd.grad(y, leaves, change, retain_graph=True)
+    with forward_ad.dual_level():
+        changed = torch.autograd.grad(y, leaves, forward_ad.make_dual(direction, change))
+        tangents = [forward_ad.unpack_dual(t).tangent for t in changed]
+    torch.testing.assert_close(tangents, list(expected))

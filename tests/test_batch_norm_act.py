@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -58,11 +59,71 @@ def test_is_batch_norm_and_relu() -> None:
     torch.testing.assert_close(bnk.BatchNormAct2d(4, apply_act=False).double()(y), nn.BatchNorm2d(4).double()(y))
 
 
-def test_hooks_of_its_layers_run() -> None:
+HOOKS: dict[str, Callable[[nn.Module], Any]] = {
+    "forward": lambda layer: layer.register_forward_hook(lambda m, i, y: y - 1),
+    "forward_pre": lambda layer: layer.register_forward_pre_hook(lambda m, i: (i[0] + 1,)),
+    "backward": lambda layer: layer.register_full_backward_hook(lambda m, i, o: (2 * i[0],)),
+    "backward_pre": lambda layer: layer.register_full_backward_pre_hook(lambda m, o: (3 * o[0],)),
+}
+
+
+@pytest.mark.parametrize("hook", HOOKS.values(), ids=HOOKS)
+@pytest.mark.parametrize("of", ["bn", "act"])
+def test_hooks_of_its_layers_run(of: str, hook: Callable[[nn.Module], Any]) -> None:
+    """Of any kind and of either layer: what they change shows in the result and in the gradient."""
     model, plain = pair()
-    model.norm.bn.register_forward_hook(lambda m, i, y: y - 1)
-    plain.norm.register_forward_hook(lambda m, i, y: y - 1)
-    torch.testing.assert_close(model(x := images()), plain(x))
+    hook(getattr(model.norm, of))
+    hook(plain.norm if of == "bn" else plain.act)
+    x = images().requires_grad_()
+    results = [(y := each(x), *torch.autograd.grad(y.square().sum(), x)) for each in (model, plain)]
+    torch.testing.assert_close(*results)
+
+
+class Doubled(bnk.BatchNorm2d):
+    """A subclass, whose forward is its own."""
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        return 2 * super().forward(input, residual)
+
+
+class DoubledReLU(nn.ReLU):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+PLACED: dict[str, tuple[str, Callable[[], nn.Module]]] = {
+    "a subclass": ("bn", lambda: Doubled(4)),
+    "torch's": ("bn", lambda: nn.BatchNorm2d(4, eps=0.1)),
+    "nothing": ("bn", nn.Identity),
+    "a subclass of ReLU": ("act", DoubledReLU),
+    "another activation": ("act", nn.SiLU),
+}
+
+
+@pytest.mark.parametrize(("place", "make"), PLACED.values(), ids=PLACED)
+def test_what_is_put_in_the_place_of_a_layer_is_called(place: str, make: Callable[[], nn.Module]) -> None:
+    """The fused kernel stands for the layers that the class was made with, and for no other."""
+    model, plain = pair()
+    setattr(model.norm, place, layer := make().double())
+    setattr(plain, {"bn": "norm", "act": "act"}[place], copy.deepcopy(layer))
+    y = torch.randn(2, 4, 3, 3, dtype=torch.float64)
+    for training in (True, False):
+        model.train(training), plain.train(training)
+        torch.testing.assert_close(model(x := images()), plain(x))
+        torch.testing.assert_close(model.norm(y, y + 1), plain.act(plain.norm(y) + y + 1))
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+def test_torch_jit_trace_records_torchs_operators(residual: bool) -> None:
+    """So that the trace runs where this package is not, and on batches of other sizes."""
+    model, plain = (each.eval() for each in pair())
+    y = torch.randn(2, 4, 3, 3, dtype=torch.float64)
+    traced = torch.jit.trace(model.norm, (y, y) if residual else (y,))
+    graph = str(traced.inlined_graph)
+    assert "aten::batch_norm" in graph and "bnkernels::" not in graph
+    z = torch.randn(5, 4, 2, 2, dtype=torch.float64)
+    expected = torch.relu(plain.norm(z) + z if residual else plain.norm(z))
+    torch.testing.assert_close(traced(z, z) if residual else traced(z), expected)
 
 
 def test_refused() -> None:

@@ -128,6 +128,8 @@ def test_streaming_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda: torch.empty(2, 5, 3, 7, 4).to(memory_format=torch.channels_last_3d), (168, 5, 1, "float32", True)),
         (lambda: torch.empty(61)[1:].view(6, 10), (6, 10, 1, "float32", False)),
         (lambda: torch.empty(10, 6).t(), (6, 10, 1, "float32", True)),  # copied to memory of its own
+        (lambda: torch.empty(61)[1:].view(10, 6).t(), (6, 10, 1, "float32", True)),
+        (lambda: torch.empty(6, 5, 3, 8)[..., 1:], (6, 5, 21, "float32", True)),
         (lambda: torch.empty(6, 5, 2**40, device="meta"), (6, 5, 2**40, "float32", True)),
     ],
 )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from typing import Any
 
 import pytest
@@ -318,6 +319,24 @@ def test_optional_arguments(
     absent = {"weight": weight, "bias": bias, "running_mean": statistics, "running_var": statistics}
     changes = {name: None for name, there in absent.items() if not there}
     check(inputs_like(torch.randn(shape, device=device), training, **changes))
+
+
+@pytest.mark.parametrize(
+    "missing", [("running_mean",), ("running_var",), ("running_mean", "running_var")], ids="+".join
+)
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("adds", [False, True], ids=["", "residual"])
+def test_optional_arguments_that_inference_needs(
+    missing: tuple[str, ...], activation: str | None, adds: bool, device: str
+) -> None:
+    """Each that is missing is named in torch's words, whatever follows the layer."""
+    x = torch.randn(4, 3, device=device)
+    names = ("running_mean", "running_var")
+    statistics = {name: None if name in missing else torch.ones(3, device=device) for name in names}
+    with pytest.raises(RuntimeError) as torchs:
+        torch.nn.functional.batch_norm(x, **statistics)
+    with pytest.raises(RuntimeError, match=re.escape(str(torchs.value).splitlines()[0])):
+        bnk.batch_norm(x, **statistics, residual=x if adds else None, activation=activation)
 
 
 @pytest.mark.parametrize(("x_dtype", "vector_dtype"), testing.DTYPE_PAIRS)

@@ -162,6 +162,10 @@ def in_place_statement(model: Model, y: Tensor, skip: Tensor) -> Tensor:
     return y.exp()
 
 
+def with_relu() -> nn.Module:
+    return bnk.BatchNorm2d(CHANNELS, activation="relu")
+
+
 LEFT: dict[str, tuple[Behind, Callable[[], nn.Module | None], str]] = {
     "used elsewhere": (lambda m, y, _: m.relu(y) + y.sum(), lambda: None, "used in 2 places"),
     "used elsewhere, ReLU in place": (in_place_statement, lambda: None, "used in 2 places"),
@@ -182,6 +186,9 @@ LEFT: dict[str, tuple[Behind, Callable[[], nn.Module | None], str]] = {
         "another shape, layout",
     ),
     "in place, to what is used again": (lambda m, y, s: (s.add_(y), s)[1] * 2 + s, lambda: None, "others may see"),
+    "an activation of its own, and an addition": (lambda m, y, s: y + s, with_relu, "has an activation already"),
+    "an activation of its own, and add + relu": (lambda m, y, s: m.relu(y + s), with_relu, "an activation already"),
+    "an activation of its own, and another": (lambda m, y, _: m.relu(y), with_relu, "has an activation already"),
     "subclass": (RELUS["nn.ReLU"], lambda: Custom(CHANNELS), "followed by mul"),
     "hooks": (RELUS["nn.ReLU"], lambda: with_hook(nn.BatchNorm2d(CHANNELS)), "added to what is no plain tensor"),
     "hooks, ours": (RELUS["nn.ReLU"], lambda: with_hook(bnk.BatchNorm2d(CHANNELS)), "no plain tensor"),
@@ -251,6 +258,57 @@ def test_memory_that_is_read_between(of: str, early: bool) -> None:
     result, report = fused(model := Between(lambda value: value.sum(), of, early))
     assert_computes_the_same(result, model, images())
     assert whats(report) == {"bn": "add + relu"}
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, bnk.BatchNorm2d], ids=["torch's", "ours"])
+@pytest.mark.parametrize("which", ["running_mean", "running_var", "num_batches_tracked"])
+def test_statistics_that_are_read_between(which: str, norm: Callable[[int], nn.Module]) -> None:
+    """By what makes the residual: in training they are to be read as the BatchNorm has left them."""
+
+    def behind(model: Model, y: Tensor, skip: Tensor) -> Tensor:
+        return model.relu(y + skip * getattr(model.bn, which).sum())  # type: ignore[no-any-return]
+
+    result, report = fused(model := Model(behind, norm(CHANNELS)))
+    assert_computes_the_same(result, model, images())
+    if norm is bnk.BatchNorm2d or which != "num_batches_tracked":  # torch counts by an operation of its own, before
+        assert "may change its input" in reasons(report)["bn"]
+
+
+class Into(nn.Module):
+    """The sum is written to a tensor that whoever calls the model has, too."""
+
+    def __init__(self, add: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.bn, self.add = nn.Conv2d(3, CHANNELS, 1), nn.BatchNorm2d(CHANNELS), add
+
+    def forward(self, x: Tensor, kept: Tensor) -> Tensor:
+        return F.relu(self.add(kept, self.bn(self.conv(x))))
+
+
+INTO: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
+    "iadd": (operator.iadd, "others may see"),
+    "add_": (lambda kept, y: kept.add_(y), "others may see"),
+    "add_ to a view": (lambda kept, y: kept.view(kept.shape).add_(y), "others may see"),
+    "torch.add(kept, bn, out=kept)": (lambda kept, y: torch.add(kept, y, out=kept), "followed by add"),
+    "torch.add(bn, kept, out=kept)": (lambda kept, y: torch.add(y, kept, out=kept), "followed by add"),
+    "torch.add(bn, other, out=kept)": (lambda kept, y: torch.add(y, kept * 2, out=kept), "followed by add"),
+}
+
+
+@pytest.mark.parametrize(("add", "reason"), INTO.values(), ids=INTO)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_a_sum_into_what_the_caller_has(add: Callable[[Tensor, Tensor], Tensor], reason: str, training: bool) -> None:
+    """It is there afterwards: a fused call would return it, and leave the tensor as it was."""
+    result, report = fused(model := Into(add))
+    x, kept = images(), torch.randn(4, CHANNELS, 5, 5, dtype=torch.float64)
+    seen = []
+    for each in (result, model):
+        mine = kept.clone()
+        with torch.no_grad():
+            seen.append((each.train(training)(x, mine), mine))
+    torch.testing.assert_close(*seen)
+    assert not torch.equal(seen[0][1], kept)
+    assert whats(report) == {} and reason in reasons(report)["bn"]
 
 
 def test_inputs_of_a_graph_may_overlap() -> None:

@@ -18,7 +18,7 @@ from compatibility import cells, row
 from hardware import DRIVER, INDUCTOR
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.autograd.graph import saved_tensors_hooks
 
 import bnkernels as bnk
@@ -91,6 +91,7 @@ def test_is_the_parts(activation: str | None, adds: bool, training: bool, layout
 @each_fusion
 @trainings
 def test_gradcheck_to_the_second_order(activation: str | None, adds: bool, training: bool, device: str) -> None:
+    """Against differences: reverse and forward mode (by a dual level, outside of torch.func), forward over reverse."""
     fused = layer(activation, device).train(training)
 
     def function(x: Tensor, weight: Tensor, bias: Tensor, *residual: Tensor) -> Tensor:
@@ -99,13 +100,49 @@ def test_gradcheck_to_the_second_order(activation: str | None, adds: bool, train
         return bnk.batch_norm(x, mean, var, weight, bias, training, residual=more, activation=activation)
 
     inputs = [images(device), fused.weight, fused.bias, *([images(device)] if adds else [])]
-    assert gradcheck(function, inputs)
-    assert gradgradcheck(function, inputs)
+    assert gradcheck(function, inputs, check_forward_ad=True)
+    assert gradgradcheck(function, inputs, check_fwd_over_rev=True)
     # gradgradcheck holds the differentiable backward to its own derivatives alone: its values are the kernels'.
     by_kernels, differentiable = (
         torch.autograd.grad(function(*inputs).square().sum(), inputs, create_graph=again) for again in (False, True)
     )
     torch.testing.assert_close(differentiable, by_kernels)
+
+
+@each_fusion
+@trainings
+def test_tangents_of_a_gradient_behind_an_ordinary_forward(
+    activation: str | None, adds: bool, training: bool, device: str
+) -> None:
+    """The dual level is entered after the forward, which knew of none: the backward looks for it itself."""
+    fused = layer(activation, device).train(training)
+    inputs = [images(device) for _ in range(2 if adds else 1)]
+    y = fused(*inputs)
+    leaves = [*inputs, *fused.parameters()]
+    direction, change = torch.randn_like(y), torch.randn_like(y)
+    expected = torch.autograd.grad(y, leaves, change, retain_graph=True)
+    with forward_ad.dual_level():
+        changed = torch.autograd.grad(y, leaves, forward_ad.make_dual(direction, change))
+        tangents = [forward_ad.unpack_dual(t).tangent for t in changed]
+    torch.testing.assert_close(tangents, list(expected))
+
+
+@each_fusion
+@trainings
+@pytest.mark.parametrize("which", ["running_mean", "running_var"])
+def test_statistics_that_require_gradients(
+    activation: str | None, adds: bool, training: bool, which: str, device: str
+) -> None:
+    """Refused as without an epilogue, before anything has changed: there is no gradient for them."""
+    x = images(device)
+    statistics = {"running_mean": torch.zeros(3, device=device), "running_var": torch.ones(3, device=device)}
+    statistics = {name: tensor.to(x.dtype).requires_grad_(name == which) for name, tensor in statistics.items()}
+    options: dict[str, Any] = {"training": training, "residual": x if adds else None, "activation": activation}
+    with pytest.raises(RuntimeError, match="not differentiable with respect to running"):
+        bnk.batch_norm(x, **statistics, **options)
+    assert (statistics["running_mean"] == 0).all() and (statistics["running_var"] == 1).all()
+    with torch.no_grad():
+        bnk.batch_norm(x, **statistics, **options)
 
 
 @each_fusion

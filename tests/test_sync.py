@@ -1,6 +1,7 @@
 """SyncBatchNorm in four gloo processes: the same as one process's BatchNorm on the whole batch, and what goes wrong.
 
-The ops that it is made of are tested in test_sync_ops.py, training with it in test_distributed.py.
+The ops that it is made of are tested in test_sync_ops.py, higher derivatives in test_sync_derivatives.py, training with
+it in test_distributed.py.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -153,6 +153,24 @@ def test_variants(pool: Pool, changes: dict[str, Any]) -> None:
     assert_within(judge_call(inputs, joined(pool.run(call, inputs, UNEVEN))), str(changes))
 
 
+def tracking_no_more(inputs: Inputs) -> tuple[Tensor, list[bool]]:
+    """y, and whether each buffer is what it was."""
+    layer = layer_of(inputs)
+    layer.track_running_stats = False
+    before = [buffer.clone() for buffer in layer.buffers()]
+    y = layer(part_of(inputs.x, UNEVEN))
+    return y.detach(), [same_bits(*buffers) for buffers in zip(layer.buffers(), before)]
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_layer_that_tracks_no_more(pool: Pool, momentum: float | None) -> None:
+    """track_running_stats decides, as in torch: the buffers that are still there stay, and the batch is normalised."""
+    inputs = Case.parse("offset_1e2/12x5x3/float32/contiguous/normal/normal/train").inputs()
+    parts = pool.run(tracking_no_more, replace(inputs, momentum=momentum))
+    assert all(stayed == [True] * 3 for _, stayed in parts)
+    assert_within(judge_call(inputs, Outputs(y=torch.cat([y for y, _ in parts]))), str(momentum))
+
+
 def needed(inputs: Inputs, needs: tuple[bool, bool, bool]) -> tuple[int, list[Tensor | None]]:
     """The collectives of a backward, and the gradients of x, weight and bias."""
     layer = layer_of(inputs)
@@ -257,63 +275,6 @@ def test_groups(pool: Pool) -> None:
         y = torch.cat([part.y for part in pair])
         assert_within(judge_call(of_pair, replace(pair[0], y=y)), "pair")
         assert same_bits(pair[0].running_var, pair[1].running_var)
-
-
-# Higher derivatives
-
-
-def function_of_gradients(x: Tensor, dx: Tensor, dweights: list[Tensor], dbias: Tensor) -> Tensor:
-    """`dweights`: the ranks' parts of the weight's gradient; each matters in another way."""
-    numbers = torch.linspace(-1, 2, len(dbias), dtype=x.dtype)
-    weighted = sum((rank + 1) * (dweight * numbers).sum() for rank, dweight in enumerate(dweights))
-    return (dx.pow(3) + dx * x).sum() + weighted + dbias.sum()
-
-
-def twice(x: Tensor, grad: Tensor, bounds: tuple[int, ...]) -> list[Tensor]:
-    """The gradients of the function above with respect to this rank's x and grad, and its part of the weight's."""
-    layer = bnk.SyncBatchNorm(x.shape[1]).double()
-    x, grad = (part_of(t, bounds).clone().requires_grad_() for t in (x, grad))
-    dx, dweight, dbias = torch.autograd.grad(layer(x), (x, layer.weight, layer.bias), grad, create_graph=True)
-    others = [torch.zeros_like(dweight)] * dist.get_rank()
-    loss = function_of_gradients(x, dx, [*others, dweight], dbias)
-    return [t.detach() for t in torch.autograd.grad(loss, (x, grad, layer.weight))]
-
-
-@pytest.mark.parametrize("bounds", [EVEN, ONE_EMPTY], ids=["even", "one empty"])
-def test_double_backward(pool: Pool, bounds: tuple[int, ...]) -> None:
-    """As one process's, by torch's own formulas."""
-    x, grad = torch.randn(2, 12, 3, 5, dtype=torch.float64)
-    parts = pool.run(twice, x, grad, bounds)
-    layer = nn.BatchNorm1d(3).double()
-    x.requires_grad_()
-    grad.requires_grad_()
-    dx, dbias = torch.autograd.grad(layer(x), (x, layer.bias), grad, create_graph=True)
-    products = grad * nn.functional.batch_norm(x, None, None, training=True, eps=layer.eps)
-    dweights = [products[a:b].sum((0, 2)) for a, b in pairwise(bounds)]
-    expected = torch.autograd.grad(function_of_gradients(x, dx, dweights, dbias), (x, grad, layer.weight))
-    found = [torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), sum(p[2] for p in parts)]
-    torch.testing.assert_close(found, list(expected))
-
-
-def transformed(which: str) -> str:
-    layer = bnk.SyncBatchNorm(3)
-    x = torch.randn(4, 3, 2)
-    calls = {
-        "vmap": lambda: torch.vmap(layer)(x[:, None]),
-        "grad": lambda: torch.func.grad(lambda x: layer(x).sum())(x),
-        "jvp": lambda: torch.func.jvp(layer, (x,), (x,)),
-    }
-    try:
-        calls[which]()
-    except NotImplementedError as error:
-        return str(error)
-    return "no error"
-
-
-@pytest.mark.parametrize("which", ["vmap", "grad", "jvp"])
-def test_transforms_are_refused(pool: Pool, which: str) -> None:
-    for said in pool.run(transformed, which):
-        assert said.startswith("SyncBatchNorm(3): transforms of torch.func and forward-mode AD are not supported")
 
 
 # A rank that does not take part

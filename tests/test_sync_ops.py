@@ -252,6 +252,8 @@ BAD = [
     bad("normalize", "on the input's device", weight=of(3, device="meta")),
     bad("normalize", "weight should contain 3", weight=of(2)),
     bad("normalize", "bias should contain 3", bias=of(2)),
+    bad("normalize", "one dtype", x=lambda x: x.bfloat16(), weight=of(3, dtype=torch.bfloat16)),
+    bad("normalize", "one dtype", x=lambda x: x.half(), bias=of(3, dtype=torch.half)),
     bad("grad_sums", "gradient of shape", grad=of(4, 3, 6)),
     bad("grad_sums", "gradient of dtype", grad=of(*X, dtype=DOUBLE)),
     bad("grad_sums", "should contain 3 elements not 1", mean=of(1)),

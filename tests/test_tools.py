@@ -272,6 +272,20 @@ def test_profiler(cell: Cell) -> None:
     assert counts[f"bnkernels::{forward}"] == counts["bnkernels::batch_norm_backward"] == 2
 
 
+@pytest.mark.parametrize("held", [False, True], ids=["freed", "held"])
+def test_memory_profiler(held: bool) -> None:
+    """It is told when a result's memory is given back, and not before, also of memory that is kept for later ones."""
+    x = torch.randn(13, 64, 31, 29)  # of no other tensor's size
+    for layer in (bnk.BatchNorm2d(64).eval(), nn.BatchNorm2d(64).eval()):
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled, torch.no_grad():
+            y = layer(x)
+            if not held:
+                del y
+        freed = {-event.cpu_memory_usage for event in profiled.events() if event.name == "[memory]"}
+        assert (x.nbytes in freed) != held, type(layer)
+        y = None
+
+
 @row(WATCH, "torch.utils.flop_counter", cells(compiled=(False,)), "a BatchNorm counts nothing, torch's nor this one.")
 def test_flop_counter(cell: Cell) -> None:
     """The same totals, module by module."""

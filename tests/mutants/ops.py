@@ -11,7 +11,8 @@ FUNCTION = ("tests/test_functional.py", "-k", "optional or dtypes or strided or 
 MODULES = ("tests/test_modules.py",)
 FUSED = ("tests/test_fused.py", "-k", "not numbers and not compiled and not opcheck")
 FUSED_OPCHECK = ("tests/test_fused.py", "-k", "opcheck")
-MEMORY = ("tests/test_cpu_memory.py", "-k", "filled or profiler")
+MEMORY = ("tests/test_cpu_memory.py", "-k", "filled")
+PROFILER = ("tests/test_tools.py", "-k", "memory_profiler")
 LAYOUT_TAGS = ("tests/test_compile.py", "-k", "take_any_layout")
 OTHER_DEVICE = ("tests/test_ops.py", "-k", "other_device")
 
@@ -286,6 +287,6 @@ MUTANTS: list[Mutant] = [
         "backend_memory.cpp",
         "  c10::profiledCPUMemoryReporter().Delete(block->data);\n",
         "",
-        MEMORY,
+        PROFILER,
     ),
 ]

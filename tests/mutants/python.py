@@ -15,8 +15,9 @@ FUNC = ("tests/test_func.py",)
 COMPILE = ("tests/test_compile.py", "-k", "layers or transform")
 FUSED = ("tests/test_fused.py", "-k", "not numbers and not compiled and not opcheck")
 FUSED_OPCHECK = ("tests/test_fused.py", "-k", "opcheck")
+FAKES = ("tests/test_fakes.py",)
 REGISTRATION = ("tests/test_ops.py", "-k", "fakes or opcheck_of_training or (opcheck and (weight or 3-D))")
-SYNC = ("tests/test_sync.py", "-k", "not compiled and not missing and not tells")
+SYNC = ("tests/test_sync.py", "tests/test_sync_derivatives.py", "-k", "not compiled and not missing and not tells")
 FUSE = ("tests/test_fuse.py",)
 FUSE_NETWORKS = ("tests/test_fuse_networks.py", "-k", "not inductor and not a_model")
 FUSE_RESULTS = (
@@ -362,6 +363,13 @@ DERIVATIVE_MUTANTS = [
         FUSED,
     ),
     _mutant(
+        "fused: tangents of a gradient are lost where the forward was outside of the dual level",
+        "autograd/fused.py",
+        "        again = is_grad_enabled() or transforms_active() or forward_ad._current_level >= 0\n",
+        "        again = is_grad_enabled() or transforms_active()\n",
+        FUSED,
+    ),
+    _mutant(
         "fused: a residual that alone requires a gradient gets none",
         "autograd/fused.py",
         "    if _differentiates(x, weight, bias, residual):\n",
@@ -399,8 +407,8 @@ DERIVATIVE_MUTANTS = [
     _mutant(
         "fakes: saved statistics of float64 inputs are float32",
         "fakes.py",
-        "x.new_empty(x.shape[1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)",
-        "x.new_empty(x.shape[1], dtype=torch.float32)",
+        "    return torch.float64 if dtype == torch.float64 else torch.float32\n",
+        "    return torch.float32\n",
         REGISTRATION,
     ),
     _mutant(
@@ -418,11 +426,18 @@ DERIVATIVE_MUTANTS = [
         FUSED_OPCHECK,
     ),
     _mutant(
+        "fakes: weight and bias of two dtypes pass when they are traced",
+        "fakes.py",
+        "        if one is not None and other is not None and one.dtype != other.dtype:\n",
+        '        if one is not None and other is not None and names[0] != "weight" and one.dtype != other.dtype:\n',
+        FAKES,
+    ),
+    _mutant(
         "fakes: float64 inputs take float32 parameters when they are traced",
         "fakes.py",
         "    dtypes = {dtype, torch.float32} if dtype in (torch.float16, torch.bfloat16) else {dtype}\n",
         "    dtypes = {dtype, torch.float32}\n",
-        REGISTRATION,
+        FAKES,
     ),
 ]
 
