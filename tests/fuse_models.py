@@ -193,25 +193,32 @@ def trace(model: nn.Module, batches: list[tuple[Any, Any]]) -> list[dict[str, Te
 
 
 def difference(ours: list[dict[str, Tensor]], theirs: list[dict[str, Tensor]]) -> float:
-    """The largest of a tensor, relative to its largest element; of a gradient at least to 1e-6 of the largest gradient.
+    """The largest of a tensor, relative to its largest element, or to 1e-6 of the largest of its kind if that is more.
 
+    Kinds are outputs, gradients, and buffers of one name: some gradients and running means are zero but for rounding.
     Infinity where names, shapes, dtypes, or which elements are not finite differ.
     """
     largest = 0.0
     for left, right in zip(ours, theirs, strict=True):
         if left.keys() != right.keys():
             return float("inf")
-        gradients = [float(b.abs().max()) for name, b in right.items() if name.startswith("gradient") and b.numel()]
-        floor = 1e-6 * max(gradients, default=0.0)
+        sizes = {name: float(b.double().nan_to_num(0, 0, 0).abs().max()) for name, b in right.items() if b.numel()}
+        floors: dict[str, float] = {}
+        for name, size in sizes.items():
+            floors[kind_of(name)] = max(floors.get(kind_of(name), 0.0), 1e-6 * size)
         for name, b in right.items():
             a = left[name]
             if a.shape != b.shape or a.dtype != b.dtype or not torch.equal(a.isfinite(), b.isfinite()):
                 return float("inf")
             if b.numel():
-                a, b = a.double().nan_to_num(0, 0, 0), b.double().nan_to_num(0, 0, 0)
-                size = max(float(b.abs().max()), floor if name.startswith("gradient") else 0.0)
-                largest = max(largest, float((a - b).abs().max()) / (size or 1.0))
+                distance = float((a.double().nan_to_num(0, 0, 0) - b.double().nan_to_num(0, 0, 0)).abs().max())
+                largest = max(largest, distance / (max(sizes[name], floors[kind_of(name)]) or 1.0))
     return largest
+
+
+def kind_of(name: str) -> str:
+    first, _, _ = name.partition(" ")
+    return first if first in ("output", "gradient") else name.rpartition(".")[2]
 
 
 def scaled(value: Any) -> Any:

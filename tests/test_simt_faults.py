@@ -74,7 +74,6 @@ def test_more_threads_at_a_time_than_stacks_with_guard_pages() -> None:
     assert outcome.sound, outcome
 
 
-
 @pytest.mark.parametrize("schedule", ["seeded", "in_order", "reverse", "stall_one"])
 @pytest.mark.parametrize(
     "grid, block, resident", [(1, 32, 0), (1, 96, 0), (3, 128, 0), (5, 32, 2), (4, 32, 1), (6, 64, 3)]
