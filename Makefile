@@ -6,7 +6,7 @@
 #   make examples the studies of what the papers claim: a few minutes; plots and reports in out/examples, exit code 0 if
 #                 all is as docs/why.md tells (make why: writes what was measured into docs/why.md)
 #   make mutants  applies some 200 faults to the sources, one at a time, and sees the tests nearest to each fail: hours on two
-#                 cores (MUTANTS_ARGS="--area python": some of them; tests/mutants has the list)
+#                 cores (MUTANTS_ARGS="--area fusion": some of them; tests/mutants has the list)
 #   make lint     ruff, mypy, clang-format (make format: lets them write)
 #   make bench    the benchmark harness (CPU, and the GPU where there is one)
 #   make gpu      on a machine with a GPU, without network: both stages of bench/gpu.sh, which can be run one by one. The

@@ -1,10 +1,10 @@
 """Mutation testing: realistic faults, applied one at a time, that the tests must notice.
 
     make mutants                                   all of them: hours on 2 cores
-    make mutants MUTANTS_ARGS="--area python -k momentum"
+    make mutants MUTANTS_ARGS="--area modules -k momentum"
 
 `python -m mutants` (with tests on PYTHONPATH) copies the repository to out/mutants. For each mutant of the catalogue
-(device, plans, launchers, cpu, ops, python) it replaces one snippet of one file, rebuilds what depends on it, runs the
+(tests/mutants/*.py) it replaces one snippet of one file, rebuilds what depends on it, runs the
 tests nearest to it, and restores the file. A mutant is *killed* when a test fails or does not end, and *survives* when
 all pass. Each selection of tests first runs on the unmodified copy, where it must pass.
 """
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import Enum
 from importlib import import_module
 
-AREAS = ("device", "plans", "launchers", "cpu", "ops", "python")
+AREAS = ("device", "plans", "launchers", "cpu", "ops", "modules", "derivatives", "fusion")
 
 
 class Build(Enum):
