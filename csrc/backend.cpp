@@ -14,9 +14,11 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include <cstdlib>
+#include <exception>
 #include <map>
 #include <mutex>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "cuda/backend.h"
@@ -60,14 +62,27 @@ class TorchHost final : public cuda::Host {
     return kept_.back().get();
   }
 
-  // On a stream of its own, so that a capture on the current stream neither takes the memory into the graph's pool nor
-  // records the fill. Other calls that a capture forbids are allowed to a thread in relaxed mode.
+  // On a stream and a thread of its own. The allocator takes memory from a graph's or a user's pool while the current
+  // stream captures, or while the calling thread allocates to that pool (torch.cuda.use_mem_pool, warm-ups of
+  // torch.compile's CUDA graphs); this memory outlives both. Other calls that a capture forbids are allowed to a thread
+  // in relaxed mode.
   void* zeros(int64_t bytes) override {
-    const c10::cuda::CUDAStreamCaptureModeGuard mode(cudaStreamCaptureModeRelaxed);
-    const cudaStream_t stream = stream_for_allocations();
-    void* memory = c10::cuda::CUDACachingAllocator::raw_alloc_with_stream(static_cast<size_t>(bytes), stream);
-    C10_CUDA_CHECK(cudaMemsetAsync(memory, 0, static_cast<size_t>(bytes), stream));
-    C10_CUDA_CHECK(cudaStreamSynchronize(stream));
+    void* memory = nullptr;
+    std::exception_ptr error;
+    std::thread([&, device = c10::cuda::current_device()] {
+      try {
+        const c10::cuda::CUDAGuard guard(device);
+        const c10::cuda::CUDAStreamCaptureModeGuard mode(cudaStreamCaptureModeRelaxed);
+        const cudaStream_t stream = stream_for_allocations();
+        memory = c10::cuda::CUDACachingAllocator::raw_alloc_with_stream(static_cast<size_t>(bytes), stream);
+        C10_CUDA_CHECK(cudaMemsetAsync(memory, 0, static_cast<size_t>(bytes), stream));
+        C10_CUDA_CHECK(cudaStreamSynchronize(stream));
+      } catch (...) {
+        error = std::current_exception();
+        if (memory != nullptr) c10::cuda::CUDACachingAllocator::raw_delete(memory);
+      }
+    }).join();
+    if (error) std::rethrow_exception(error);
     return memory;
   }
 

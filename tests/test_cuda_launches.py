@@ -195,3 +195,30 @@ torch.testing.assert_close(y, torch.nn.functional.batch_norm(x, None, None, trai
 """,
         HOST_DEVICE_MEMORY_MB="64",
     )
+
+
+@pytest.mark.parametrize("how", ["use_mem_pool", "thread"])
+def test_a_users_pool_is_left_alone(how: str) -> None:
+    """The first call of a process, which takes the barrier words, while the thread allocates to a pool of its own, as
+    torch's cudagraphs backend does to warm up: what stays after the call is not in that pool."""
+    inside = {
+        "use_mem_pool": "with torch.cuda.use_mem_pool(pool): first()",
+        "thread": """
+torch._C._cuda_beginAllocateCurrentThreadToPool(0, pool.id)
+first()
+torch._C._cuda_endAllocateToPool(0, pool.id)""",
+    }[how]
+    run(
+        f"""
+layer, x = grid
+torch.cuda.synchronize()
+pool = torch.cuda.MemPool()
+def first():
+    layer(x).sum()
+{inside}
+torch.cuda.synchronize()
+blocks = [block for segment in pool.snapshot() for block in segment["blocks"]]
+assert blocks, "nothing was allocated to the pool"
+assert not any(block["state"] == "active_allocated" for block in blocks), blocks
+"""
+    )

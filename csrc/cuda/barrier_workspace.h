@@ -3,11 +3,13 @@
 // Every launch leaves its words in the state in which the next one needs them, so no call spends a launch on clearing
 // them. Two launches that can run concurrently must not share words:
 //
-//   a stream    keeps one workspace for its lifetime, since its launches run one after the other
+//   a stream    keeps one workspace until the process ends, since its launches run one after the other (the streams of
+//               torch's pool are few; each other stream that is made takes 16 KiB more)
 //   a capture   takes one for each stream that it captures, since replays run on any stream. A CUDA user object returns
 //               it when the graph and all its executable graphs are destroyed and their replays are over.
 //
-// Two concurrent replays of one executable graph do not exist: CUDA runs them one after the other.
+// CUDA runs the replays of one executable graph one after the other. Two executable graphs of one capture that run
+// concurrently are not supported: they share words.
 #pragma once
 
 #include <cuda_runtime_api.h>
