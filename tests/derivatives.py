@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import bnkernels as bnk
 
@@ -38,3 +39,13 @@ def arguments(shape: str, names: list[str], device: str) -> tuple[Tensor, ...]:
         x = x.contiguous(memory_format=torch.channels_last)
     vectors = [torch.randn(3, dtype=torch.float64, device=device) for _ in names]
     return tuple(t.requires_grad_() for t in (x, *vectors))
+
+
+def assert_gradients_have_tangents(y: Tensor, leaves: Sequence[Tensor]) -> None:
+    """A backward is linear in the gradient of y, so the tangents of its results are its results of the tangent."""
+    direction, change = torch.randn_like(y), torch.randn_like(y)
+    expected = torch.autograd.grad(y, leaves, change, retain_graph=True)
+    with forward_ad.dual_level():
+        changed = torch.autograd.grad(y, leaves, forward_ad.make_dual(direction, change))
+        tangents = [forward_ad.unpack_dual(gradient).tangent for gradient in changed]
+    torch.testing.assert_close(tangents, list(expected))

@@ -18,7 +18,7 @@ import copy
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -30,7 +30,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
-    sys.path[:0] = [str(ROOT)]
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from fusing import tensors  # noqa: E402
 
 import bnkernels as bnk  # noqa: E402
 
@@ -162,24 +164,11 @@ EXAMPLES = [
 ]
 
 
-def tensors(value: Any) -> Iterator[Tensor]:
-    """All floating-point tensors of a result."""
-    if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield value
-    elif isinstance(value, dict):
-        for each in value.values():
-            yield from tensors(each)
-    elif isinstance(value, list | tuple):
-        for each in value:
-            yield from tensors(each)
-
-
 def step(model: nn.Module, args: Any, kwargs: Any) -> dict[str, Tensor]:
     """Outputs, gradients of parameters and buffers after one call, by name."""
     torch.manual_seed(0)  # dropout and drop path
     model.zero_grad()
-    outputs = list(tensors(model(*copy.deepcopy(args), **kwargs)))
+    outputs = [each for each in tensors(model(*copy.deepcopy(args), **kwargs)) if each.is_floating_point()]
     found = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
     loss = sum(output.square().mean() for output in outputs if output.requires_grad and output.numel())
     if isinstance(loss, Tensor):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from derivatives import SHAPES, Function, arguments, images, pair, trainings
+from derivatives import SHAPES, Function, arguments, assert_gradients_have_tangents, images, pair, trainings
 from torch import Tensor, nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.autograd.graph import saved_tensors_hooks
@@ -329,10 +329,4 @@ def test_tangents_of_a_gradient_behind_an_ordinary_forward(training: bool, devic
     """The dual level is entered after the forward, which knew of none: the backward looks for it itself."""
     call, names = function("affine", training, device)
     leaves = arguments("4-D", names, device)
-    y = call(*leaves)
-    direction, change = torch.randn_like(y), torch.randn_like(y)
-    expected = torch.autograd.grad(y, leaves, change, retain_graph=True)
-    with forward_ad.dual_level():
-        changed = torch.autograd.grad(y, leaves, forward_ad.make_dual(direction, change))
-        tangents = [forward_ad.unpack_dual(t).tangent for t in changed]
-    torch.testing.assert_close(tangents, list(expected))
+    assert_gradients_have_tangents(call(*leaves), leaves)

@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 import torch
 from compatibility import cells, row
+from derivatives import assert_gradients_have_tangents
 from hardware import DRIVER, INDUCTOR
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.graph import saved_tensors_hooks
 
 import bnkernels as bnk
@@ -117,14 +118,7 @@ def test_tangents_of_a_gradient_behind_an_ordinary_forward(
     """The dual level is entered after the forward, which knew of none: the backward looks for it itself."""
     fused = layer(activation, device).train(training)
     inputs = [images(device) for _ in range(2 if adds else 1)]
-    y = fused(*inputs)
-    leaves = [*inputs, *fused.parameters()]
-    direction, change = torch.randn_like(y), torch.randn_like(y)
-    expected = torch.autograd.grad(y, leaves, change, retain_graph=True)
-    with forward_ad.dual_level():
-        changed = torch.autograd.grad(y, leaves, forward_ad.make_dual(direction, change))
-        tangents = [forward_ad.unpack_dual(t).tangent for t in changed]
-    torch.testing.assert_close(tangents, list(expected))
+    assert_gradients_have_tangents(fused(*inputs), [*inputs, *fused.parameters()])
 
 
 @each_fusion

@@ -49,6 +49,19 @@ def only_path(text: str, kind: Kind = Kind.GLOBAL) -> FastPath | None:
     return fast_path(flow, loop, kind, lambda each: True)
 
 
+def test_what_counts_as_arithmetic():
+    """Neither how a half is widened nor how ptxas makes a constant in the pipe of halves."""
+    function = parse(
+        """
+    HFMA2.MMA R4, -RZ, RZ, 0, 0
+    HADD2.F32 R5, -RZ, R6.H0_H0
+    HFMA2.MMA R7, R8, R9, R10
+    FFMA R11, R12, R13, R14
+    """
+    )
+    assert [each.is_arithmetic for each in function.instructions] == [False, False, True, True]
+
+
 # A window that may be cut, loaded either way; none at all if P1. Then a sum, with a branch an element for a cut window.
 CUT = """
 .L_loop:

@@ -239,7 +239,7 @@ SCHEDULE = [
 
 STATISTICS = [
     mutant(
-        "a tiny eps is not told from a usual one: sums of squares may underflow",
+        "a tiny eps is taken for a usual one: sums of squares may underflow",
         "backend.cpp",
         "return eps < 1e-36 ? 1e-30 : 0;",
         "return eps > 1e-36 ? 1e-30 : 0;",

@@ -3,50 +3,42 @@
 from __future__ import annotations
 
 from . import Mutant
+from .package import FUSE_RESULTS, mutant
 
 FUSE = ("tests/test_fuse.py",)
 FUSE_NETWORKS = ("tests/test_fuse_networks.py", "-k", "not inductor and not a_model")
-FUSE_RESULTS = (
-    "tests/test_fuse_results.py",
-    "-k",
-    "undone or tracers or more_models or checkpointed or copies or lazy",
-)
-
-
-def _mutant(fault: str, file: str, old: str, new: str, tests: tuple[str, ...]) -> Mutant:
-    return Mutant(fault, f"bnkernels/{file}", old, new, tests)
 
 
 MUTANTS: list[Mutant] = [
-    _mutant(
+    mutant(
         "fuse: the sum's alpha is not looked at",
         "fx/calls.py",
         ' and node.kwargs.get("alpha", 1) == 1\n',
         "\n",
         FUSE,
     ),
-    _mutant(
+    mutant(
         "fuse: a sum that is written to out= is one like any other",
         "fx/calls.py",
         '    plain = node.kwargs.keys() <= {"input", "other", "alpha"} and node',
         "    plain = node",
         FUSE,
     ),
-    _mutant(
+    mutant(
         "fuse: relu6 is taken for a ReLU",
         "fx/calls.py",
         "_RELU_FUNCTIONS = {F.relu, torch.relu, torch.relu_}\n",
         "_RELU_FUNCTIONS = {F.relu, F.relu6, torch.relu, torch.relu_}\n",
         FUSE,
     ),
-    _mutant(
+    mutant(
         "fuse: add_ is not known to write in place",
         "fx/calls.py",
         '_ADD_IN_PLACE = {operator.iadd, "add_", "__iadd__"}\n',
         '_ADD_IN_PLACE = {operator.iadd, "__iadd__"}\n',
         FUSE,
     ),
-    _mutant(
+    mutant(
         "fuse: the normalised value may have other users",
         "fx/patterns.py",
         "    if len(node.users) != 1:\n"
@@ -55,28 +47,28 @@ MUTANTS: list[Mutant] = [
         "    user = next(iter(node.users))\n",
         FUSE,
     ),
-    _mutant(
+    mutant(
         "fuse: the sum may have other users",
         "fx/patterns.py",
         "    relu = next(iter(last.users)) if len(last.users) == 1 else None\n",
         "    relu = next(iter(last.users), None)\n",
         FUSE_NETWORKS,
     ),
-    _mutant(
+    mutant(
         "fuse: the second operand of a sum is the residual",
         "fx/patterns.py",
         "        (residual,) = (operand for operand in operands(user) if operand is not node)\n",
         "        residual = operands(user)[1]\n",
         FUSE,
     ),
-    _mutant(
+    mutant(
         "fuse: a residual of another layout is fused",
         "fx/patterns.py",
         "tensor.device != result.device or not _same_layout(other, call.node):\n",
         "tensor.device != result.device:\n",
         FUSE,
     ),
-    _mutant(
+    mutant(
         "fuse: a sum in place into a tensor that the caller has",
         "fx/patterns.py",
         "        if memory.is_shared(target):\n"
@@ -84,7 +76,7 @@ MUTANTS: list[Mutant] = [
         "",
         FUSE,
     ),
-    _mutant(
+    mutant(
         "fuse: a sum in place into a tensor that is read afterwards",
         "fx/patterns.py",
         "            if not aliases <= derived:\n"
@@ -92,7 +84,7 @@ MUTANTS: list[Mutant] = [
         "",
         FUSE,
     ),
-    _mutant(
+    mutant(
         "fuse: grad mode or autocast may change between the layer and what follows",
         "fx/patterns.py",
         "    if any(is_barrier(each) for each in between):\n"
@@ -100,7 +92,7 @@ MUTANTS: list[Mutant] = [
         "",
         FUSE,
     ),
-    _mutant(
+    mutant(
         "fuse: the residual may be written between the layer and the sum",
         "fx/patterns.py",
         "        if any(overlap(memory.of(residual), memory.written(each)) for each in until):\n"
@@ -108,28 +100,28 @@ MUTANTS: list[Mutant] = [
         "",
         FUSE,
     ),
-    _mutant(
+    mutant(
         "fuse: weight and bias may be written between the layer and the sum",
         "fx/patterns.py",
         'for name in ("input", "weight", "bias")))\n    statistics',
         'for name in ("input",)))\n    statistics',
         FUSE,
     ),
-    _mutant(
+    mutant(
         "fuse: a call moves past another call of the same layer",
         "fx/patterns.py",
         "        if overlap(read, memory.written(each)) or overlap(statistics, touched):\n",
         "        if overlap(read, memory.written(each)):\n",
         FUSE,
     ),
-    _mutant(
+    mutant(
         "fuse: running statistics may be read between the layer and the sum",
         "fx/patterns.py",
         "        touched = memory.written(each) | (memory.read(each) if call.training else frozenset())\n",
         "        touched = memory.written(each)\n",
         FUSE,
     ),
-    _mutant(
+    mutant(
         "fuse: a second residual takes the place of the first",
         "fx/patterns.py",
         "        if residual is not None:\n"
@@ -138,77 +130,77 @@ MUTANTS: list[Mutant] = [
         "        if reason",
         FUSE,
     ),
-    _mutant(
+    mutant(
         "fuse: a sum behind a layer with an activation is fused before the activation",
         "fx/patterns.py",
         '    if arguments["activation"] is not None:\n        return "it has an activation already"\n',
         "",
         FUSE,
     ),
-    _mutant(
+    mutant(
         "fuse: out= is not known to be written",
         "fx/memory.py",
         'name.endswith("_") or "out" in node.kwargs or name in',
         'name.endswith("_") or name in',
         FUSE,
     ),
-    _mutant(
+    mutant(
         "fuse: inplace=True by position is not seen",
         "fx/memory.py",
         "    return position is not None and position < len(node.args) and node.args[position] is not False\n",
         "    return False\n",
         FUSE,
     ),
-    _mutant(
+    mutant(
         "fuse: methods whose name ends in _ are not known to write",
         "fx/memory.py",
         '(name.endswith("_") and not name.endswith("__")) or name.startswith(',
         "name.startswith(",
         FUSE,
     ),
-    _mutant(
+    mutant(
         "fuse: a view is memory of its own",
         "fx/memory.py",
         "            yield value.untyped_storage()._cdata\n",
         "            yield id(value)\n",
         FUSE,
     ),
-    _mutant(
+    mutant(
         "fuse: inputs are taken never to overlap",
         "fx/memory.py",
         "        if found & self._of_inputs:\n            found.add(_INPUTS)\n",
         "",
         FUSE,
     ),
-    _mutant(
+    mutant(
         "fuse: graphs within a graph are left out",
         "fx/backend.py",
         "    for module in graph_module.modules():\n        if not isinstance(module, fx.GraphModule):\n",
         "    for module in [graph_module]:\n        if not isinstance(module, fx.GraphModule):\n",
         FUSE_RESULTS,
     ),
-    _mutant(
+    mutant(
         "fuse: the recomputation of a checkpoint never updates statistics",
         "fx/backend.py",
         "if recomputes and once else args, True\n",
         "if recomputes else args, True\n",
         FUSE_RESULTS,
     ),
-    _mutant(
+    mutant(
         "fuse: other tracers and transforms get the compiled call",
         "fx/fuse.py",
         "        if torch.compiler.is_compiling() or _is_traced():\n",
         "        if torch.compiler.is_compiling():\n",
         FUSE_RESULTS,
     ),
-    _mutant(
+    mutant(
         "unfuse: submodules stay fused",
         "fx/fuse.py",
         "    for module in model.modules():\n",
         "    for module in [model]:\n",
         FUSE_RESULTS,
     ),
-    _mutant(
+    mutant(
         "fuse: all models share the limit of TorchDynamo's graphs",
         "fx/fuse.py",
         "    call.__code__ = call.__code__.replace(co_name=type(model).__name__)\n",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from . import Mutant
+from .package import FUSE_RESULTS, FUSED, SYNC, mutant
 
 MODULES = ("tests/test_modules.py",)
 ACT = ("tests/test_batch_norm_act.py",)
@@ -10,126 +11,115 @@ TRACERS = ("tests/test_tools.py", "-k", "fx or jit")
 FUNCTION = ("tests/test_functional.py", "-k", "optional or dtypes or strided or eps or nothing")
 CONVERT = ("tests/test_convert.py",)
 CHECKPOINT = ("tests/test_amp_checkpoint.py", "-k", "contexts or statistics_update")
-FUSED = ("tests/test_fused.py", "-k", "not numbers and not compiled and not opcheck")
-SYNC = ("tests/test_sync.py", "tests/test_sync_derivatives.py", "-k", "not compiled and not missing and not tells")
-FUSE_RESULTS = (
-    "tests/test_fuse_results.py",
-    "-k",
-    "undone or tracers or more_models or checkpointed or copies or lazy",
-)
-
-
-def _mutant(fault: str, file: str, old: str, new: str, tests: tuple[str, ...]) -> Mutant:
-    return Mutant(fault, f"bnkernels/{file}", old, new, tests)
 
 
 MUTANTS: list[Mutant] = [
-    _mutant(
+    mutant(
         "module: momentum None is momentum 0.0",
         "modules.py",
         "        if momentum is None and num_batches_tracked is None:\n",
         "        if momentum is None:\n",
         MODULES,
     ),
-    _mutant(
+    mutant(
         "module: a layer that does not track counts batches",
         "modules.py",
         "                running_mean = running_var = num_batches_tracked = None\n",
         "                running_mean = running_var = None\n",
         MODULES,
     ),
-    _mutant(
+    mutant(
         "module: the flag, not the buffers, says whether eval uses running statistics",
         "modules.py",
         "            training = running_mean is None and running_var is None\n",
         "            training = not self.track_running_stats\n",
         MODULES,
     ),
-    _mutant(
+    mutant(
         "module: recorded as one call by torch.fx although it has hooks",
         "modules.py",
         "        return self is not tracer.root and not any(hooks)\n",
         "        return self is not tracer.root\n",
         TRACERS,
     ),
-    _mutant(
+    mutant(
         "module: torch.jit.trace loses the residual",
         "modules.py",
         "with_epilogue(self._torchs_forward(input), residual, self.activation)",
         "with_epilogue(self._torchs_forward(input), None, self.activation)",
         FUSED,
     ),
-    _mutant(
+    mutant(
         "module: an activation that is assigned is not checked",
         "modules.py",
         '        if name == "activation":\n            check_activation(value)\n',
         "",
         ACT,
     ),
-    _mutant(
+    mutant(
         "BatchNormAct2d: hooks of the activation do not run",
         "modules.py",
         "for module in (bn, self.act))",
         "for module in (bn,))",
         ACT,
     ),
-    _mutant(
+    mutant(
         "BatchNormAct2d: a subclass in the place of its BatchNorm is not called",
         "modules.py",
         "        if type(bn) is BatchNorm2d and type(self.act)",
         "        if isinstance(bn, BatchNorm2d) and type(self.act)",
         ACT,
     ),
-    _mutant(
+    mutant(
         "BatchNormAct2d: torch.jit.trace does not get torch's operators",
         "modules.py",
         "            if isinstance(x, Tensor) and not is_tracing():\n",
         "            if isinstance(x, Tensor):\n",
         ACT,
     ),
-    _mutant(
+    mutant(
         "BatchNormAct2d: num_batches_tracked of a BatchNorm's state_dict is not moved",
         "modules.py",
         '("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):',
         '("weight", "bias", "running_mean", "running_var"):',
         ACT,
     ),
-    _mutant(
+    mutant(
         "batch_norm: a residual of another dtype goes to the kernel",
         "functional.py",
         "residual.shape == input.shape and residual.dtype == input.dtype and residual.device",
         "residual.shape == input.shape and residual.device",
         FUSED,
     ),
-    _mutant(
+    mutant(
         "batch_norm: no activation behind a residual that torch adds",
         "functional.py",
         "        return with_epilogue(y, residual, activation)\n",
         "        return with_epilogue(y, residual, None)\n",
         FUSED,
     ),
-    _mutant(
+    mutant(
         "batch_norm: inference without running_var is not refused in torch's words",
         "functional.py",
         "    if not training and (running_mean is None or running_var is None):\n",
         "    if not training and running_mean is None:\n",
         FUNCTION,
     ),
-    _mutant(
+    mutant(
         "convert: subclasses are converted",
         "convert.py",
         "        after = classes.get(before)\n",
         "        after = next((new for old, new in classes.items() if isinstance(module, old)), None)\n",
         CONVERT,
     ),
-    _mutant(
+    mutant(
         "convert: a module whose forward has been replaced is converted",
         "convert.py",
         '    if "forward" in module.__dict__:\n        return "its forward has been replaced on the object"\n',
         "",
         CONVERT,
     ),
-    _mutant(
+    mutant(
         "convert: the layer is made again, with parameters and buffers alone: eps, momentum, mode and hooks are lost",
         "convert.py",
         "        module.__class__ = after  # type: ignore[assignment]\n",
@@ -140,35 +130,35 @@ MUTANTS: list[Mutant] = [
         "        module.__class__ = after  # type: ignore[assignment]\n",
         CONVERT,
     ),
-    _mutant(
+    mutant(
         "convert: a converted layer is in training",
         "convert.py",
         "        module.__class__ = after  # type: ignore[assignment]\n",
         "        module.__class__ = after  # type: ignore[assignment]\n        module.train()\n",
         CONVERT,
     ),
-    _mutant(
+    mutant(
         "convert: somebody else's attribute `activation` is taken for this package's",
         "convert.py",
         '    if getattr(module, "activation", None) is not None:\n',
         "    if isinstance(module, modules.ForwardMixin) and module.activation is not None:\n",
         FUSED,
     ),
-    _mutant(
+    mutant(
         "revert: SyncBatchNorm keeps an attribute of this package",
         "convert.py",
         '            module.__dict__.pop("qualified_name", None)\n',
         "            pass\n",
         CONVERT,
     ),
-    _mutant(
+    mutant(
         "revert: fuse() is not undone",
         "convert.py",
         "    return unfuse(model)\n",
         "    return model\n",
         FUSE_RESULTS,
     ),
-    _mutant(
+    mutant(
         "no_statistics_update: an exception leaves the layers so",
         "tracking.py",
         "    try:\n"
@@ -185,21 +175,21 @@ MUTANTS: list[Mutant] = [
         "        module.track_running_stats = True\n",
         CHECKPOINT,
     ),
-    _mutant(
+    mutant(
         "no_statistics_update: layers that did not track track afterwards",
         "tracking.py",
         "    tracking = [module for module in batch_norms if module.track_running_stats]\n",
         "    tracking = list(batch_norms)\n",
         CHECKPOINT,
     ),
-    _mutant(
+    mutant(
         "checkpoint_contexts: torch's layers do not track in the recomputation either",
         "tracking.py",
         "if isinstance(module, ForwardMixin))",
         "if isinstance(module, _BatchNorm))",
         CHECKPOINT,
     ),
-    _mutant(
+    mutant(
         "ranks: rows are exchanged in float32",
         "ranks.py",
         "            gather(rows.view(-1), row, group=self.group)\n",
@@ -208,35 +198,35 @@ MUTANTS: list[Mutant] = [
         "            rows.copy_(narrow)\n",
         SYNC,
     ),
-    _mutant(
+    mutant(
         "SyncBatchNorm: a rank without data does not take part",
         "sync.py",
         "        if size < 2:  # -1: this rank is not in it\n",
         "        if size < 2 or input.numel() == 0:\n",
         SYNC,
     ),
-    _mutant(
+    mutant(
         "SyncBatchNorm: its process group is not used",
         "sync.py",
         "self.process_group if self.process_group is not None else dist.group.WORLD",
         "dist.group.WORLD",
         SYNC,
     ),
-    _mutant(
+    mutant(
         "SyncBatchNorm: exchanges in eval mode, too",
         "sync.py",
         "        if not (self.training and dist.is_available() and dist.is_initialized()):\n",
         "        if not (dist.is_available() and dist.is_initialized()):\n",
         SYNC,
     ),
-    _mutant(
+    mutant(
         "SyncBatchNorm: a layer that does not track updates its statistics",
         "sync.py",
         "        if self.track_running_stats:\n",
         "        if self.running_mean is not None:\n",
         SYNC,
     ),
-    _mutant(
+    mutant(
         "sync: ranks of uneven batches have the same weight",
         "autograd/synchronised.py",
         '        rows = ranks.gather(ops.sync_statistics(x, eps), x, "the forward")\n',
@@ -244,7 +234,7 @@ MUTANTS: list[Mutant] = [
         "        rows[:, -1] = rows[:, -1].mean()\n",
         SYNC,
     ),
-    _mutant(
+    mutant(
         "sync: ranks exchange although the input needs no gradient",
         "autograd/synchronised.py",
         "        dx = None\n"
@@ -254,21 +244,21 @@ MUTANTS: list[Mutant] = [
         '        dx, rows = None, ranks.gather(row, x, "the backward")\n        if need_input:\n            dx = ops',
         SYNC,
     ),
-    _mutant(
+    mutant(
         "sync: the gradients of weight and bias are swapped",
         "autograd/synchronised.py",
         "        return dx, dweight if need_weight and weight is not None else None, dbias if need_bias else None\n",
         "        return dx, dbias if need_weight and weight is not None else None, dweight if need_bias else None\n",
         SYNC,
     ),
-    _mutant(
+    mutant(
         "sync: the derivative of a sum over ranks is the rank's own",
         "autograd/synchronised.py",
         "        return Total.apply(grad, ctx.ranks), None\n",
         "        return grad, None\n",
         SYNC,
     ),
-    _mutant(
+    mutant(
         "sync: transforms of torch.func are not refused",
         "autograd/synchronised.py",
         "    if transforms_active() or forward_ad._current_level >= 0:\n",

@@ -72,6 +72,17 @@ class Tree:
         """Files that differ are copied, so that ninja rebuilds what depends on them alone."""
         listed = ["git", "-C", str(self.source), "ls-files", "-co", "--exclude-standard", "-z"]
         names = subprocess.run(listed, check=True, capture_output=True, text=True).stdout.split("\0")
+        for folder in (
+            "bnkernels",
+            "csrc",
+            "tests",
+        ):  # what has been removed since: setup.py compiles whatever is there
+            for path in (self.root / folder).rglob("*.*"):
+                if (
+                    path.suffix in {".py", ".h", ".cpp", ".cu", ".cuh"}
+                    and str(path.relative_to(self.root)) not in names
+                ):
+                    path.unlink()
         for name in filter(None, names):
             source, target = self.source / name, self.root / name
             if source.is_file() and not (target.is_file() and target.read_bytes() == source.read_bytes()):
