@@ -242,6 +242,39 @@ def test_fsdp(pool: Pool) -> None:
     torch.testing.assert_close(mean, expected_losses, rtol=1e-8, atol=0)
 
 
+# Fused models
+
+
+def train_fused(which: str, norm: str, broadcast: bool) -> tuple[list[float], dict[str, Tensor], int]:
+    """Losses, state, and how many layers were fused; `which` is fused: the model, the DDP around it, or none."""
+    torch.compiler.reset()
+    model = small().double()
+    if norm == "synchronised":
+        model = bnk.SyncBatchNorm.convert_sync_batchnorm(model)
+    elif norm == "converted":
+        bnk.convert(model)
+    report = bnk.FusionReport()
+    if which == "model":
+        bnk.fuse(model, report=report)
+    ddp = bnk.DistributedDataParallel(model, broadcast_buffers=broadcast)
+    if which == "ddp":
+        bnk.fuse(ddp, report=report)
+    losses = of_this_rank(ddp, batches(3, 8))
+    return losses, full(ddp), len({each.name for each in report.fused})
+
+
+@row(PROCESSES, "DistributedDataParallel of a fused model, and fused itself", TRAINING)
+@pytest.mark.parametrize("norm", ["torch's", "converted", "synchronised"])
+def test_fused_models(pair: Pool, norm: str) -> None:
+    """fuse() changes neither losses nor state of a training by DDP, on whichever side of DDP it is called."""
+    for which, broadcast in (("model", True), ("ddp", False)):
+        plain = pair.run(train_fused, "none", norm, broadcast)
+        for found, expected in zip(pair.run(train_fused, which, norm, broadcast), plain):
+            torch.testing.assert_close(found[0], expected[0], rtol=1e-9, atol=0)
+            torch.testing.assert_close(found[1], expected[1], rtol=1e-8, atol=1e-9)
+            assert found[2] == (0 if norm == "synchronised" else 2), which
+
+
 # Checkpoints
 
 

@@ -1,12 +1,13 @@
-"""python -m mutants [--area AREA] [-k WORDS] [-j JOBS] [--out DIR] [--list]: see mutants/__init__.py.
+"""python -m mutants [--area AREA] [-k WORDS] [-j JOBS] [--out DIR] [--resume] [--list]: see mutants/__init__.py.
 
-Prints a line for each mutant, and writes a Markdown table to DIR/mutants.md. Exit code 0: at least 95% are killed and
-each survivor is explained; 1: not so; 2: a mutant could not be tested.
+Prints a line for each mutant, and writes a Markdown table to DIR/mutants.md and the outcomes to DIR/outcomes.jsonl. Exit
+code 0: at least 95% are killed and each survivor is explained; 1: not so; 2: a mutant could not be tested.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from bench.markdown import table
 
-from . import AREAS, catalogue
+from . import AREAS, Mutant, catalogue
 from .runner import ROOT, Outcome, run
 
 REQUIRED = 0.95
@@ -40,12 +41,26 @@ def render(areas: dict[str, list[Outcome]]) -> str:
     )
 
 
+def key(mutant: Mutant) -> str:
+    """What makes two entries the same fault: the change itself, and what is to notice it."""
+    return json.dumps([mutant.file, mutant.old, mutant.new, mutant.tests])
+
+
+def recorded(file: Path, mutants: Sequence[Mutant]) -> list[Outcome]:
+    """The outcomes of an earlier run, of mutants that were killed then."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    killed = {each["key"]: each for each in map(json.loads, lines) if each["killed_by"]}
+    known = [(mutant, killed[key(mutant)]) for mutant in mutants if key(mutant) in killed]
+    return [Outcome(mutant, each["killed_by"], seconds=each["seconds"]) for mutant, each in known]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m mutants", description=__doc__)
     parser.add_argument("--area", action="append", choices=AREAS, help="may be given several times (default: all)")
     parser.add_argument("-k", default="", help="only mutants whose fault or file contains this")
     parser.add_argument("-j", "--jobs", type=int, default=min(8, os.cpu_count() or 1))
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "mutants")
+    parser.add_argument("--resume", action="store_true", help="not again those that an earlier run in DIR saw killed")
     parser.add_argument("--list", action="store_true", help="names the mutants, and runs none")
     args = parser.parse_args(arguments)
     chosen = {
@@ -61,8 +76,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     area_of = {mutant: area for area, mutants in chosen.items() for mutant in mutants}
     outcomes: dict[str, list[Outcome]] = {area: [] for area in chosen}
     args.out.mkdir(parents=True, exist_ok=True)
+    record = args.out / "outcomes.jsonl"
+    if not args.resume:
+        record.unlink(missing_ok=True)
+    for outcome in recorded(record, list(area_of)):
+        outcomes[area_of.pop(outcome.mutant)].append(outcome)
     for outcome in run(list(area_of), args.out, args.jobs):
         outcomes[area_of[outcome.mutant]].append(outcome)
+        told = {"key": key(outcome.mutant), "killed_by": outcome.killed_by, "seconds": round(outcome.seconds)}
+        with record.open("a") as file:
+            file.write(json.dumps(told) + "\n")
         fate = f"ERROR {outcome.error}" if outcome.error else outcome.killed_by or "SURVIVES"
         print(f"{outcome.seconds:5.0f} s  {outcome.mutant.file}: {outcome.mutant.fault}: {fate}", flush=True)
         (args.out / "mutants.md").write_text(render(outcomes))

@@ -108,7 +108,7 @@ class Tree:
             raise RuntimeError(f"pytest {' '.join(tests)}: {done.stdout[-300:]}")
         if compiler := re.search(r"^.*:\d+: error: .*|^.*\(\d+\): error: .*", done.stdout, re.MULTILINE):
             raise RuntimeError(f"does not compile: {compiler[0]}")
-        found = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+        found = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
         return found[1] if found else f"exit status {done.returncode}"
 
     def _build(self, with_cuda: bool) -> None:
