@@ -59,10 +59,12 @@ class WithEpilogue(nn.Module):
 def _convert(layer: nn.BatchNorm2d, case: Case) -> nn.Module:
     import bnkernels  # here, so that the parts that time nothing of ours work without the extension
 
-    converted: nn.Module = bnkernels.convert(layer)
-    if case.relu:
-        converted.activation = "relu"  # type: ignore[assignment]
-    return converted
+    converted = bnkernels.convert(layer)
+    if not case.relu:
+        return converted
+    with_relu = bnkernels.BatchNormAct2d(layer.num_features)
+    with_relu.bn = converted
+    return with_relu
 
 
 def _eager(layer: nn.BatchNorm2d, case: Case) -> nn.Module:

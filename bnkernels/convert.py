@@ -35,8 +35,6 @@ OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.SyncBatchNorm: sync.SyncBatchNorm,
 }
 _TORCHS = {ours: torchs for torchs, ours in OURS.items()}
-OTHER_ACTIVATION = "it has an attribute activation that is not bnkernels'"
-"""Why a BatchNorm of torch is left to which somebody has given what would be read as the activation of ours."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +88,10 @@ def convert(
     are left as they are, as is a module whose forward has been replaced on the object.
     Parameters, buffers, hooks, flags and the state_dict do not change. revert() undoes it.
 
+    Tools that know torch.nn's classes alone take a reverted model, or revert(copy.deepcopy(model)) where this one is
+    still needed: torch.jit.script, torch.ao.quantization, torchao's pt2e, and the folding of convolutions by torch.fx.
+    docs/compatibility.md lists them.
+
     Args:
         model: any module; it may be a BatchNorm itself.
         filter_fn: called with each module that could be converted and its name in the model; False leaves it.
@@ -132,7 +134,9 @@ def _change(
             continue
         before: type[nn.Module] = type(module)
         after = classes.get(before)
-        reason = _reason_to_skip(name, module, after, filter_fn)
+        reason = reason_to_leave(module, classes)
+        if not reason and filter_fn is not None and not filter_fn(module, name):
+            reason = "filter_fn"
         if after is None or reason:
             done.skipped.append(Skip(name, before, reason))
             logger.debug("%s: %s left: %s", name, _qualified(before), reason)
@@ -153,22 +157,12 @@ def _change(
     return model
 
 
-def _reason_to_skip(
-    name: str,
-    module: nn.Module,
-    after: type[nn.Module] | None,
-    filter_fn: Callable[[nn.Module, str], bool] | None,
-) -> str:
-    """Why a BatchNorm is left as it is, "" if it is not."""
-    if after is None:
+def reason_to_leave(module: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]] = OURS) -> str:
+    """Why convert() (revert(), by its classes) leaves a BatchNorm as it is, "" if it does not."""
+    if type(module) not in classes:
         return "a subclass, whose forward may be its own"
-    if getattr(module, "activation", None) is not None:
-        ours = isinstance(module, modules.ForwardMixin)
-        return "it has an activation, which torch's BatchNorm has not" if ours else OTHER_ACTIVATION
     if "forward" in module.__dict__:
         return "its forward has been replaced on the object"
-    if filter_fn is not None and not filter_fn(module, name):
-        return "filter_fn"
     return ""
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
@@ -48,7 +50,12 @@ def batch_norm(
     Raises:
         ValueError: one value per channel in training; eps <= 0 in training, or < 0; one running statistic without the
             other in training; input of fewer than two dimensions; an activation of another name.
-        RuntimeError: no running statistics in inference; a wrong size, dtype or device.
+        RuntimeError: no running statistics in inference; a wrong size, dtype or device; a residual that does not
+            broadcast.
+        TypeError: an argument that is no tensor.
+        NotImplementedError: input of another dtype; a nested, sparse or quantized tensor.
+
+    A call that raises leaves the running statistics as they were.
     """
     if has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual):
         result: Tensor = handle_torch_function(
@@ -69,6 +76,8 @@ def batch_norm(
     check_activation(activation)
     if momentum is None:
         raise TypeError("batch_norm(): argument 'momentum' must be float, not NoneType")
+    if not isinstance(input, Tensor):
+        name_the_cause(input=input)
     if input.dim() < 2:
         return with_epilogue(_without_channels(input, running_mean, running_var, weight, bias), residual, activation)
     if residual is None and activation is None:
@@ -106,9 +115,13 @@ def batch_norm_tracked(
         )
         return result
     _check_call(running_mean, running_var, training, eps)
-    return autograd.batch_norm(
-        input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps
-    )
+    try:
+        return autograd.batch_norm(
+            input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps
+        )
+    except UNNAMED:
+        name_the_cause(input=input, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
+        raise
 
 
 def fused_batch_norm_tracked(
@@ -141,18 +154,36 @@ def fused_batch_norm_tracked(
             activation,
         )
         return result
-    if residual is not None and not _fits(residual, input):
-        y = batch_norm_tracked(input, weight, bias, *buffers, training, momentum, eps)
-        return with_epilogue(y, residual, activation)
-    _check_call(running_mean, running_var, training, eps)
-    return autograd.fused_batch_norm(
-        input, weight, bias, *buffers, training, momentum, eps, residual, activation is not None
-    )
+    try:
+        if residual is not None and not _fits(residual, input):
+            check_residual(residual, input, activation)
+            y = batch_norm_tracked(input, weight, bias, *buffers, training, momentum, eps)
+            return with_epilogue(y, residual, activation)
+        _check_call(running_mean, running_var, training, eps)
+        return autograd.fused_batch_norm(
+            input, weight, bias, *buffers, training, momentum, eps, residual, activation is not None
+        )
+    except UNNAMED:
+        name_the_cause(
+            input=input,
+            weight=weight,
+            bias=bias,
+            running_mean=running_mean,
+            running_var=running_var,
+            residual=residual,
+        )
+        raise
 
 
 def _fits(residual: Tensor, input: Tensor) -> bool:
     """Whether the kernels can add it: anything else is torch's to add, or to refuse."""
     return residual.shape == input.shape and residual.dtype == input.dtype and residual.device == input.device
+
+
+def check_residual(residual: Tensor, input: Tensor, activation: str | None) -> None:
+    """Raises what torch's operations after the normalisation would, before the statistics change: on one element."""
+    torch.broadcast_tensors(input, residual)
+    with_epilogue(input.new_empty(1), residual.new_empty((1,) if residual.dim() else ()), activation)
 
 
 def with_epilogue(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
@@ -204,9 +235,13 @@ def sync_batch_norm_tracked(
             ranks,
         )
         return result
-    return autograd.sync_batch_norm(
-        input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, ranks
-    )
+    try:
+        return autograd.sync_batch_norm(
+            input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, ranks
+        )
+    except UNNAMED:
+        name_the_cause(input=input)
+        raise
 
 
 def _without_channels(input: Tensor, *vectors: Tensor | None) -> Tensor:
@@ -217,3 +252,53 @@ def _without_channels(input: Tensor, *vectors: Tensor | None) -> Tensor:
                 raise RuntimeError(f"{name} should contain 0 elements not {vector.numel()}")
         return input.clone()
     raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
+
+
+# Errors. The ops, pybind and the dispatcher do not name an argument of a kind that no kernel takes. The search for it
+# comes after the failure, so that calls that succeed do not pay for it.
+
+UNNAMED = (AttributeError, RuntimeError, TypeError)
+
+
+def name_the_cause(**arguments: Any) -> None:
+    """Raises an error that says which argument no kernel takes, what it is, and what to pass instead.
+
+    Returns where each is a dense tensor: the error of the call has another cause, and says which.
+
+    Raises:
+        TypeError: an argument is no tensor.
+        NotImplementedError: one is nested, sparse or quantized.
+    """
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            if reason := _reason_against(name, value):
+                raise NotImplementedError(
+                    f"batch_norm: expected {name} to be a dense tensor, but got {reason}"
+                ) from None
+        elif value is not None or name == "input":
+            cls = type(value)
+            kind = f"{cls.__module__}.{cls.__qualname__}".removeprefix("builtins.")
+            remedy = "pass a tensor"
+            if cls.__module__ == "numpy":
+                remedy = f"pass torch.from_numpy({name})"
+            elif cls in (list, tuple):
+                of_tensors = bool(value) and all(isinstance(each, Tensor) for each in value)
+                remedy = (
+                    f"pass torch.stack({name}) or torch.cat({name})" if of_tensors else f"pass torch.tensor({name})"
+                )
+            raise TypeError(f"batch_norm: expected {name} to be a torch.Tensor, but got {kind}: {remedy}") from None
+
+
+def _reason_against(name: str, tensor: Tensor) -> str:
+    """What a tensor is that no kernel takes, and what to pass instead; "" for a dense one."""
+    if tensor.is_nested:
+        jagged = tensor.layout == torch.jagged  # the values of the other layout have one dimension
+        parts = f"{name}.values(), with the channels in dimension 1" if jagged else f"the tensors of {name}.unbind()"
+        padded = "or pad it by torch.nested.to_padded_tensor (the padding counts in the statistics)"
+        return f"a nested one of layout {tensor.layout}: pass {parts}, {padded}"
+    if tensor.layout != torch.strided:
+        return f"one of layout {tensor.layout}: pass {name}.to_dense()"
+    if tensor.is_quantized:
+        tools = "Quantization knows torch.nn's layers alone: call bnkernels.revert(model) before it"
+        return f"a quantized one, {tensor.dtype}: pass {name}.dequantize(). {tools}"
+    return ""

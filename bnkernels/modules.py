@@ -3,7 +3,7 @@
 Subclasses of torch's: constructor, repr, parameters, buffers, state_dict and errors are theirs, isinstance holds, and
 convert() turns one into the other by its class alone. Only forward() differs:
 
-- It may end with an addition and an activation, in the same kernel: y = activation(batch_norm(input) + residual).
+- It takes a residual, which the same kernel adds: y = batch_norm(input) + residual. BatchNormAct2d has a ReLU as well.
 - num_batches_tracked is incremented, and momentum=None averages by it, on the device: the host never waits for it.
 - A call that raises leaves the buffers as they were (torch has counted the batch by then).
 
@@ -12,46 +12,27 @@ torch.fx, torch.jit.trace and the exporters record a module of this package as t
 
 from __future__ import annotations
 
-import inspect
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 from torch.fx import Proxy
-from torch.jit import is_tracing  # type: ignore[attr-defined]
+from torch.jit import is_scripting, is_tracing  # type: ignore[attr-defined]
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .functional import batch_norm_tracked, check_activation, fused_batch_norm_tracked, with_epilogue
+from .functional import batch_norm_tracked, fused_batch_norm_tracked, with_epilogue
 
 
-def constructor(torchs: type[nn.Module]) -> Any:
-    """__init__ of a class that is torch's and has an activation: torch's arguments, of whichever version it is."""
-    theirs = inspect.signature(torchs.__init__)
-
-    def __init__(self: ForwardMixin, *args: Any, activation: str | None = None, **kwargs: Any) -> None:
-        check_activation(activation)
-        torchs.__init__(self, *args, **kwargs)
-        if activation is not None:
-            self.activation = activation
-
-    own = inspect.Parameter("activation", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="str | None")
-    __init__.__signature__ = theirs.replace(parameters=[*theirs.parameters.values(), own])  # type: ignore[attr-defined]
-    return __init__
+def _has_hooks(module: nn.Module) -> bool:
+    forward = module._forward_pre_hooks or module._forward_hooks
+    return bool(forward or module._backward_pre_hooks or module._backward_hooks)
 
 
 class ForwardMixin(_BatchNorm):
     """The forward pass of the classes below."""
 
-    activation: str | None = None
-    """Of the result: None or "relu"."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "activation":
-            check_activation(value)
-        super().__setattr__(name, value)
-
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """activation(batch_norm(input) + residual); residual: see batch_norm()."""
-        return self._forward(input, residual, self.activation)
+        """batch_norm(input) + residual; residual: see batch_norm()."""
+        return self._forward(input, residual, None)
 
     def _forward(self, input: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
         if isinstance(input, Tensor):
@@ -100,19 +81,28 @@ class ForwardMixin(_BatchNorm):
             activation,
         )
 
-    def extra_repr(self) -> str:
-        text = super().extra_repr()
-        return text if self.activation is None else f"{text}, activation={self.activation!r}"
-
     def _is_leaf_for(self, tracer: Any) -> bool:
         """Whether a tracer of torch.fx is to record this module as one call, as it does torch's own.
 
         Tracers enter what is not of torch.nn, and would then record `training` as it is just now, and no layer. Hooks
         have been traced already when forward() is called and would run a second time within that call; with them, and
         as the root of the trace, the module is entered.
+
+        Quantization goes by exact classes. It would leave the layer in floating point, and its convolution unfolded.
         """
-        hooks = (self._forward_pre_hooks, self._forward_hooks, self._backward_pre_hooks, self._backward_hooks)
-        return self is not tracer.root and not any(hooks)
+        if any(cls.__module__.startswith("torch.ao.") for cls in type(tracer).__mro__):
+            raise RuntimeError(f"quantization does not know {self._reverts()}")
+        return self is not tracer.root and not _has_hooks(self)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Called by torch.jit.script, which cannot compile forward(), before it compiles anything."""
+        raise RuntimeError(
+            f"torch.jit.script cannot compile {self._reverts()}. torch.jit.trace takes the model as it is"
+        )
+
+    def _reverts(self) -> str:
+        name = type(self).__name__
+        return f"bnkernels.{name}: call bnkernels.revert(model) first, which makes its layers torch.nn's again"
 
     def _recorded(self, input: Proxy, residual: Any) -> Proxy:
         tracer: Any = input.tracer
@@ -121,7 +111,7 @@ class ForwardMixin(_BatchNorm):
 
     def _slow_forward(self, input: Tensor, residual: Tensor | None = None) -> Any:
         """Called in forward()'s place by torch.jit.trace and the older ONNX exporter: they record torch's operators."""
-        return with_epilogue(self._torchs_forward(input), residual, self.activation)
+        return with_epilogue(self._torchs_forward(input), residual, None)
 
     def _torchs_forward(self, input: Tensor) -> Tensor:
         return _BatchNorm.forward(self, input)
@@ -130,34 +120,25 @@ class ForwardMixin(_BatchNorm):
 class BatchNorm1d(ForwardMixin, nn.BatchNorm1d):
     """torch.nn.BatchNorm1d for (N, C) and (N, C, L) inputs, with bnkernels' kernels.
 
-    Arguments, attributes, state_dict and errors are torch.nn.BatchNorm1d's; and activation=None or "relu", by keyword.
-    Dtypes: see batch_norm().
+    Arguments, attributes, state_dict and errors are torch.nn.BatchNorm1d's. Dtypes: see batch_norm().
     Source: Ioffe & Szegedy 2015, Algorithms 1 and 2.
     """
-
-    __init__ = constructor(nn.BatchNorm1d)
 
 
 class BatchNorm2d(ForwardMixin, nn.BatchNorm2d):
     """torch.nn.BatchNorm2d for (N, C, H, W) inputs, contiguous or channels_last, with bnkernels' kernels.
 
-    Arguments, attributes, state_dict and errors are torch.nn.BatchNorm2d's; and activation=None or "relu", by keyword.
-    Dtypes: see batch_norm().
+    Arguments, attributes, state_dict and errors are torch.nn.BatchNorm2d's. Dtypes: see batch_norm().
     Source: Ioffe & Szegedy 2015, Algorithms 1 and 2.
     """
-
-    __init__ = constructor(nn.BatchNorm2d)
 
 
 class BatchNorm3d(ForwardMixin, nn.BatchNorm3d):
     """torch.nn.BatchNorm3d for (N, C, D, H, W) inputs, contiguous or channels_last_3d, with bnkernels' kernels.
 
-    Arguments, attributes, state_dict and errors are torch.nn.BatchNorm3d's; and activation=None or "relu", by keyword.
-    Dtypes: see batch_norm().
+    Arguments, attributes, state_dict and errors are torch.nn.BatchNorm3d's. Dtypes: see batch_norm().
     Source: Ioffe & Szegedy 2015, Algorithms 1 and 2.
     """
-
-    __init__ = constructor(nn.BatchNorm3d)
 
 
 class BatchNormAct2d(nn.Module):
@@ -193,19 +174,28 @@ class BatchNormAct2d(nn.Module):
         super().__init__()
         if act_layer not in (None, nn.ReLU) or drop_layer is not None:
             raise ValueError(f"act_layer must be nn.ReLU or None, and drop_layer None: got {act_layer}, {drop_layer}")
-        self.bn = BatchNorm2d(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        self.bn: Any = BatchNorm2d(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         self.act: nn.Module = nn.ReLU() if apply_act and act_layer is not None else nn.Identity()
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        bn: Any = self.bn
-        hooks = (module._forward_hooks or module._forward_pre_hooks for module in (bn, self.act))
-        more = bn._backward_hooks or bn._backward_pre_hooks or self.act._backward_hooks or self.act._backward_pre_hooks
-        if type(bn) is BatchNorm2d and type(self.act) in (nn.ReLU, nn.Identity) and not (any(hooks) or more):  # noqa: SIM102
-            if isinstance(x, Tensor) and not is_tracing():
-                return bn._forward(x, residual, "relu" if type(self.act) is nn.ReLU else bn.activation)
-        y = bn(x)
+        if not is_scripting():  # noqa: SIM102 (TorchScript leaves out such a block, and no part of a condition)
+            if self._is_fused(x):
+                layers: dict[str, Any] = self._modules
+                return layers["bn"]._forward(x, residual, "relu" if type(layers["act"]) is nn.ReLU else None)
+        y = self.bn(x)
         result: Tensor = self.act(y if residual is None else y + residual)
         return result
+
+    def _is_fused(self, x: Any) -> bool:
+        """Whether one kernel stands for both layers: they are those of this class, and nothing sees what is between."""
+        layers: dict[str, Any] = self._modules  # Module.__getattr__ would cost more than the rest
+        bn, act = layers["bn"], layers["act"]
+        if type(bn) is not BatchNorm2d or type(act) not in (nn.ReLU, nn.Identity):
+            return False
+        for module in (bn, act):
+            if "forward" in module.__dict__ or _has_hooks(module):
+                return False
+        return isinstance(x, Tensor) and not is_tracing()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
@@ -220,19 +210,16 @@ class BatchNormAct2d(nn.Module):
 class LazyBatchNorm1d(ForwardMixin, nn.LazyBatchNorm1d):
     """BatchNorm1d whose num_features is the first input's; becomes a bnkernels.BatchNorm1d with its first call."""
 
-    __init__ = constructor(nn.LazyBatchNorm1d)
     cls_to_become = BatchNorm1d
 
 
 class LazyBatchNorm2d(ForwardMixin, nn.LazyBatchNorm2d):
     """BatchNorm2d whose num_features is the first input's; becomes a bnkernels.BatchNorm2d with its first call."""
 
-    __init__ = constructor(nn.LazyBatchNorm2d)
     cls_to_become = BatchNorm2d
 
 
 class LazyBatchNorm3d(ForwardMixin, nn.LazyBatchNorm3d):
     """BatchNorm3d whose num_features is the first input's; becomes a bnkernels.BatchNorm3d with its first call."""
 
-    __init__ = constructor(nn.LazyBatchNorm3d)
     cls_to_become = BatchNorm3d

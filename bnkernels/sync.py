@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _LazyNormBase
 
-from .functional import sync_batch_norm_tracked, with_epilogue
-from .modules import ForwardMixin, constructor
+from .functional import check_residual, sync_batch_norm_tracked, with_epilogue
+from .modules import ForwardMixin
 from .ranks import Ranks
 
 
@@ -28,7 +28,7 @@ class SyncBatchNorm(ForwardMixin, nn.SyncBatchNorm):
     - N may differ between the ranks, and be 0. One value in all is no error, as nobody knows before the exchange: the
       running statistics then stay as they are.
     - It can be differentiated twice and more, and compiled (torch.compile, fullgraph=True).
-    - activation and residual are as BatchNorm2d's; between ranks they are torch's operations behind the last kernel.
+    - residual is as BatchNorm2d's; between ranks torch adds it after the last kernel.
 
     Raises:
         RuntimeError, or a kind of it: the backend's, with the layer named, where a rank does not take part until the
@@ -38,7 +38,6 @@ class SyncBatchNorm(ForwardMixin, nn.SyncBatchNorm):
     Source: Ioffe & Szegedy 2015, Algorithms 1 and 2; the join of statistics: Chan, Golub & LeVeque 1979.
     """
 
-    __init__ = constructor(nn.SyncBatchNorm)
     qualified_name = ""
     """The path in its model, for errors; set by the functions that convert models, "" where unknown."""
 
@@ -47,7 +46,8 @@ class SyncBatchNorm(ForwardMixin, nn.SyncBatchNorm):
             return self._recorded(input, residual)
         if isinstance(input, Tensor):  # a proxy has no dimensions yet
             self._check_input_dim(input)
-            self._check_non_zero_input_channels(input)
+            if not input.is_nested:  # which may have no such size, and is refused by the ops
+                self._check_non_zero_input_channels(input)
         if not (self.training and dist.is_available() and dist.is_initialized()):
             return super().forward(input, residual)
         group: Any = self.process_group if self.process_group is not None else dist.group.WORLD
@@ -61,11 +61,13 @@ class SyncBatchNorm(ForwardMixin, nn.SyncBatchNorm):
         momentum = self.momentum
         if momentum is None and num_batches_tracked is None:
             momentum = 0.0  # there is nothing to average by, and torch leaves the statistics as they are
+        if residual is not None:
+            check_residual(residual, input, None)
         ranks = Ranks(group, size, self._in_words())
         y = sync_batch_norm_tracked(
             input, self.weight, self.bias, running_mean, running_var, num_batches_tracked, momentum, self.eps, ranks
         )
-        return with_epilogue(y, residual, self.activation)
+        return with_epilogue(y, residual, None)
 
     def _torchs_forward(self, input: Tensor) -> Tensor:
         """torch's own, which refuses what cannot be recorded."""
@@ -95,15 +97,9 @@ class SyncBatchNorm(ForwardMixin, nn.SyncBatchNorm):
         """
         if isinstance(module, _LazyNormBase) and module.has_uninitialized_params():
             raise ValueError(f"{type(module).__name__} has no parameters yet: run the model once, then convert it")
-        activations = {
-            name: layer.activation for name, layer in module.named_modules() if isinstance(layer, ForwardMixin)
-        }
         converted: nn.Module = super().convert_sync_batchnorm(module, process_group)
         if type(converted) is nn.SyncBatchNorm:
             converted.__class__ = cls
-        for name, activation in activations.items():
-            if activation is not None:
-                setattr(converted.get_submodule(name), "activation", activation)  # noqa: B010 (of any module's type)
         name_layers(converted)
         return converted
 

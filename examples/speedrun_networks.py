@@ -20,32 +20,35 @@ MOMENTUM = 1 - (1 - GHOST_MOMENTUM) ** (BATCH // VIRTUAL)
 LOGIT_SCALE = 0.125
 
 
-class GhostBatchNorm2d(bnk.BatchNorm2d):
+class GhostBatchNorm2d(bnk.BatchNormAct2d):
     """BatchNorm2d over virtual batches, the last of which may be smaller; in evaluation BatchNorm2d itself.
+
+    With apply_act, a ReLU follows in the same kernel.
 
     The running statistics follow one virtual batch after the other: n of them with means m_1 .. m_n make of the
     running mean r, with momentum p, (1 - p)^n r + sum_i p (1 - p)^(n - i) m_i. So with the unbiased variances.
     """
 
-    def __init__(self, num_features: int, virtual_batch: int, activation: str | None = None) -> None:
-        super().__init__(num_features, momentum=GHOST_MOMENTUM, activation=activation)
+    def __init__(self, num_features: int, virtual_batch: int, apply_act: bool = False) -> None:
+        super().__init__(num_features, momentum=GHOST_MOMENTUM, apply_act=apply_act)
         self.virtual_batch = virtual_batch
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if not self.training:
-            return super().forward(input, residual)
-        inputs = input.split(self.virtual_batch)
+            return super().forward(x, residual)
+        inputs = x.split(self.virtual_batch)
         residuals = [None] * len(inputs) if residual is None else residual.split(self.virtual_batch)
         parts = zip(inputs, residuals)
         return torch.cat([super(GhostBatchNorm2d, self).forward(part, added) for part, added in parts])
 
 
-Norm = Callable[[int], nn.BatchNorm2d]
+Norm = Callable[[int], nn.Module]
 
 
 def convolution(norm: Norm, inputs: int, outputs: int) -> nn.Sequential:
     layer = norm(outputs)
-    relu = nn.Identity() if getattr(layer, "activation", None) else nn.ReLU()
+    has_relu = isinstance(layer, bnk.BatchNormAct2d) and isinstance(layer.act, nn.ReLU)
+    relu = nn.Identity() if has_relu else nn.ReLU()
     return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), layer, relu)
 
 
@@ -68,7 +71,7 @@ class Scaled(nn.Linear):
 TORCHS: Norm = partial(nn.BatchNorm2d, momentum=MOMENTUM)
 OURS_IN_SMALL_BATCHES: Norm = partial(bnk.BatchNorm2d, momentum=GHOST_MOMENTUM)
 GHOSTS: Norm = partial(GhostBatchNorm2d, virtual_batch=VIRTUAL)
-FUSED_GHOSTS: Norm = partial(GhostBatchNorm2d, virtual_batch=VIRTUAL, activation="relu")
+FUSED_GHOSTS: Norm = partial(GhostBatchNorm2d, virtual_batch=VIRTUAL, apply_act=True)
 
 
 def network(norm: Norm, width: int = 16) -> nn.Sequential:

@@ -158,8 +158,8 @@ from the tests, `python tests/compatibility.py > docs/compatibility.md`, and a t
   use the backend `aot_eager`, which traces and differentiates in the same way and generates no code.
 - **CUDA graphs**, and every other row with CUDA tensors, run on the host device (`tests/host_device`) where there is no
   GPU. On a GPU they have not run yet.
-- What needs a package that is not installed (torchvision, timm, transformers, onnx, onnxscript, onnxruntime) is
-  skipped, with the reason."""
+- What needs a package that is not installed (torchvision, timm, transformers, torchao, onnx, onnxscript, onnxruntime)
+  is skipped, with the reason."""
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import bnkernels as bnk
@@ -113,6 +114,15 @@ def test_what_is_put_in_the_place_of_a_layer_is_called(place: str, make: Callabl
         torch.testing.assert_close(model.norm(y, y + 1), plain.act(plain.norm(y) + y + 1))
 
 
+@pytest.mark.parametrize("place", ["bn", "act"])
+def test_a_forward_that_is_replaced_on_the_object_is_called(place: str) -> None:
+    """As libraries do that move weights about, or log, around a layer's forward."""
+    model, plain = pair()
+    for layer in (getattr(model.norm, place), plain.norm if place == "bn" else plain.act):
+        layer.forward = lambda input, forward=layer.forward: 2 * forward(input)
+    torch.testing.assert_close(model(x := images()), plain(x))
+
+
 @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
 def test_torch_jit_trace_records_torchs_operators(residual: bool) -> None:
     """So that the trace runs where this package is not, and on batches of other sizes."""
@@ -129,10 +139,20 @@ def test_torch_jit_trace_records_torchs_operators(residual: bool) -> None:
 def test_refused() -> None:
     with pytest.raises(ValueError, match=r"act_layer must be nn\.ReLU"):
         bnk.BatchNormAct2d(4, act_layer=nn.SiLU)
-    layer = bnk.BatchNorm2d(4)
-    with pytest.raises(ValueError, match="activation must be None or 'relu', but got 'gelu'"):
-        layer.activation = "gelu"
-    assert layer.activation is None
+    with pytest.raises(ValueError, match=r"drop_layer None: got .*ReLU.*, .*Dropout"):
+        bnk.BatchNormAct2d(4, drop_layer=nn.Dropout)
+
+
+BATCH_NORMS = [bnk.BatchNorm1d, bnk.BatchNorm2d, bnk.BatchNorm3d, bnk.SyncBatchNorm, bnk.LazyBatchNorm2d]
+
+
+@pytest.mark.parametrize("cls", BATCH_NORMS, ids=lambda cls: cls.__name__)
+def test_what_is_a_batch_norm_to_tools_has_no_activation(cls: Any) -> None:
+    """Their isinstance(..., _BatchNorm) and what they copy from it hold the whole layer."""
+    arguments = () if "Lazy" in cls.__name__ else (4,)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'activation'"):
+        cls(*arguments, activation="relu")
+    assert issubclass(cls, _BatchNorm) and not issubclass(bnk.BatchNormAct2d, _BatchNorm)
 
 
 def timms() -> None:
@@ -164,6 +184,13 @@ def timm_freeze(model: nn.Module) -> nn.Module:
     return freeze_batch_norm_2d(model)
 
 
+def timm_split(model: nn.Module) -> nn.Module:
+    timms()
+    from timm.layers import convert_splitbn_model
+
+    return convert_splitbn_model(model)
+
+
 def folded(model: nn.Module) -> nn.Module:
     norm = model.norm
     if isinstance(norm, bnk.BatchNormAct2d):
@@ -173,11 +200,16 @@ def folded(model: nn.Module) -> nn.Module:
     return model
 
 
-TOOLS: list[Callable[[nn.Module], nn.Module]] = [sync, timm_sync, timm_freeze, folded, bnk.revert, bnk.convert]
+def ours_sync(model: nn.Module) -> nn.Module:
+    return bnk.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+TORCHS: list[Callable[[nn.Module], nn.Module]] = [sync, ours_sync, folded, bnk.revert, bnk.convert]
+TIMMS: list[Callable[[nn.Module], nn.Module]] = [timm_sync, timm_split, timm_freeze]
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
-@pytest.mark.parametrize("tool", TOOLS, ids=lambda tool: tool.__name__)
+@pytest.mark.parametrize("tool", TORCHS + TIMMS, ids=lambda tool: tool.__name__)
 def test_tools(tool: Callable[[nn.Module], nn.Module], fused: bool) -> None:
     """The tool's result is that of torch's layers; and fuse()'s, which the tool then changes, is too."""
     torch.compiler.reset()

@@ -189,6 +189,17 @@ def test_own_subclasses_survive() -> None:
     assert type(model[0]) is Mine and [skip.module for skip in report.skipped] == [Mine]
 
 
+@pytest.mark.parametrize("foreign", ["relu", nn.ReLU()], ids=["a name", "a module"])
+def test_attributes_of_somebody_else_mean_nothing(foreign: object) -> None:
+    """Whatever their names."""
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    model[0].activation = foreign
+    expected = copy.deepcopy(model)
+    bnk.convert(model)
+    assert type(model[0]) is bnk.BatchNorm2d and repr(model[0].activation) == repr(foreign)
+    torch.testing.assert_close(model(x := torch.randn(4, 3, 2, 2)), expected(x))
+
+
 def test_shared_modules_are_converted_once() -> None:
     shared = nn.BatchNorm2d(3)
     model = nn.ModuleDict({"a": nn.Sequential(shared), "b": nn.Sequential(nn.ReLU(), shared)})

@@ -82,8 +82,8 @@ class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 3, padding=1)
-        self.inner = bnk.BatchNorm2d(8, momentum=None, activation="relu")
-        self.outer = bnk.BatchNorm2d(3, activation="relu")
+        self.inner = bnk.BatchNormAct2d(8, momentum=None)
+        self.outer = bnk.BatchNormAct2d(3)
         self.head = nn.Linear(3, 5)
 
     def forward(self, x: Tensor) -> Tensor:

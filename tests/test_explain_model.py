@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import bnkernels as bnk
+from bnkernels.modules import ForwardMixin
 
 
 class Residual(nn.Module):
@@ -102,26 +105,137 @@ def test_what_is_fused_counts() -> None:
     """The additions and the ReLUs that layers are given; their bytes are in the sums."""
 
     class Block(nn.Module):
-        def __init__(self, activation: str | None) -> None:
+        def __init__(self, relu: bool) -> None:
             super().__init__()
             self.conv = nn.Conv2d(8, 8, 1)
-            self.first = bnk.BatchNorm2d(8, activation=activation)
-            self.second = bnk.BatchNorm2d(8, activation=activation)
-            self.adds = activation is not None
+            self.first, self.second = (bnk.BatchNormAct2d(8, apply_act=relu) for _ in range(2))
+            self.adds = relu
 
         def forward(self, x: Tensor) -> Tensor:
             y = self.first(self.conv(x))
             return self.second(y, x) if self.adds else self.second(y) + x  # type: ignore[no-any-return]
 
-    plain = bnk.explain_model(Block(None), (4, 8, 6, 6), device="h200")
-    fused = bnk.explain_model(Block("relu"), (4, 8, 6, 6), device="h200")
+    plain = bnk.explain_model(Block(False), (4, 8, 6, 6), device="h200")
+    fused = bnk.explain_model(Block(True), (4, 8, 6, 6), device="h200")
     first, second = (layer.explanation for layer in fused.layers)
     shape = (4, 8, 6, 6)
     assert first == bnk.explain(shape, device="h200", activation="relu")
     assert second == bnk.explain(shape, device="h200", residual=True, activation="relu")
     more = fused.as_json()["predicted_bytes"] - plain.as_json()["predicted_bytes"]
     assert more == 4 * first.subject.bytes  # the residual; and threshold_backward's three
-    assert "second + an addition + ReLU" in str(fused) and "first + ReLU" in str(fused)
+    assert "second.bn + an addition + ReLU" in str(fused) and "first.bn + ReLU" in str(fused)
+
+
+class Doubled(nn.BatchNorm2d):
+    """A subclass, whose forward is its own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+class OursInHalves(bnk.BatchNorm2d):
+    """A subclass of this package's, which calls the kernels twice."""
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        return torch.cat([super(OursInHalves, self).forward(half) for half in input.chunk(2)])
+
+
+def shared() -> nn.Module:
+    norm = nn.BatchNorm2d(4)
+    return nn.Sequential(norm, nn.Sequential(nn.ReLU(), norm), nn.BatchNorm2d(4))
+
+
+def lazy(norm: type[nn.Module]) -> nn.Module:
+    model = nn.Sequential(norm(), nn.ReLU())
+    model(torch.randn(SHAPE))
+    return model
+
+
+def changed(norm: nn.Module, change: Callable[[nn.Module], object]) -> nn.Module:
+    change(norm)
+    return nn.Sequential(norm, nn.BatchNorm2d(4))
+
+
+def with_bn(bn: nn.Module) -> nn.Module:
+    layer = bnk.BatchNormAct2d(4)
+    layer.bn = bn
+    return nn.Sequential(layer)
+
+
+def double_weight(norm: nn.Module) -> None:
+    parametrize.register_parametrization(norm, "weight", nn.Softplus())
+
+
+def replace_forward(norm: Any) -> None:
+    norm.forward = norm.forward
+
+
+SHAPE = (4, 4, 5, 5)
+FAMILY: dict[str, Callable[[], nn.Module]] = {
+    "torch's": lambda: nn.BatchNorm2d(4),
+    "ours": lambda: bnk.BatchNorm2d(4),
+    "nested": lambda: nn.Sequential(nn.Sequential(nn.Sequential(nn.BatchNorm2d(4))), bnk.BatchNorm2d(4)),
+    "shared": shared,
+    "eval": lambda: nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4)).eval(),
+    "cumulative": lambda: nn.BatchNorm2d(4, momentum=None),
+    "no parameters, no statistics": lambda: nn.BatchNorm2d(4, affine=False, track_running_stats=False),
+    "subclass": lambda: nn.Sequential(Doubled(4), nn.BatchNorm2d(4)),
+    "subclasses alone": lambda: nn.Sequential(Doubled(4), Doubled(4)),
+    "subclass of ours": lambda: OursInHalves(4),
+    "synchronised": lambda: nn.Sequential(nn.SyncBatchNorm(4), nn.BatchNorm2d(4)).eval(),
+    "synchronised, ours": lambda: nn.Sequential(bnk.SyncBatchNorm(4), nn.BatchNorm2d(4)),
+    "lazy": lambda: lazy(nn.LazyBatchNorm2d),
+    "lazy, ours": lambda: lazy(bnk.LazyBatchNorm2d),
+    "other norms": lambda: nn.Sequential(
+        nn.InstanceNorm2d(4, track_running_stats=True), nn.GroupNorm(2, 4), nn.BatchNorm2d(4)
+    ),
+    "no BatchNorm": lambda: nn.Sequential(nn.InstanceNorm2d(4, affine=True)),
+    "BatchNormAct2d": lambda: nn.Sequential(bnk.BatchNormAct2d(4), bnk.BatchNormAct2d(4, apply_act=False)),
+    "BatchNormAct2d, reverted": lambda: bnk.revert(nn.Sequential(bnk.BatchNormAct2d(4), nn.ReLU())),
+    "BatchNormAct2d of a subclass": lambda: with_bn(Doubled(4)),
+    "BatchNormAct2d, synchronised": lambda: with_bn(bnk.SyncBatchNorm(4)),
+    "hook": lambda: changed(nn.BatchNorm2d(4), lambda m: m.register_forward_hook(lambda m, x, y: 2 * y)),
+    "hook, ours": lambda: changed(bnk.BatchNorm2d(4), lambda m: m.register_forward_pre_hook(lambda m, x: None)),
+    "hook within BatchNormAct2d": lambda: changed(
+        bnk.BatchNormAct2d(4), lambda m: m.bn.register_forward_hook(lambda m, x, y: None)
+    ),
+    "parametrization": lambda: changed(nn.BatchNorm2d(4), double_weight),
+    "parametrization, ours": lambda: changed(bnk.BatchNorm2d(4), double_weight),
+    "forward replaced": lambda: changed(nn.BatchNorm2d(4), replace_forward),
+}
+
+
+@pytest.mark.filterwarnings("ignore:convert.* changed no BatchNorm")
+@pytest.mark.parametrize("make", FAMILY.values(), ids=FAMILY)
+def test_agrees_with_convert(make: Callable[[], nn.Module]) -> None:
+    """It explains the layers that convert() makes this package's or that are already, as it does once they are."""
+    model = make()
+    converted = bnk.convert(copy.deepcopy(model))
+    ours = {
+        name
+        for name, module in converted.named_modules()
+        if isinstance(module, ForwardMixin) and not isinstance(module, nn.SyncBatchNorm)
+    }
+    if not ours:
+        with pytest.raises(ValueError, match=r"called none that convert\(\)"):
+            bnk.explain_model(model, SHAPE, device="h200")
+        return
+    explanation = bnk.explain_model(model, SHAPE, device="h200")
+    assert {layer.name for layer in explanation.layers} == ours
+    assert explanation == bnk.explain_model(converted, SHAPE, device="h200")
+
+
+def test_counts_each_call_of_a_subclass_and_what_follows_it() -> None:
+    """As the kernels see them: with their own sizes, and with the ReLU that a BatchNormAct2d adds in them alone."""
+    halves = bnk.explain_model(OursInHalves(4), SHAPE, device="h200").layers
+    assert [layer.explanation for layer in halves] == [bnk.explain((2, *SHAPE[1:]), device="h200")] * 2
+    watched = bnk.BatchNormAct2d(4)
+    watched.bn.register_forward_hook(lambda m, x, y: None)
+    (fused,), (plain,) = (
+        bnk.explain_model(each, SHAPE, device="h200").layers for each in (bnk.BatchNormAct2d(4), watched)
+    )
+    assert fused.explanation == bnk.explain(SHAPE, device="h200", activation="relu")
+    assert plain.explanation == bnk.explain(SHAPE, device="h200")
 
 
 def test_sync_batch_norm_is_left_out() -> None:

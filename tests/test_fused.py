@@ -16,7 +16,7 @@ import pytest
 import torch
 from compatibility import cells, row
 from derivatives import assert_gradients_have_tangents
-from hardware import DRIVER, INDUCTOR
+from hardware import DRIVER, INDUCTOR, PYTHON
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import gradcheck, gradgradcheck
@@ -32,10 +32,12 @@ each_fusion = pytest.mark.parametrize(
 trainings = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 
 
-def layer(activation: str | None, device: str, dtype: torch.dtype = torch.float64, **options: Any) -> bnk.BatchNorm2d:
-    made = bnk.BatchNorm2d(SHAPE[1], activation=activation, device=device, dtype=dtype, **options)
+def layer(
+    activation: str | None, device: str, dtype: torch.dtype = torch.float64, **options: Any
+) -> bnk.BatchNormAct2d:
+    made = bnk.BatchNormAct2d(SHAPE[1], apply_act=activation is not None, device=device, dtype=dtype, **options)
     with torch.no_grad():
-        for tensor in (made.weight, made.bias, made.running_mean):
+        for tensor in (made.bn.weight, made.bn.bias, made.bn.running_mean):
             if tensor is not None:
                 tensor.normal_()  # weights of both signs
     return made
@@ -45,18 +47,19 @@ def images(device: str, dtype: torch.dtype = torch.float64, shape: tuple[int, ..
     return torch.randn(shape, device=device, dtype=dtype).requires_grad_()
 
 
-def by_torch(fused: bnk.BatchNorm2d) -> Callable[..., Tensor]:
+def by_torch(fused: bnk.BatchNormAct2d) -> Callable[..., Tensor]:
     """The same layer as torch's own parts, with parameters and buffers of its own."""
+    bn = fused.bn
     plain = nn.BatchNorm2d(
-        fused.num_features, eps=fused.eps, momentum=fused.momentum, device=fused.weight.device, dtype=fused.weight.dtype
+        bn.num_features, eps=bn.eps, momentum=bn.momentum, device=bn.weight.device, dtype=bn.weight.dtype
     )
-    plain.load_state_dict(fused.state_dict())
+    plain.load_state_dict(bn.state_dict())
     plain.train(fused.training)
 
     def call(x: Tensor, residual: Tensor | None = None) -> Tensor:
         y = plain(x)
         y = y if residual is None else y + residual
-        return torch.relu(y) if fused.activation else y
+        return torch.relu(y) if isinstance(fused.act, nn.ReLU) else y
 
     call.module = plain  # type: ignore[attr-defined]
     return call
@@ -86,9 +89,10 @@ def test_is_the_parts(activation: str | None, adds: bool, training: bool, layout
     torch.testing.assert_close(
         gradients(ours, *inputs, *fused.parameters()), gradients(theirs, *inputs, *module.parameters())
     )
-    torch.testing.assert_close(dict(fused.state_dict()), dict(module.state_dict()))
+    torch.testing.assert_close(dict(fused.bn.state_dict()), dict(module.state_dict()))
 
 
+@PYTHON
 @each_fusion
 @trainings
 def test_gradcheck_to_the_second_order(activation: str | None, adds: bool, training: bool, device: str) -> None:
@@ -97,10 +101,10 @@ def test_gradcheck_to_the_second_order(activation: str | None, adds: bool, train
 
     def function(x: Tensor, weight: Tensor, bias: Tensor, *residual: Tensor) -> Tensor:
         more = residual[0] if residual else None
-        mean, var = (None, None) if training else (fused.running_mean, fused.running_var)
+        mean, var = (None, None) if training else (fused.bn.running_mean, fused.bn.running_var)
         return bnk.batch_norm(x, mean, var, weight, bias, training, residual=more, activation=activation)
 
-    inputs = [images(device), fused.weight, fused.bias, *([images(device)] if adds else [])]
+    inputs = [images(device), fused.bn.weight, fused.bn.bias, *([images(device)] if adds else [])]
     assert gradcheck(function, inputs, check_forward_ad=True)
     assert gradgradcheck(function, inputs, check_fwd_over_rev=True)
     # gradgradcheck holds the differentiable backward to its own derivatives alone: its values are the kernels'.
@@ -187,8 +191,6 @@ def test_other_residuals_are_torchs_to_add(change: Callable[[Tensor], Tensor], d
 
 def test_an_activation_of_another_name() -> None:
     with pytest.raises(ValueError, match="activation must be None or 'relu', but got 'gelu'"):
-        bnk.BatchNorm2d(3, activation="gelu")
-    with pytest.raises(ValueError, match="but got 'gelu'"):
         bnk.batch_norm(torch.randn(4, 3), None, None, training=True, activation="gelu")
 
 
@@ -216,7 +218,7 @@ def test_what_is_kept_for_the_backward(device: str) -> None:
     kept: list[Tensor] = []
     with saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         y = fused(x)
-    assert sum(tensor.numel() for tensor in kept) == x.numel() + fused.weight.numel() + 4 * fused.num_features
+    assert sum(tensor.numel() for tensor in kept) == x.numel() + fused.bn.weight.numel() + 4 * SHAPE[1]
     expected = gradients(by_torch(fused)(x), x)
     with torch.no_grad():
         y.zero_()
@@ -232,7 +234,7 @@ def test_no_gradient_is_asked_for(activation: str | None, adds: bool, device: st
     with torch.no_grad():
         y = fused(x, residual)
     assert testing.same_bits(y, expected.detach()) and not y.requires_grad
-    everything = [x, fused.weight, fused.bias, *([residual] if residual is not None else [])]
+    everything = [x, fused.bn.weight, fused.bn.bias, *([residual] if residual is not None else [])]
     every = gradients(fused(x, residual), *everything)
     for chosen in itertools.product([False, True], repeat=len(everything)):
         if not any(chosen):
@@ -287,9 +289,9 @@ class Block(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first = bnk.BatchNorm2d(SHAPE[1], activation="relu")
+        self.first = bnk.BatchNormAct2d(SHAPE[1])
         self.second = bnk.BatchNorm2d(SHAPE[1])
-        self.third = bnk.BatchNorm2d(SHAPE[1], activation="relu", momentum=None)
+        self.third = bnk.BatchNormAct2d(SHAPE[1], momentum=None)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.first(x)
@@ -352,7 +354,7 @@ def test_empty_batches(device: str) -> None:
     """No images: an empty result, zero gradients, and the batch counts."""
     fused, x = layer("relu", device), images(device, shape=(0, 3, 5, 2))
     y = fused(x)
-    assert y.shape == x.shape and fused.num_batches_tracked == 1
+    assert y.shape == x.shape and fused.bn.num_batches_tracked == 1
     for grad in gradients(y, x, *fused.parameters()):
         assert (grad == 0).all()
 
@@ -360,52 +362,13 @@ def test_empty_batches(device: str) -> None:
 # Modules
 
 
-def test_of_a_module(device: str) -> None:
-    """repr, copies and pickles know the activation; the state_dict is torch's."""
-    fused = layer("relu", device)
-    assert repr(fused).endswith("activation='relu')") and "activation" not in repr(bnk.BatchNorm2d(3))
-    assert list(fused.state_dict()) == list(nn.BatchNorm2d(3).state_dict())
-    assert copy.deepcopy(fused).activation == "relu"
-    for made in (bnk.BatchNorm1d(3, activation="relu"), bnk.LazyBatchNorm2d(activation="relu")):
-        shape = (4, 3) if isinstance(made, nn.BatchNorm1d) else SHAPE
-        assert (made.to(device)(torch.randn(shape, device=device)) >= 0).all()
-        assert made.activation == "relu"
-
-
-def test_revert_leaves_what_torch_has_not(device: str) -> None:
-    model = nn.Sequential(layer("relu", device), layer(None, device))
-    report = bnk.ConversionReport()
-    bnk.revert(model, report=report)
-    assert type(model[0]) is bnk.BatchNorm2d and type(model[1]) is nn.BatchNorm2d
-    assert [skip.reason for skip in report.skipped] == ["it has an activation, which torch's BatchNorm has not"]
-
-
-@pytest.mark.parametrize("foreign", ["relu", nn.ReLU()], ids=["a name", "a module"])
-def test_an_activation_of_somebody_else(foreign: object) -> None:
-    """A BatchNorm of torch with an attribute of that name is left: its class changed, it would be taken for ours."""
-    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU())
-    model[1].activation = foreign
-    converted = bnk.ConversionReport()
-    with pytest.warns(UserWarning):
-        bnk.convert(model, report=converted)
-    assert [skip.reason for skip in converted.skipped] == ["it has an attribute activation that is not bnkernels'"]
-    assert type(model[1]) is nn.BatchNorm2d
-
-
-def test_sync_batch_norm_keeps_the_activation(device: str) -> None:
-    model = bnk.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(layer("relu", device), layer(None, device)))
-    assert [module.activation for module in model] == ["relu", None]
-    x = images(device)
-    torch.testing.assert_close(model[0](x), by_torch(model[0])(x))
-
-
 @DRIVER
-def test_is_one_call_to_a_tracer(device: str) -> None:
-    """torch.fx records module and residual; torch.jit.trace records torch's own operators."""
+def test_tracers(device: str) -> None:
+    """torch.fx records module and residual, and the layers of BatchNormAct2d; torch.jit.trace torch's own operators."""
     model = Block().to(device).eval()
     graph = torch.fx.symbolic_trace(model)
     calls = [(node.target, len(node.args)) for node in graph.graph.nodes if node.op == "call_module"]
-    assert calls == [("first", 1), ("second", 2), ("third", 2)]
+    assert calls == [("first.bn", 1), ("first.act", 1), ("second", 2), ("third.bn", 1), ("third.act", 1)]
     x = torch.randn(SHAPE, device=device)
     torch.testing.assert_close(graph(x), model(x))
     traced = torch.jit.trace(model, (x,))
@@ -415,7 +378,7 @@ def test_is_one_call_to_a_tracer(device: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_autocast(dtype: torch.dtype, device: str) -> None:
     """16-bit images and parameters of float32: the kernels' own; a residual of float32 beside them: torch's sum."""
-    model = nn.Sequential(nn.Conv2d(3, 3, 1), bnk.BatchNorm2d(3, activation="relu")).to(device)
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), bnk.BatchNormAct2d(3)).to(device)
     x = torch.randn(SHAPE, device=device)
     with torch.autocast(device, dtype):
         y = model(x)

@@ -42,13 +42,13 @@ def test_one_launch_each_way(shape: str, layout: str, dtype: str) -> None:
 
 @on_it
 @pytest.mark.parametrize("momentum", [0.1, None])
-@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("adds", [False, True])
-def test_one_launch_of_a_module(momentum: float | None, activation: str | None, adds: bool) -> None:
+def test_one_launch_of_a_module(momentum: float | None, relu: bool, adds: bool) -> None:
     """The counter and the running statistics move in it; so do an addition and a ReLU. Inference is one launch too."""
     x = torch.randn(8, 4, 7, 7, device="cuda")
     args = (x, torch.randn_like(x)) if adds else (x,)
-    layer = bnk.BatchNorm2d(4, momentum=momentum, activation=activation).cuda()
+    layer = bnk.BatchNormAct2d(4, momentum=momentum, apply_act=relu).cuda()
     layer(*args)
     assert launches(layer, *args) == ["resident_forward_kernel"]
     layer.eval()
@@ -57,7 +57,7 @@ def test_one_launch_of_a_module(momentum: float | None, activation: str | None, 
 
 @on_it
 def test_one_launch_behind_a_relu() -> None:
-    layer = bnk.BatchNorm2d(4, activation="relu").cuda()
+    layer = bnk.BatchNormAct2d(4).cuda()
     x = torch.randn(8, 4, 7, 7, device="cuda", requires_grad=True)
     leaves = [x, *layer.parameters()]
     torch.autograd.grad(layer(x), leaves, torch.ones_like(x))

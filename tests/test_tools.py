@@ -11,9 +11,11 @@ import pytest
 import torch
 from compatibility import Cell, cells, row
 from torch import Tensor, nn
+from torch.fx.experimental import optimization
 from torch.nn.utils import fusion, parametrize, prune
 from torch.optim import swa_utils
 from torch.profiler import ProfilerActivity, profile
+from torch.utils import mkldnn
 from torch.utils.flop_counter import FlopCounterMode
 
 import bnkernels as bnk
@@ -117,6 +119,46 @@ def test_jit_trace(cell: Cell) -> None:
 
 
 # Tools that change a model
+
+
+@row(
+    CHANGE,
+    "fx.experimental.optimization.fuse",
+    cells(training=(False,), compiled=(False,)),
+    "computes the same; convolutions are folded in a reverted model alone.",
+)
+@pytest.mark.parametrize(
+    "make", [nn.BatchNorm2d, bnk.BatchNorm2d, bnk.BatchNormAct2d], ids=lambda make: make.__module__
+)
+def test_fx_fuse(cell: Cell, make: Callable[[int], nn.Module]) -> None:
+    """It knows exact classes: of any other it says nothing, and keeps the layer."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), make(4))
+    model(torch.rand(4, 3, 6, 6))
+    cell.prepared(model)
+    x = x_for(cell)
+    for each, kept in ((model, make is not nn.BatchNorm2d), (bnk.revert(copy.deepcopy(model)), False)):
+        fused = optimization.fuse(each)
+        assert any(isinstance(module, nn.BatchNorm2d) for module in fused.modules()) == kept
+        torch.testing.assert_close(fused(x), model(x))
+
+
+@row(CHANGE, "utils.mkldnn.to_mkldnn", cells(training=(False,), compiled=(False,)))
+@pytest.mark.parametrize("act", [False, True], ids=["", "BatchNormAct2d"])
+def test_to_mkldnn(cell: Cell, act: bool) -> None:
+    """Its BatchNorm takes the place of ours."""
+    ours, theirs = pair()
+    if act:
+        made = bnk.BatchNormAct2d(4)
+        made.load_state_dict(theirs[1].state_dict())  # type: ignore[index]
+        ours, theirs = nn.Sequential(ours[0], made), theirs[:3]  # type: ignore[index]
+    x = x_for(cell)
+    results = []
+    for model in (ours, theirs):
+        converted = mkldnn.to_mkldnn(copy.deepcopy(cell.prepared(model)))
+        assert not any(isinstance(module, nn.BatchNorm2d) for module in converted.modules())
+        results.append(converted(x.to_mkldnn()).to_dense())
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    torch.testing.assert_close(results[0], theirs(x))
 
 
 @row(CHANGE, "optim.swa_utils.update_bn", cells(training=(True,)))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from operator import index
 from typing import Any
 
@@ -15,6 +14,8 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
+from ..convert import OURS, reason_to_leave
+from ..modules import ForwardMixin
 from . import words
 from .devices import Device
 from .explanation import Explanation, device_of, device_text, explain_subject
@@ -122,6 +123,9 @@ def _inputs(given: Tensor | Sequence[int] | Sequence[Tensor], model: nn.Module) 
     return [torch.empty(shape, dtype=next(floating, torch.float32))]
 
 
+Forward = Callable[[Tensor, Tensor | None, str | None], Tensor]
+
+
 @dataclass(frozen=True)
 class _Call:
     """Of a BatchNorm layer. input has no data."""
@@ -131,15 +135,19 @@ class _Call:
     epilogue: Epilogue
 
 
+def _recorded(forward: Forward, name: str, calls: list[_Call]) -> Forward:
+    """ForwardMixin._forward of a layer, which all ways to its kernels take, that notes each call."""
+
+    def forward_and_note(input: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+        calls.append(_Call(name, input, Epilogue(residual is not None, activation is not None)))
+        return forward(input, residual, activation)
+
+    return forward_and_note
+
+
 def _batch_norm_calls(model: nn.Module, given: Tensor | Sequence[int] | Sequence[Tensor]) -> list[_Call]:
-    """Each call of a BatchNorm, in order."""
-    seen: list[_Call] = []
-
-    def record(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = dict(zip(("input", "residual"), args)) | kwargs
-        relu = getattr(module, "activation", None) is not None
-        seen.append(_Call(name, given["input"], Epilogue(given.get("residual") is not None, relu)))
-
+    """Each call of a BatchNorm of this package in the converted model, in order."""
+    calls: list[_Call] = []
     with FakeTensorMode(), torch.no_grad():
         inputs = _inputs(given, model)
         try:
@@ -147,8 +155,11 @@ def _batch_norm_calls(model: nn.Module, given: Tensor | Sequence[int] | Sequence
             for name, module in twin.named_modules():
                 if isinstance(module, nn.SyncBatchNorm):
                     module.eval()  # it would exchange statistics that are not there
-                elif isinstance(module, _BatchNorm):
-                    module.register_forward_pre_hook(partial(record, name), with_kwargs=True)
+                    continue
+                if isinstance(module, _BatchNorm) and not reason_to_leave(module):
+                    module.__class__ = OURS[type(module)]  # type: ignore[assignment]
+                if isinstance(module, ForwardMixin):
+                    module.__dict__["_forward"] = _recorded(module._forward, name, calls)
             twin(*inputs)
         except Exception as error:
             shapes = [tuple(x.shape) for x in inputs]
@@ -156,7 +167,7 @@ def _batch_norm_calls(model: nn.Module, given: Tensor | Sequence[int] | Sequence
                 f"{type(model).__name__} cannot run without data on inputs of {shapes}: {error}\n"
                 "A forward pass that looks at values cannot be explained as a whole: explain() takes single shapes"
             ) from error
-    return seen
+    return calls
 
 
 def explain_model(
@@ -170,8 +181,9 @@ def explain_model(
 
     The inputs are found by running a copy of the model on fake tensors, which have no data, in the mode that the model
     is in. Nothing is computed, no memory is taken, and the model does not change: statistics, counters, mode, hooks.
-    A forward pass that looks at values cannot be explained so. torch.nn's layers are explained as if they were
-    converted; SyncBatchNorm is left out: ranks exchange between its passes, which nothing stays on chip for.
+    A forward pass that looks at values cannot be explained so. The layers are those that run on this package's kernels
+    after convert(model): what convert() leaves is left out, for the reasons that its report says. So is SyncBatchNorm:
+    ranks exchange between its passes, which nothing stays on chip for.
 
     Args:
         model: any module, with torch.nn's BatchNorm layers or this package's.
@@ -182,7 +194,7 @@ def explain_model(
         device: as explain()'s.
 
     Raises:
-        ValueError: the model called no BatchNorm layer, or has lazy ones that saw no input yet; else as explain().
+        ValueError: the model called no such layer, or has lazy ones that saw no input yet; else as explain().
         RuntimeError: the model cannot run without data, or not on this input.
     """
     if not isinstance(model, nn.Module):
@@ -191,13 +203,16 @@ def explain_model(
         raise ValueError("expected a model whose lazy layers know their sizes: run it once, then explain it")
     first = input_or_shape if isinstance(input_or_shape, Tensor) else None
     found, assumed = device_of(device, first)
-    seen = _batch_norm_calls(model, input_or_shape)
-    if not seen:
-        raise ValueError(f"expected a model with BatchNorm layers, but {type(model).__name__} called none")
+    calls = _batch_norm_calls(model, input_or_shape)
+    if not calls:
+        raise ValueError(
+            f"expected a model with BatchNorm layers, but {type(model).__name__} called none that convert() makes "
+            "bnkernels' own, or that is already"
+        )
     layers = tuple(
         LayerExplanation(
             call.name, explain_subject(subject_of(call.input, dtype, None), found, assumed, True, call.epilogue)
         )
-        for call in seen
+        for call in calls
     )
     return ModelExplanation(layers, found, assumed)

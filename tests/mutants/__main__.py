@@ -1,7 +1,7 @@
 """python -m mutants [--area AREA] [-k WORDS] [-j JOBS] [--out DIR] [--resume] [--list]: see mutants/__init__.py.
 
-Prints a line for each mutant, and writes a Markdown table to DIR/mutants.md and the outcomes to DIR/outcomes.jsonl. Exit
-code 0: at least 95% are killed and each survivor is explained; 1: not so; 2: a mutant could not be tested.
+Prints a line for each mutant, and writes a Markdown table to DIR/mutants.md and the outcomes to DIR/outcomes.jsonl.
+Exit code 0: at least 95% are killed and each survivor is explained; 1: not so; 2: a mutant could not be tested.
 """
 
 from __future__ import annotations

@@ -322,8 +322,8 @@ MUTANTS: list[Mutant] = [
     mutant(
         "explain_model: the residual of a call is not seen",
         "explain/model.py",
-        'Epilogue(given.get("residual") is not None, relu)',
-        "Epilogue(False, relu)",
+        "Epilogue(residual is not None, activation is not None)",
+        "Epilogue(False, activation is not None)",
         EXPLAIN,
     ),
 ]

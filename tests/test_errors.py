@@ -1,0 +1,242 @@
+"""Calls that raise: what they say of arguments that no kernel takes, and that they change nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+import bnkernels as bnk
+from bnkernels import ops, testing
+
+SHAPE = (4, 3, 5, 2)
+Arguments = dict[str, Any]
+
+
+def images() -> Tensor:
+    return torch.randn(SHAPE)
+
+
+# Ways to the kernels: each is called with all arguments of a call in training
+
+
+def by_function(num_batches_tracked: object, **given: Any) -> Tensor:
+    return bnk.batch_norm(**given, training=True)
+
+
+def with_a_relu(activation: str | None, **given: Any) -> Tensor:
+    return by_function(**given, activation=activation or "relu")
+
+
+def without_gradients(**given: Any) -> Tensor:
+    with torch.no_grad():
+        return by_function(**given)
+
+
+def in_forward_mode(**given: Any) -> Tensor:
+    with forward_ad.dual_level():
+        return by_function(**given)
+
+
+def by(make: Callable[[], nn.Module]) -> Callable[..., Any]:
+    """A layer with other tensors in the place of its parameters and buffers."""
+
+    def call(input: Any, residual: Any, activation: None, **given: Any) -> Any:
+        layer = make()
+        norm = layer.bn if isinstance(layer, bnk.BatchNormAct2d) else layer
+        for name, value in given.items():
+            delattr(norm, name)
+            setattr(norm, name, value)
+        return layer(input) if residual is None else layer(input, residual)
+
+    return call
+
+
+def by_op(op: Callable[..., Any], fused: bool) -> Callable[..., Any]:
+    def call(input: Any, residual: Any, activation: None, **given: Any) -> Any:
+        return op(input, residual, **given, relu=True) if fused else op(input, **given)
+
+    return call
+
+
+PLAIN = {"input", "weight", "bias", "running_mean", "running_var", "num_batches_tracked", "momentum", "eps"}
+FUNCTION = (PLAIN | {"residual", "activation"}) - {"num_batches_tracked"}
+WAYS: dict[str, tuple[Callable[..., Any], set[str]]] = {
+    "batch_norm": (by_function, FUNCTION),
+    "batch_norm with a ReLU": (with_a_relu, FUNCTION),
+    "batch_norm without gradients": (without_gradients, FUNCTION),
+    "batch_norm in forward mode": (in_forward_mode, FUNCTION),
+    "BatchNorm2d": (by(lambda: bnk.BatchNorm2d(3)), PLAIN | {"residual"}),
+    "BatchNormAct2d": (by(lambda: bnk.BatchNormAct2d(3)), PLAIN | {"residual"}),
+    "SyncBatchNorm": (by(lambda: bnk.SyncBatchNorm(3)), PLAIN | {"residual"}),
+    "forward_train": (by_op(ops.forward_train, False), PLAIN),
+    "train_op": (by_op(ops.train_op, False), PLAIN),
+    "train_functional": (by_op(ops.train_functional, False), PLAIN),
+    "fused_forward_train": (by_op(ops.fused_forward_train, True), PLAIN | {"residual"}),
+    "fused_train_op": (by_op(ops.fused_train_op, True), PLAIN | {"residual"}),
+    "fused_train_functional": (by_op(ops.fused_train_functional, True), PLAIN | {"residual"}),
+}
+
+
+def arguments() -> Arguments:
+    return {
+        "input": images(),
+        "weight": torch.rand(3) + 0.5,
+        "bias": torch.randn(3),
+        "running_mean": torch.randn(3),
+        "running_var": torch.rand(3) + 0.5,
+        "num_batches_tracked": torch.tensor(3),
+        "momentum": 0.1,
+        "eps": 1e-5,
+        "residual": None,
+        "activation": None,
+    }
+
+
+def vectors(name: str) -> dict[str, Callable[[], Any]]:
+    return {
+        f"{name}: a list": lambda: [1.0, 2.0, 3.0],
+        f"{name}: numpy": lambda: np.ones(3, dtype=np.float32),
+        f"{name}: too large": lambda: torch.ones(4),
+        f"{name}: float64": lambda: torch.ones(3, dtype=torch.float64),
+        f"{name}: int64": lambda: torch.ones(3, dtype=torch.int64),
+        f"{name}: another device": lambda: torch.ones(3, device="meta"),
+        f"{name}: sparse": lambda: torch.ones(3).to_sparse(),
+    }
+
+
+def nested(layout: torch.layout) -> Tensor:
+    return torch.nested.nested_tensor([torch.randn(5, 3, 2), torch.randn(4, 3, 2)], layout=layout)
+
+
+INPUTS: dict[str, Callable[[], Any]] = {
+    "a list": lambda: images().tolist(),
+    "a list of tensors": lambda: [images(), images()],
+    "numpy": lambda: images().numpy(),
+    "None": lambda: None,
+    "nested": lambda: nested(torch.strided),
+    "jagged": lambda: nested(torch.jagged),
+    "sparse": lambda: images().to_sparse(),
+    "mkldnn": lambda: images().to_mkldnn(),
+    "quantized": lambda: torch.quantize_per_tensor(images(), 0.1, 0, torch.quint8),
+    "int64": lambda: images().long(),
+    "bool": lambda: images().bool(),
+    "complex": lambda: images().to(torch.complex64),
+    "float8": lambda: images().to(torch.float8_e4m3fn),
+    "another device": lambda: images().to("meta"),
+}
+BAD: dict[str, Callable[[], Any]] = {
+    **{f"input: {kind}": make for kind, make in INPUTS.items()},
+    "input: no dimension": lambda: torch.tensor(1.0),
+    "input: one dimension": lambda: torch.randn(3),
+    "input: other channels": lambda: torch.randn(4, 2, 5, 2),
+    "input: one value per channel": lambda: torch.randn(1, 3, 1, 1),
+    **vectors("weight"),
+    "weight: another dtype than bias": lambda: torch.ones(3, dtype=torch.float16),
+    **vectors("bias"),
+    **vectors("running_mean"),
+    "running_mean: missing": lambda: None,
+    "running_mean: overlaps itself": lambda: torch.ones(1).expand(3),
+    "running_mean: a parameter": lambda: torch.ones(3, requires_grad=True),
+    **vectors("running_var"),
+    "running_var: missing": lambda: None,
+    "running_var: overlaps itself": lambda: torch.ones(1).expand(3),
+    "running_var: a parameter": lambda: torch.ones(3, requires_grad=True),
+    "num_batches_tracked: a number": lambda: 3,
+    "num_batches_tracked: int32": lambda: torch.tensor(3, dtype=torch.int32),
+    "num_batches_tracked: two": lambda: torch.tensor([3, 3]),
+    "num_batches_tracked: another device": lambda: torch.tensor(3, device="meta"),
+    "momentum: a word": lambda: "fast",
+    "eps: zero": lambda: 0.0,
+    "eps: negative": lambda: -1e-5,
+    "eps: a word": lambda: "small",
+    "residual: a list": lambda: [1.0],
+    "residual: numpy": lambda: images().numpy(),
+    "residual: another shape": lambda: torch.randn(4, 3, 5, 7),
+    "residual: another device": lambda: images().to("meta"),
+    "residual: sparse": lambda: images().to_sparse(),
+    "residual: quantized": lambda: torch.quantize_per_tensor(images(), 0.1, 0, torch.quint8),
+    "activation: unknown": lambda: "gelu",
+}
+# What is no error: ops know no gradients, functional ones write to nothing, and torch adds a sparse residual.
+RIGHT = (
+    r"running_\w+: a parameter, by .*(without gradients|_train|_op|_functional)",
+    r"running_\w+: overlaps itself, by .*_functional",
+    r"residual: sparse, by batch_norm in forward mode",
+)
+
+
+CALLS = [
+    (bad, way)
+    for bad in BAD
+    for way, (_, takes) in WAYS.items()
+    if bad.split(":")[0] in takes and not any(re.fullmatch(right, f"{bad}, by {way}") for right in RIGHT)
+]
+
+
+@pytest.mark.parametrize(("bad", "way"), CALLS)
+def test_a_call_that_raises_changes_nothing(bad: str, way: str) -> None:
+    """Neither the values nor the versions of the running statistics and the counter, by whichever way the call came."""
+    name, call = bad.split(":")[0], WAYS[way][0]
+    given = arguments() | {name: BAD[bad]()}
+    tensors = {key: value for key, value in given.items() if isinstance(value, Tensor) and not value.is_meta}
+    state = {key: value for key, value in tensors.items() if key.startswith(("running", "num")) and not value.is_sparse}
+    before = {key: (value.detach().clone(), value._version) for key, value in state.items()}
+    with pytest.raises((TypeError, ValueError, RuntimeError)):
+        call(**given)
+    for key, (value, version) in before.items():
+        assert testing.same_bits(state[key].detach(), value) and state[key]._version == version, key
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_same_call_without_an_error_changes_the_statistics(way: str) -> None:
+    """The test above is about calls that would."""
+    given = arguments()
+    before = given["running_mean"].clone()
+    WAYS[way][0](**given)
+    assert torch.equal(given["running_mean"], before) == way.endswith("functional")
+
+
+SAID: dict[str, tuple[type[Exception], str]] = {
+    "a list": (TypeError, "expected input to be a torch.Tensor, but got list: pass torch.tensor(input)"),
+    "a list of tensors": (TypeError, "but got list: pass torch.stack(input) or torch.cat(input)"),
+    "numpy": (TypeError, "but got numpy.ndarray: pass torch.from_numpy(input)"),
+    "None": (TypeError, "but got NoneType: pass a tensor"),
+    "nested": (NotImplementedError, "a nested one of layout torch.strided: pass the tensors of input.unbind(), or pad"),
+    "jagged": (NotImplementedError, "a nested one of layout torch.jagged: pass input.values(), with the channels in"),
+    "sparse": (
+        NotImplementedError,
+        "expected input to be a dense tensor, but got one of layout torch.sparse_coo: pass",
+    ),
+    "mkldnn": (NotImplementedError, "one of layout torch._mkldnn: pass input.to_dense()"),
+    "quantized": (NotImplementedError, "a quantized one, torch.quint8: pass input.dequantize(). Quantization knows"),
+    "int64": (NotImplementedError, "for 'Long': expected an input of dtype float64, float32, float16 or bfloat16"),
+    "bool": (NotImplementedError, "for 'Bool': expected an input of dtype float64"),
+    "complex": (NotImplementedError, "for 'ComplexFloat': expected an input of dtype float64"),
+    "float8": (NotImplementedError, "for 'Float8_e4m3fn': expected an input of dtype float64"),
+    "another device": (RuntimeError, "on the input's device, meta, not cpu"),
+}
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way.lower().startswith("batch") or "Sync" in way])
+@pytest.mark.parametrize("kind", INPUTS)
+def test_what_is_said_of_an_input(kind: str, way: str) -> None:
+    """What was given, what is expected and what to do, by the layers and by the function alike."""
+    error, words = SAID[kind]
+    with pytest.raises(error, match=re.escape(words)):
+        WAYS[way][0](**arguments() | {"input": INPUTS[kind]()})
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way.lower().startswith("batch") or "Sync" in way])
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var", "residual"])
+def test_other_arguments_are_named(name: str, way: str) -> None:
+    """An array in the place of any tensor, not of the input alone."""
+    wrong = np.ones(SHAPE if name == "residual" else 3, dtype=np.float32)
+    with pytest.raises(TypeError, match=rf"expected {name} to be a torch\.Tensor, but got numpy\.ndarray"):
+        WAYS[way][0](**arguments() | {name: wrong})
