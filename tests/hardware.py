@@ -6,4 +6,5 @@ import pytest
 
 LARGE = pytest.mark.hardware("so many threads, or elements, take minutes on the host device")
 INDUCTOR = pytest.mark.hardware("inductor compiles its own kernels for the GPU that it finds")
+PYTHON = pytest.mark.hardware("minutes on the host device for formulas in Python, which other tests hold to the CPU's")
 DRIVER = pytest.mark.hardware("torch's profiler and torch.jit's fuser go to the driver themselves")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from derivatives import SHAPES, Function, arguments, assert_gradients_have_tangents, images, pair, trainings
+from hardware import PYTHON
 from torch import Tensor, nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.autograd.graph import saved_tensors_hooks
@@ -240,6 +241,7 @@ def function(configuration: str, training: bool, device: str) -> tuple[Function,
     return call, names
 
 
+@PYTHON
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)
 @pytest.mark.parametrize("shape", SHAPES)
 @trainings
@@ -251,6 +253,7 @@ def test_gradcheck(configuration: str, shape: str, training: bool, device: str) 
     assert gradgradcheck(call, tensors, check_fwd_over_rev=True, check_batched_grad=True)
 
 
+@PYTHON
 @trainings
 def test_third_order(training: bool, device: str) -> None:
     call, names = function("affine", training, device)

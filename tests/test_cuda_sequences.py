@@ -12,9 +12,8 @@ import torch
 from hardware import LARGE
 from interpreter import in_subprocess
 
-# Multiprocessors and largest cluster: a slice of a GPU, GPUs without clusters, a whole Hopper GPU.
-DEVICES = ((8, 8), (8, 0), (32, 0), (132, 8))
-SEEDS_EACH = 10
+# Multiprocessors, largest cluster, sequences: a slice of a GPU, GPUs without clusters, a whole Hopper GPU.
+DEVICES = ((8, 8, 10), (8, 0, 10), (32, 0, 4), (132, 8, 3))
 
 
 @pytest.mark.cuda
@@ -34,14 +33,13 @@ def test_sequences_of_real_layers(first: int) -> None:
 
 @pytest.mark.cuda
 @pytest.mark.host_device
-@pytest.mark.parametrize("number", range(len(DEVICES)), ids=lambda number: "x".join(map(str, DEVICES[number])))
+@pytest.mark.parametrize("number", range(len(DEVICES)), ids=lambda number: "x".join(map(str, DEVICES[number][:2])))
 def test_sequences_on_other_devices(number: int) -> None:
     """On stand-in devices of other sizes, with and without clusters, each with its own seeds."""
-    multiprocessors, max_cluster = DEVICES[number]
-    first = 1000 + number * SEEDS_EACH
+    multiprocessors, max_cluster, count = DEVICES[number]
     done = in_subprocess(
         "import host_device; host_device.attach(); import sequences\n"
-        f"raise SystemExit(sequences.main(['--first', '{first}', '--count', '{SEEDS_EACH}']))",
+        f"raise SystemExit(sequences.main(['--first', '{1000 + 10 * number}', '--count', '{count}']))",
         HOST_DEVICE_MULTIPROCESSORS=str(multiprocessors),
         HOST_DEVICE_MAX_CLUSTER=str(max_cluster),
     )
