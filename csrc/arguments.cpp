@@ -1,8 +1,12 @@
 #include "arguments.h"
 
 #include <ATen/MemoryOverlap.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <vector>
 
 namespace bnk {
 Dtype to_dtype(at::ScalarType type) {
@@ -99,31 +103,63 @@ PerChannel Vector::pointer() const {
   return {dense_.data_ptr(), to_dtype(dense_.scalar_type())};
 }
 
+namespace {
+
+// Where the elements of a tensor lie in its storage, ascending.
+std::vector<int64_t> places_of(const at::Tensor& tensor) {
+  std::vector<int64_t> places{tensor.storage_offset()};
+  for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
+    std::vector<int64_t> along;
+    along.reserve(places.size() * static_cast<size_t>(tensor.size(dim)));
+    for (const int64_t place : places) {
+      for (int64_t i = 0; i < tensor.size(dim); ++i) along.push_back(place + i * tensor.stride(dim));
+    }
+    places.swap(along);
+  }
+  std::sort(places.begin(), places.end());
+  return places;
+}
+
+// Of two tensors of one dtype. torch itself looks at dense ones alone.
+bool share_an_element(const at::Tensor& a, const at::Tensor& b) {
+  if (!a.storage().is_alias_of(b.storage()) || a.numel() == 0) return false;
+  const std::vector<int64_t> of_a = places_of(a);
+  const std::vector<int64_t> of_b = places_of(b);
+  return std::any_of(of_a.begin(), of_a.end(),
+                     [&](int64_t place) { return std::binary_search(of_b.begin(), of_b.end(), place); });
+}
+
+}  // namespace
+
 void Vector::check_writable(const Vector& other) const {
   if (!defined()) return;
   at::assert_no_internal_overlap(given_);
-  if (other.defined()) at::assert_no_overlap(given_, other.given_);
+  if (!other.defined()) return;
+  at::assert_no_overlap(given_, other.given_);
+  TORCH_CHECK(at::get_overlap_status(given_, other.given_) != at::MemOverlapStatus::TooHard ||
+                  !share_an_element(given_, other.given_),
+              "batch_norm: running_mean and running_var refer to a single memory location in some elements. Please "
+              "clone() one of them");
+}
+
+void Vector::check_apart(const at::Tensor& read) const {
+  if (defined() && read.defined()) at::assert_no_overlap(given_, read);
 }
 
 void Vector::write_back() {
   if (!defined()) return;
-  if (dense_.is_same(given_)) {
-    mark_changed(given_);
-  } else {
+  if (!dense_.is_same(given_)) {
+    // Gradients are the caller's business, as where the kernel writes to the tensor itself.
+    const at::AutoDispatchBelowADInplaceOrView guard;
     given_.copy_(dense_);
   }
+  mark_changed(given_);
 }
 
 void check_same_dtype(const Vector& a, const char* a_name, const Vector& b, const char* b_name) {
   if (!a.defined() || !b.defined()) return;
   TORCH_CHECK(a.scalar_type() == b.scalar_type(), "batch_norm: expected ", a_name, " and ", b_name,
               " of one dtype, but got ", a.scalar_type(), " and ", b.scalar_type());
-}
-
-void check_updated(const Vector& running_mean, const Vector& running_var) {
-  check_same_dtype(running_mean, "running_mean", running_var, "running_var");
-  running_mean.check_writable(running_var);
-  running_var.check_writable(running_mean);
 }
 
 Vector saved_statistic(const at::Tensor& given, const char* name, const Input& input) {
@@ -164,6 +200,14 @@ at::Tensor rank_rows(const at::Tensor& given, int64_t row, at::Device device) {
 
 void mark_changed(const at::Tensor& tensor) {
   if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+}
+
+void count_batch(const at::Tensor& counter) {
+  {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    counter.add_(1);
+  }
+  mark_changed(counter);
 }
 
 }  // namespace bnk

@@ -43,6 +43,9 @@ class Vector {
   PerChannel pointer() const;
   // Throws if write_back() could not write each element to a place of its own, apart from those of `other`.
   void check_writable(const Vector& other) const;
+  // Throws if an element lies where one of `read` does, which a kernel may read after it has written this one.
+  void check_apart(const at::Tensor& read) const;
+  void check_apart(const Vector& read) const { check_apart(read.given_); }
   void write_back();
 
  private:
@@ -53,8 +56,15 @@ class Vector {
 // Both, neither or one of them may be there; if both are, they are of one dtype.
 void check_same_dtype(const Vector& a, const char* a_name, const Vector& b, const char* b_name);
 
-// Running statistics that a call updates: of one dtype, and each element at a place of its own.
-void check_updated(const Vector& running_mean, const Vector& running_var);
+// Running statistics that a call updates: of one dtype, and each element at a place of its own. read: the other arguments.
+template <typename... Read>
+void check_updated(const Vector& running_mean, const Vector& running_var, const Read&... read) {
+  check_same_dtype(running_mean, "running_mean", running_var, "running_var");
+  running_mean.check_writable(running_var);
+  running_var.check_writable(running_mean);
+  (running_mean.check_apart(read), ...);
+  (running_var.check_apart(read), ...);
+}
 
 // The saved statistics of a forward: C elements of accumulate_dtype on the device of x.
 Vector saved_statistic(const at::Tensor& given, const char* name, const Input& input);
@@ -73,6 +83,9 @@ Dtype to_dtype(at::ScalarType type);
 
 // Tells autograd that the tensor's contents have changed.
 void mark_changed(const at::Tensor& tensor);
+
+// counter += 1, by an operation of the device's.
+void count_batch(const at::Tensor& counter);
 
 at::ScalarType to_scalar_type(Dtype dtype);
 

@@ -7,6 +7,7 @@
 #include <c10/core/CPUAllocator.h>
 
 #include <memory>
+#include <new>
 
 #include "cpu/kept_memory.h"
 
@@ -31,8 +32,13 @@ class ResultAllocator final : public c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
     void* data = cpu::take_memory(bytes);
     if (data == nullptr) return c10::GetCPUAllocator()->allocate(bytes);
+    Block* block = new (std::nothrow) Block{data, bytes};
+    if (block == nullptr) {
+      cpu::give_memory_back(data, bytes);
+      throw std::bad_alloc();
+    }
     c10::profiledCPUMemoryReporter().New(data, bytes);
-    return {data, new Block{data, bytes}, &give_back, at::Device(at::kCPU)};
+    return {data, block, &give_back, at::Device(at::kCPU)};
   }
   void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
 };

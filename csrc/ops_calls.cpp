@@ -56,7 +56,7 @@ Normalized call_train(const at::Tensor& x, const OptionalTensor& weight, const O
   const Vector scale(weight, "weight", input);
   const Vector shift(bias, "bias", input);
   check_same_dtype(scale, "weight", shift, "bias");
-  check_updated(average_mean, average_var);
+  check_updated(average_mean, average_var, x, scale, shift, fusion.residual.value_or(at::Tensor()));
   check_counter(num_batches_tracked, input.tensor.device());
   const bool counts = num_batches_tracked.has_value() && num_batches_tracked->defined();
   const bool averages = average_mean.defined();
@@ -73,9 +73,10 @@ Normalized call_train(const at::Tensor& x, const OptionalTensor& weight, const O
   const at::Tensor y = empty_result(input);
   if (input.problem.elements() == 0) {
     // Nothing to average: the running statistics stay, the batch counts.
-    if (counts) num_batches_tracked->add_(1);
     const at::Tensor none = at::zeros({input.problem.channels}, statistic_options(input));
-    return {y, none, at::zeros_like(none), fused.relu_range};
+    const Normalized all{y, none, at::zeros_like(none), fused.relu_range};
+    if (counts) count_batch(*num_batches_tracked);
+    return all;
   }
   const at::Tensor mean = at::empty({input.problem.channels}, statistic_options(input));
   const at::Tensor invstd = at::empty_like(mean);

@@ -47,7 +47,7 @@ ThreeTensors join(const at::Tensor& rows, const OptionalTensor& running_mean, co
   const at::Tensor dense = rank_rows(rows, statistics_row(channels), device);
   Vector average_mean(running_mean, "running_mean", channels, dtype, device);
   Vector average_var(running_var, "running_var", channels, dtype, device);
-  check_updated(average_mean, average_var);
+  check_updated(average_mean, average_var, rows);
   check_counter(num_batches_tracked, device);
   const bool counts = num_batches_tracked.has_value() && num_batches_tracked->defined();
   const bool averages = average_mean.defined();
@@ -57,12 +57,12 @@ ThreeTensors join(const at::Tensor& rows, const OptionalTensor& running_mean, co
               "batch_norm: momentum=None (a cumulative average) needs num_batches_tracked, but got None");
   TORCH_CHECK_VALUE(eps > 0, "batch_norm eps must be positive during training, but got ", eps);
 
-  // By an operation of its own: on a GPU no block may count while another one reads.
-  if (counts) num_batches_tracked->add_(1);
   const Dtype statistic = accumulate_dtype(to_dtype(dtype));
   const at::Tensor mean = at::empty({channels}, rows.options().dtype(to_scalar_type(statistic)));
   const at::Tensor invstd = at::empty_like(mean);
   const at::Tensor count = at::empty({1}, rows.options());
+  // By an operation of its own: on a GPU no block may count while another one reads.
+  if (counts) count_batch(*num_batches_tracked);
   run_join_statistics(
       {
           .channels = channels,

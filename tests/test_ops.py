@@ -182,11 +182,16 @@ def test_versions(device: str) -> None:
     x = torch.randn(4, 3, 5, device=device)
     names = ("running_mean", "running_var", "num_batches_tracked")
     for door, changes in ((ops.forward_train, True), (ops.train_op, True), (ops.train_functional, False)):
-        arguments = train_arguments(x)
-        before = {name: arguments[name]._version for name in names}
+        for strided in (False, True):
+            spread = {name: torch.ones(5, device=device)[::2] for name in names[:2]} if strided else {}
+            arguments = train_arguments(x, **spread)
+            before = {name: arguments[name]._version for name in names}
+            door(*arguments.values())
+            for name in names:
+                assert (arguments[name]._version > before[name]) == changes, (door, name, strided)
+        arguments = train_arguments(x[:0])
         door(*arguments.values())
-        for name in names:
-            assert (arguments[name]._version > before[name]) == changes, (door, name)
+        assert arguments["num_batches_tracked"]._version == changes, "of an empty batch"
         assert x._version == 0 and arguments["weight"]._version == train_arguments(x)["weight"]._version
 
 
@@ -339,12 +344,16 @@ OVERLAPS: dict[str, Callable[[Tensor], Arguments]] = {
     "the variances": lambda ones: {"running_var": ones[:1].expand(3)},
     "the means": lambda ones: {"running_mean": ones[:1].expand(3)},
     "one with the other": lambda ones: {"running_mean": ones[:3], "running_var": ones[2:]},
+    "one across the other": lambda ones: {"running_mean": ones[::2], "running_var": ones[1:4]},
+    "with the weight": lambda ones: {"running_mean": ones[:3], "weight": ones[2:]},
+    "with the bias": lambda ones: {"running_var": ones[:3], "bias": ones[:3]},
 }
 
 
 @pytest.mark.parametrize("changes", OVERLAPS.values(), ids=OVERLAPS)
 def test_statistics_that_overlap(changes: Callable[[Tensor], Arguments], device: str) -> None:
-    """Refused before anything is written: torch's own copy back would refuse after the mean has moved."""
+    """Refused before anything is written: torch's own copy back would refuse after the mean has moved, and a kernel
+    would read the weight after it has become the mean."""
     arguments = train_arguments(torch.randn(X, device=device), **changes(torch.ones(5, device=device)))
     both_doors(ops.forward_train, ops.train_op, arguments, RuntimeError, "single memory location")
 

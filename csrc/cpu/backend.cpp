@@ -164,11 +164,8 @@ void normalize_given(const Args& args, const Epilogue& epilogue, int tensors) {
 }  // namespace
 
 void forward_train(const ForwardTrainArgs& args) {
-  double factor = args.momentum;
-  if (args.num_batches_tracked != nullptr) {
-    *args.num_batches_tracked += 1;
-    if (args.cumulative) factor = 1.0 / static_cast<double>(*args.num_batches_tracked);
-  }
+  const int64_t count = args.num_batches_tracked != nullptr ? *args.num_batches_tracked + 1 : 0;
+  const double factor = args.cumulative ? 1.0 / static_cast<double>(count) : args.momentum;
   const Problem problem = normal_form(args.problem);
   const Coefficients weight(args.weight, 1, problem);
   const Coefficients bias(args.bias, 0, problem);
@@ -183,6 +180,8 @@ void forward_train(const ForwardTrainArgs& args) {
     run(layout, work, problem.elements(), block_bytes);
   });
   write_relu_ranges(args.epilogue, problem, affine);
+  if (args.num_batches_tracked != nullptr)
+    *args.num_batches_tracked = count;  // last: a call that throws counts nothing
 }
 
 void forward_eval(const ForwardEvalArgs& args) {

@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <mutex>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <system_error>
@@ -86,20 +87,25 @@ class KeptMemory {
     return data != nullptr || release() == 0 ? data : map(size);
   }
 
-  void give_back(void* data, size_t bytes) {
-    const size_t size = block_size(bytes);
-    std::vector<Block> dropped;
-    {
-      const std::lock_guard lock(mutex_);
-      kept_.push_back({data, size});
-      kept_bytes_ += size;
-      auto keep = kept_.begin();
-      for (; kept_bytes_ > limit_; ++keep) kept_bytes_ -= keep->size;
-      dropped.assign(kept_.begin(), keep);
-      kept_.erase(kept_.begin(), keep);
-      offer_older();
+  void give_back(void* data, size_t bytes) noexcept {
+    const Block freed{data, block_size(bytes)};
+    std::unique_lock lock(mutex_);
+    try {
+      kept_.push_back(freed);
+    } catch (const std::bad_alloc&) {  // no memory to remember it by; and who frees a tensor cannot be told
+      lock.unlock();
+      return unmap(freed);
     }
-    std::for_each(dropped.begin(), dropped.end(), unmap);
+    kept_bytes_ += freed.size;
+    while (kept_bytes_ > limit_) {
+      const Block oldest = kept_.front();
+      kept_.erase(kept_.begin());
+      kept_bytes_ -= oldest.size;
+      lock.unlock();
+      unmap(oldest);
+      lock.lock();
+    }
+    offer_older();
   }
 
   size_t release() {

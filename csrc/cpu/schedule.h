@@ -88,6 +88,8 @@ void run_apply(const Layout& layout, int64_t elements, const Apply& apply) {
 // Work has: partials(block, chunk, Partial*), merge(Partial* into, double before, const Partial&, double count),
 // finish(channel, const Partial&), apply(block, chunk) and a flag, has_apply.
 // block_bytes: what a block reads and writes.
+//
+// All memory is there before anything is written: a call for which there is none has changed nothing.
 template <typename Work>
 void run(const Layout& layout, const Work& work, int64_t elements, int64_t block_bytes) {
   const int threads = threads_for(elements);
@@ -97,12 +99,15 @@ void run(const Layout& layout, const Work& work, int64_t elements, int64_t block
   const int64_t rounds = (blocks + threads - 1) / threads;
   const bool balanced = 5 * blocks >= 4 * rounds * threads;
   if (threads == 1 || (balanced && block_bytes * threads <= kCacheBytes)) {
+    // A thread's, in cache lines of its own.
+    const int64_t scratch = (merge_depths(chunks) * layout.block_channels() + 7) / 8 * 8;
+    const std::unique_ptr<Partial[]> by_thread(new Partial[static_cast<size_t>(scratch * threads)]);
     over_pieces(threads, blocks, [&](int64_t block) {
       const int64_t first = layout.first_channel(block);
       const int64_t channels = layout.last_channel(block) - first;
-      const std::unique_ptr<Partial[]> by_depth(new Partial[static_cast<size_t>(merge_depths(chunks) * channels)]);
+      Partial* by_depth = by_thread.get() + (threads == 1 || blocks == 1 ? 0 : at::get_thread_num() * scratch);
       const Merged all = merge_chunks(layout, work, channels, 0, chunks, 0, [&](int64_t chunk, int depth) {
-        Partial* partials = by_depth.get() + depth * channels;
+        Partial* partials = by_depth + depth * channels;
         work.partials(block, chunk, partials);
         return partials;
       });

@@ -24,6 +24,7 @@ INTERVALS = (FUSED, "-k", "(interval and columns) or rounds_to_zero")
 ONE_NAN = ("tests/test_numerics.py", "-k", "cpu and (one_nan or one_inf or any_case)")
 RANKS = ("tests/test_sync_ops.py", "-k", "settings or order_of_ranks")
 ONE_VALUE = ("tests/test_sync.py", "-k", "too_little_data")
+NO_MEMORY = ("tests/test_faults.py", "-k", "allocation")
 KEPT = (MEMORY, "-k", "not forked and not wrong_limit")
 FORKED = (MEMORY, "-k", "forked")
 
@@ -260,12 +261,32 @@ STATISTICS = [
         STATE,
     ),
     mutant(
+        "a batch is counted before there is memory for the call",
+        "backend.cpp",
+        "  const double factor = args.cumulative ?",
+        "  if (args.num_batches_tracked != nullptr) *args.num_batches_tracked = count;\n"
+        "  const double factor = args.cumulative ?",
+        NO_MEMORY,
+    ),
+    mutant(
+        "a thread takes the partial sums of another",
+        "schedule.h",
+        "at::get_thread_num() * scratch",
+        "at::get_thread_num() / 2 * scratch",
+        SCHEDULES,
+    ),
+    mutant(
+        "memory that cannot be remembered is kept, and lost",
+        "kept_memory.cpp",
+        "      return unmap(freed);\n",
+        "      throw;\n",
+        NO_MEMORY,
+    ),
+    mutant(
         "the cumulative average divides by the number of batches before this one",
         "backend.cpp",
-        "    *args.num_batches_tracked += 1;\n"
-        "    if (args.cumulative) factor = 1.0 / static_cast<double>(*args.num_batches_tracked);\n",
-        "    if (args.cumulative) factor = 1.0 / static_cast<double>(*args.num_batches_tracked);\n"
-        "    *args.num_batches_tracked += 1;\n",
+        "args.cumulative ? 1.0 / static_cast<double>(count)",
+        "args.cumulative ? 1.0 / static_cast<double>(count - 1)",
         STATE,
     ),
     mutant(
@@ -338,8 +359,8 @@ KEPT_MEMORY = [
     mutant(
         "one block more than the limit is kept",
         "kept_memory.cpp",
-        "for (; kept_bytes_ > limit_; ++keep)",
-        "for (; kept_bytes_ > limit_ + size; ++keep)",
+        "while (kept_bytes_ > limit_)",
+        "while (kept_bytes_ > limit_ + freed.size)",
         KEPT,
     ),
     mutant(

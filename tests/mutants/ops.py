@@ -33,8 +33,36 @@ MUTANTS: list[Mutant] = [
         ARGUMENTS,
     ),
     _mutant(
-        "checks: running statistics that overlap are not refused",
+        "a strided vector's change is not told to autograd",
         "arguments.cpp",
+        "    given_.copy_(dense_);\n  }\n  mark_changed(given_);\n",
+        "    given_.copy_(dense_);\n    return;\n  }\n  mark_changed(given_);\n",
+        ARGUMENTS,
+    ),
+    _mutant(
+        "the count of an empty batch is not told to autograd",
+        "arguments.cpp",
+        "    counter.add_(1);\n  }\n  mark_changed(counter);\n",
+        "    counter.add_(1);\n  }\n",
+        ARGUMENTS,
+    ),
+    _mutant(
+        "checks: running statistics may lie in the weight",
+        "arguments.cpp",
+        "  if (defined() && read.defined()) at::assert_no_overlap(given_, read);\n",
+        "",
+        ARGUMENTS,
+    ),
+    _mutant(
+        "checks: strided running statistics may cross",
+        "arguments.cpp",
+        "                  !share_an_element(given_, other.given_),",
+        "                  true,",
+        ARGUMENTS,
+    ),
+    _mutant(
+        "checks: running statistics that overlap are not refused",
+        "arguments.h",
         "  running_mean.check_writable(running_var);\n  running_var.check_writable(running_mean);\n",
         "",
         ARGUMENTS,
@@ -42,7 +70,7 @@ MUTANTS: list[Mutant] = [
     _mutant(
         "checks: each running statistic is looked at alone, not the two beside each other",
         "arguments.cpp",
-        "  if (other.defined()) at::assert_no_overlap(given_, other.given_);",
+        "  at::assert_no_overlap(given_, other.given_);\n",
         "  (void)other;",
         ARGUMENTS,
     ),
@@ -94,15 +122,15 @@ MUTANTS: list[Mutant] = [
     _mutant(
         "running statistics with strides: the copy that was changed is not written back",
         "arguments.cpp",
-        "  if (dense_.is_same(given_)) {\n    mark_changed(given_);\n  } else {\n    given_.copy_(dense_);\n  }",
-        "  mark_changed(given_);",
+        "    given_.copy_(dense_);\n",
+        "",
         FUNCTION,
     ),
     _mutant(
         "running statistics: autograd is not told that they changed",
         "arguments.cpp",
-        "  if (dense_.is_same(given_)) {\n    mark_changed(given_);\n  } else {",
-        "  if (!dense_.is_same(given_)) {",
+        "    given_.copy_(dense_);\n  }\n  mark_changed(given_);\n",
+        "    given_.copy_(dense_);\n  }\n",
         ARGUMENTS,
     ),
     _mutant(
@@ -131,7 +159,7 @@ MUTANTS: list[Mutant] = [
     _mutant(
         "training: an empty batch is not counted",
         "ops_calls.cpp",
-        "    if (counts) num_batches_tracked->add_(1);\n",
+        "    if (counts) count_batch(*num_batches_tracked);\n",
         "",
         MODULES,
     ),
@@ -233,16 +261,17 @@ MUTANTS: list[Mutant] = [
         "ops_sync.cpp",
         '  TORCH_CHECK_VALUE(eps > 0, "batch_norm eps must be positive during training, but got ", eps);\n'
         "\n"
-        "  // By an operation of its own: on a GPU no block may count while another one reads.\n"
-        "  if (counts) num_batches_tracked->add_(1);\n",
-        "  if (counts) num_batches_tracked->add_(1);\n"
-        '  TORCH_CHECK_VALUE(eps > 0, "batch_norm eps must be positive during training, but got ", eps);\n',
+        "  const Dtype statistic",
+        "  if (counts) count_batch(*num_batches_tracked);\n"
+        '  TORCH_CHECK_VALUE(eps > 0, "batch_norm eps must be positive during training, but got ", eps);\n'
+        "  if (counts) num_batches_tracked->sub_(1);\n"
+        "  const Dtype statistic",
         SYNC_OPS,
     ),
     _mutant(
         "sync join: the batch is not counted",
         "ops_sync.cpp",
-        "  if (counts) num_batches_tracked->add_(1);\n",
+        "  if (counts) count_batch(*num_batches_tracked);\n",
         "",
         SYNC_OPS,
     ),
