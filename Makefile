@@ -66,8 +66,9 @@ else
 endif
 
 CPP_FILES = $(shell git ls-files -co --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'csrc/*.cu' \
-    'tests/simt/*.h' 'tests/simt/*.cpp' 'tests/host_device/*.h' 'tests/host_device/*.cpp' 'bench/*.cu' 'bench/*.cuh' \
-    2>/dev/null || find csrc tests/simt tests/host_device bench -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+    'tests/simt/*.h' 'tests/simt/*.cpp' 'tests/host_device/*.h' 'tests/host_device/*.cpp' 'tests/faults/*.cpp' \
+    'bench/*.cu' 'bench/*.cuh' \
+    2>/dev/null || find csrc tests/simt tests/host_device tests/faults bench -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
 STUDIES = $(filter-out study digits speedrun_networks,$(patsubst examples/%.py,%,$(wildcard examples/*.py)))
 
