@@ -146,6 +146,8 @@ def draw_shape(rng: random.Random, most: int) -> tuple[int, ...]:
     shape = [rng.choice(EXTENTS) for _ in range(rng.randint(2, 5))]
     if rng.random() < 0.05:
         shape[-1] = rng.randint(1000, 5000)
+    elif rng.random() < 0.05:  # vectors by channel that are on the heap
+        shape = [rng.randint(2, 3), rng.randint(500, 1000)]
     while math.prod(shape) > most:
         largest = max(range(len(shape)), key=lambda d: shape[d])
         shape[largest] = (shape[largest] + 1) // 2
