@@ -1,7 +1,8 @@
 """Compares fuse() with the original on models of torchvision, timm, segmentation-models-pytorch, MONAI, transformers,
 PyTorch Geometric and ultralytics.
 
-    python tests/fuse_models.py [WORD...]    those whose name contains a word; by default all
+    python tests/fuse_models.py [WORD...]          those whose name contains a word; by default all
+    python tests/fuse_models.py --tools [WORD...]  tools that replace layers, on the fused model and on the original
 
 A library that is not installed is named as such.
 
@@ -26,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental import optimization
 from torch.nn.modules.batchnorm import _BatchNorm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -250,10 +252,51 @@ def compare(example: Example) -> Result:
     )
 
 
+def timms(module: str, tool: str) -> Callable[[nn.Module], nn.Module]:
+    return lambda model: getattr(import_module(module), tool)(model)  # type: ignore[no-any-return]
+
+
+TOOLS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "nn.SyncBatchNorm.convert_sync_batchnorm": nn.SyncBatchNorm.convert_sync_batchnorm,
+    "bnk.SyncBatchNorm.convert_sync_batchnorm": bnk.SyncBatchNorm.convert_sync_batchnorm,
+    "timm.layers.convert_sync_batchnorm": timms("timm.layers", "convert_sync_batchnorm"),
+    "timm.layers.convert_splitbn_model": timms("timm.layers", "convert_splitbn_model"),
+    "timm.utils.freeze_batch_norm_2d": timms("timm.utils.model", "freeze_batch_norm_2d"),
+    "torch.fx.experimental.optimization.fuse": optimization.fuse,
+    "bnk.convert": bnk.convert,
+    "bnk.revert": bnk.revert,
+}
+
+
+def compare_tools(example: Example) -> None:
+    """Prints a row for each tool: of the outputs in evaluation, the largest difference."""
+    torch.manual_seed(0)
+    model = example.make(import_module(example.library)).double().eval()
+    args, kwargs = example.inputs(3)
+    for name, tool in TOOLS.items():
+        torch.compiler.reset()
+        fused, plain = bnk.fuse(copy.deepcopy(model)), copy.deepcopy(model)
+        with torch.no_grad():
+            fused(*args, **kwargs)
+            ours, theirs = (tensors(tool(each).eval()(*args, **kwargs)) for each in (fused, plain))
+        largest = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(ours, theirs, strict=True))
+        print(f"| {example.name} | `{name}` | {largest:.1e} |", flush=True)
+        if not largest <= ALLOWED:
+            raise AssertionError(f"{example.name}, {name}: differs by {largest}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("words", nargs="*", help="names, or parts of them (default: all)")
-    words = parser.parse_args().words
+    parser.add_argument("--tools", action="store_true", help="tools that replace layers, instead of steps")
+    options = parser.parse_args()
+    words = options.words
+    if options.tools:
+        print("| model | tool | largest difference |\n|---|---|---|")
+        for example in EXAMPLES:
+            if not words or any(word in f"{example.library.partition('.')[0]} {example.name}" for word in words):
+                compare_tools(example)
+        return 0
     good = True
     print("| library | model | BatchNorms | fused | largest difference | input times 1 + 1e-15 | left |")
     print("|---|---|---|---|---|---|---|")

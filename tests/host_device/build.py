@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 from simt import build as simt
@@ -15,7 +14,7 @@ HEADERS = "tests/host_device/*.h"
 SOURCES = "tests/host_device/*.cpp"
 # What lies above global memory, of which the runtime has its own (memory.cpp).
 ENGINE = [file for file in simt.ENGINE if not file.endswith("buffers.cpp")]
-FLAGS = ["-O2", "-fPIC", "-Wno-unknown-pragmas"]
+FLAGS = [*simt.BUILDS["plain"], "-Wno-unknown-pragmas"]
 # By this name torch opens the driver. Symbols are looked up here before any library that is loaded later.
 LINK = ["-shared", "-Wl,-soname,libcuda.so.1", "-ldl"]
 
@@ -29,6 +28,10 @@ def library(root: Path = simt.ROOT) -> Path:
     files = [*sorted(str(path.relative_to(root)) for path in root.glob(SOURCES)), *ENGINE, *simt.PLAN]
     own = [path.read_bytes() for path in sorted(root.glob(HEADERS))]
     headers = [*simt.headers_of(root), *own]
+    units = [(file, flags, headers) for file in files]
+    # With the flags and headers of tests/simt, so that one compilation serves both.
+    plain = simt.BUILDS["plain"]
+    units += [(simt.KERNELS, [*plain, simt.of(dtype)], simt.headers_of(root)) for dtype in simt.ELEMENTS]
     with ThreadPoolExecutor(max_workers=2) as pool:
-        objects = list(pool.map(partial(simt.compiled, root, flags=flags, headers=headers), files))
+        objects = list(pool.map(lambda unit: simt.compiled(root, *unit), units))
     return simt.make("libcuda.so.1", [*map(str, objects), *LINK], [path.name.encode() for path in objects])

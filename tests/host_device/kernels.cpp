@@ -11,7 +11,6 @@
 
 #include "host_device/memory.h"
 #include "host_device/state.h"
-#include "paths/instantiate.h"
 #include "paths/resident.h"
 #include "paths/streaming.h"
 #include "paths/sync.h"

@@ -29,7 +29,7 @@ OUTPUT = ROOT / "build" / "simt"
 # -ffp-contract=off: a*b + c is rounded twice unless the source says fused_multiply_add, as in the CUDA build.
 COMMON = ["-std=c++20", "-ffp-contract=off", "-g1", "-fno-omit-frame-pointer"]
 BUILDS = {
-    "plain": ["-O2"],
+    "plain": ["-O2", "-fPIC"],  # for the host device as well, which is a library
     "asan": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "tsan": ["-O1", "-fsanitize=thread"],
     "portable": ["-O2", "-DSIMT_UCONTEXT"],
@@ -37,11 +37,14 @@ BUILDS = {
 # Compiled without sanitizers in every build: its own memory is not under test, and it calls the sanitizers itself.
 ENGINE = ["tests/simt/fiber.cpp", "tests/simt/buffers.cpp", "tests/simt/engine.cpp", "tests/simt/synchronisation.cpp"]
 PLAN = ["csrc/plan_walk.cpp", "csrc/plan_streaming.cpp", "csrc/plan_resident.cpp"]
+# Element types, as their kernels are compiled: each by itself, for what asks for few of them.
+ELEMENTS = {"float64": "double", "float32": "float", "float16": "bnk::Half", "bfloat16": "bnk::BFloat16"}
+KERNELS = "tests/simt/kernels.cpp"
 PROGRAMS = {
     "convert16": ["tests/simt/convert16.cpp"],
     "check_quotient": ["tests/simt/check_quotient.cpp", "csrc/plan_walk.cpp"],
     "run_planted": ["tests/simt/run_planted.cpp"],
-    "run_kernels": ["tests/simt/run_kernels.cpp", *PLAN],
+    **{f"run_kernels_{dtype}": ["tests/simt/run_kernels.cpp", *PLAN] for dtype in ELEMENTS},
 }
 # What a program is run with. A race stops nothing, so that one run tells all of them.
 ENVIRONMENT = {
@@ -59,12 +62,23 @@ def program(name: str, build: str, root: Path = ROOT) -> Path:
     flags = BUILDS[build]
     headers = headers_of(root)
     unsanitized = ["-O2", *(flag for flag in flags if flag.startswith("-D"))]
-    engine = [compiled(root, file, unsanitized, headers) for file in ENGINE]
-    own = [compiled(root, file, flags, headers) for file in PROGRAMS[name]]
+    units = [(file, unsanitized) for file in ENGINE]
     # The engine first: of an inline function that both sides instantiate the linker keeps the first, uninstrumented.
-    objects = engine + own
+    units += [(file, flags) for file in PROGRAMS[name]]
+    if (dtype := name.removeprefix("run_kernels_")) in ELEMENTS:
+        units += [
+            (KERNELS, [*flags, of(each)] if each == dtype else [*unsanitized, of(each), "-DSIMT_ABSENT"])
+            for each in ELEMENTS
+        ]
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        objects = list(pool.map(lambda unit: compiled(root, *unit, headers), units))
     link = [flag for flag in flags if flag.startswith("-fsanitize")]
     return make(f"{name}-{build}", [*map(str, objects), *link], [path.name.encode() for path in objects])
+
+
+def of(dtype: str) -> str:
+    """The flag for the kernels of an element type."""
+    return f"-DSIMT_ELEMENT={ELEMENTS[dtype]}"
 
 
 def programs(wanted: Iterable[tuple[str, str]], root: Path = ROOT) -> dict[tuple[str, str], Path]:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 
 from bnkernels.testing import DTYPE_PAIRS, Case, Inputs, assert_within, judge_call, same_bits
 
-from . import build
 from .server import Run, Server
 
 BUILDS = ("plain", "asan", "tsan")
@@ -23,23 +21,17 @@ PAIRS = [pytest.param(pair, id="+".join(dict.fromkeys(pair))) for pair in DTYPE_
 
 
 class Servers:
-    """One server for each build, compiled and started when first asked for, and started anew after one has died."""
+    """A server for each build."""
 
     def __init__(self) -> None:
-        self._programs: dict[str, Path] = {}
         self._running: dict[str, Server] = {}
 
     def __call__(self, name: str) -> Server:
-        if name not in self._programs:  # once, so that all tests of a run see one state of the sources
-            self._programs[name] = build.program("run_kernels", name)
-        if name not in self._running or not self._running[name].alive:
-            self._running[name] = Server(self._programs[name])
-        return self._running[name]
+        return self._running.setdefault(name, Server(name))
 
     def close(self) -> None:
         for server in self._running.values():
-            if server.alive:
-                server.close()
+            server.close()
 
 
 def make(shape: tuple[int, ...], pair: tuple[str, str], training: bool = True, weight: str = "normal") -> Inputs:

@@ -19,7 +19,6 @@ if __name__ == "__main__":
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from bnkernels.testing import Case, judge_call  # noqa: E402
-from simt import build  # noqa: E402
 from simt.plans import Resident  # noqa: E402
 from simt.resident_cases import ALONE, CLUSTER, DIVIDED, EACH  # noqa: E402
 from simt.server import Failure, How, Server  # noqa: E402
@@ -68,9 +67,9 @@ def calls(kernels: Path) -> Iterator[Call]:
                 yield Call(path.name, number, found[0])
 
 
-def seen_by(name: str, program: Path, call: Call | None) -> str:
+def seen_by(name: str, call: Call | None) -> str:
     """How the tests, with run_kernels in this build, see that something is wrong; empty: they do not."""
-    server = Server(program)
+    server = Server(name)
     try:
         for case, how, channels_last in CASES:
             inputs = Case.parse(case).inputs()
@@ -98,9 +97,8 @@ def summary(failure: str) -> str:
 
 def table() -> list[tuple[Call | None, dict[str, str]]]:
     """For the kernels as they are (None) and for each call dropped: how each build sees it."""
-    programs = build.programs(("run_kernels", name) for name in BUILDS)
     every = [None, *calls(ROOT / "csrc" / "kernels")]
-    return [(call, {name: seen_by(name, programs["run_kernels", name], call) for name in BUILDS}) for call in every]
+    return [(call, {name: seen_by(name, call) for name in BUILDS}) for call in every]
 
 
 def main() -> int:

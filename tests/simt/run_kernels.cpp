@@ -43,7 +43,6 @@
 #include <string>
 #include <vector>
 
-#include "paths/instantiate.h"
 #include "paths/resident.h"
 #include "paths/streaming.h"
 #include "simt/engine.h"

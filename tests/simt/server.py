@@ -1,6 +1,6 @@
 """run_kernels from Python: the launch sequences of csrc/paths on tensors, thread by thread on the host.
 
-    server = Server(build.program("run_kernels", "plain"))
+    server = Server("plain")
     run = server.call(inputs, How(block=64, chunks=3, seeds=range(20)), channels_last=False)
     run.outputs.y, run.launches[0].read["x"]
 
@@ -89,11 +89,10 @@ class Failure(AssertionError):
     """The engine ended a launch in a fault, a seed changed the results, or a sanitizer had something to say."""
 
 
-class Server:
+class Process:
     """One process of run_kernels. A fault or a difference leaves it fit for more; a sanitizer's word ends it."""
 
     def __init__(self, program: Path) -> None:
-        """`program`: run_kernels in some build."""
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
         self._process = subprocess.Popen(
             build.command(program),
@@ -102,6 +101,8 @@ class Server:
             stderr=self._stderr,
             env=os.environ | build.ENVIRONMENT,
         )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self.requests, self.answers = self._process.stdin, self._process.stdout
 
     @property
     def alive(self) -> bool:
@@ -109,17 +110,56 @@ class Server:
 
     def close(self) -> None:
         """Ends the process. Raises Failure if it does not end well: leaks are told only then."""
-        assert self._process.stdin is not None and self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        self._process.stdout.close()
+            self.requests.close()
+        self.answers.close()
         if self._process.wait() != 0:
-            raise Failure(self._complaint())
+            raise Failure(self.complaint())
 
     def kill(self) -> None:
         """Ends the process, whatever it has to say."""
         self._process.kill()
         self._process.wait()
+
+    def has_complained(self) -> bool:
+        return os.fstat(self._stderr.fileno()).st_size > 0
+
+    def complaint(self) -> str:
+        """What the process, which is at its end, said to stderr."""
+        code = self._process.wait()
+        self._stderr.seek(0)
+        return f"exit code {code}\n" + self._stderr.read().decode(errors="replace")[:20_000]
+
+
+class Server:
+    """run_kernels in one build: a process for each element type, compiled and started when first asked for.
+
+    A process that has died is started anew.
+    """
+
+    def __init__(self, name: str) -> None:
+        """`name`: one of build.BUILDS."""
+        self._name = name
+        self._programs: dict[str, Path] = {}
+        self._processes: dict[str, Process] = {}
+
+    def _process(self, dtype: str) -> Process:
+        if dtype not in self._programs:  # once, so that all tests of a run see one state of the sources
+            self._programs[dtype] = build.program(f"run_kernels_{dtype}", self._name)
+        if dtype not in self._processes or not self._processes[dtype].alive:
+            self._processes[dtype] = Process(self._programs[dtype])
+        return self._processes[dtype]
+
+    def close(self) -> None:
+        """Ends the processes. Raises Failure if one does not end well."""
+        for process in self._processes.values():
+            if process.alive:
+                process.close()
+
+    def kill(self) -> None:
+        """Ends the processes, whatever they have to say."""
+        for process in self._processes.values():
+            process.kill()
 
     def call(self, inputs: Inputs, how: How, *, channels_last: bool, epilogue: Epilogue = PLAIN) -> Run:
         """The forward that `inputs.training` asks for, then the backward from what it saved.
@@ -246,7 +286,6 @@ class Server:
         how: How,
         channels_last: bool,
     ) -> Run:
-        assert self._process.stdin is not None and self._process.stdout is not None
         channels = x.shape[1]
         outer, inner = (x.numel() // channels, 1) if channels_last else (x.shape[0], math.prod(x.shape[2:]))
         settings: dict[str, object] = {
@@ -268,7 +307,7 @@ class Server:
         channels_last: bool,
     ) -> Run:
         """`tensors`: name, mode, content, all bytes, and how many of them, at the end, the content is (0: dense)."""
-        assert self._process.stdin is not None
+        process = self._process(str(settings["dtype"]))
         settings |= {
             "schedule": how.schedule,
             "first_seed": how.seeds.start,
@@ -295,32 +334,32 @@ class Server:
             words.append(f"tensor={name}:{mode}:{_name(tensor)}:{size}:{shift}:{tail}")
         content = [_to_bytes(tensor, channels_last) for _, mode, tensor, *_ in tensors if mode != "out"]
         try:
-            self._process.stdin.write(b"".join([" ".join(words).encode() + b"\n", *content]))
-            self._process.stdin.flush()
+            process.requests.write(b"".join([" ".join(words).encode() + b"\n", *content]))
+            process.requests.flush()
         except BrokenPipeError:
-            raise Failure(self._complaint()) from None
-        run = self._answer([(name, tensor) for name, mode, tensor, *_ in tensors if mode != "in"], channels_last)
+            raise Failure(process.complaint()) from None
+        run = self._answer(process, [(name, t) for name, mode, t, *_ in tensors if mode != "in"], channels_last)
         # ThreadSanitizer tells what it sees and goes on.
-        if self._has_complained():
-            self.kill()
-            raise Failure(self._complaint())
+        if process.has_complained():
+            process.kill()
+            raise Failure(process.complaint())
         return run
 
-    def _answer(self, results: list[tuple[str, Tensor]], channels_last: bool) -> Run:
-        assert self._process.stdout is not None
+    @staticmethod
+    def _answer(process: Process, results: list[tuple[str, Tensor]], channels_last: bool) -> Run:
         launches, plans = [], []
-        while (line := self._process.stdout.readline().decode().strip()) != "done":
+        while (line := process.answers.readline().decode().strip()) != "done":
             kind, _, rest = line.partition(" ")
             if kind == "plan":
                 plans.append(Plan.parse(rest))
                 continue
             if kind != "launch":
                 # With a fault there may be more to be told.
-                if line and not self._has_complained():
+                if line and not process.has_complained():
                     raise Failure(line.replace("|", "\n"))
                 if line:
-                    self.kill()
-                raise Failure("\n".join(filter(None, [line.replace("|", "\n"), self._complaint()])))
+                    process.kill()
+                raise Failure("\n".join(filter(None, [line.replace("|", "\n"), process.complaint()])))
             grid, block, switches, barriers, *traffic = rest.split()
             moved = [entry.split(":") for entry in traffic]
             read = {name: int(count) for name, count, _ in moved}
@@ -329,21 +368,12 @@ class Server:
             launches.append(Launch(int(grid), int(block), int(switches), met, read, written))
         written = {}
         for name, like in results:
-            data = self._process.stdout.read(like.numel() * like.element_size())
+            data = process.answers.read(like.numel() * like.element_size())
             written[name] = _from_bytes(data, like, channels_last)
         named = {_OUTPUT_NAMES.get(name, name): tensor for name, tensor in written.items()}
         known = {name.name for name in fields(Outputs)}
         outputs = Outputs(**{name: tensor for name, tensor in named.items() if name in known})
         return Run(outputs, launches, plans, written)
-
-    def _has_complained(self) -> bool:
-        return os.fstat(self._stderr.fileno()).st_size > 0
-
-    def _complaint(self) -> str:
-        """What the process, which is at its end, said to stderr."""
-        code = self._process.wait()
-        self._stderr.seek(0)
-        return f"exit code {code}\n" + self._stderr.read().decode(errors="replace")[:20_000]
 
 
 _PER_CHANNEL = {"weight", "bias", "running_mean", "running_var", "mean", "invstd"}

@@ -25,7 +25,6 @@ if __name__ == "__main__":
 from bench.markdown import table  # noqa: E402
 from bench.shapes import LayerShape, resnet50  # noqa: E402
 from bnkernels.testing import Inputs  # noqa: E402
-from simt import build  # noqa: E402
 from simt.common import requested  # noqa: E402
 from simt.plans import Limits, Plan  # noqa: E402
 from simt.server import How, Run, Server  # noqa: E402
@@ -192,7 +191,7 @@ def page(all_cells: list[Cell]) -> str:
 
 
 def main() -> None:
-    server = Server(build.program("run_kernels", "plain"))
+    server = Server("plain")
     print(page(list(cells(server))), end="")
     server.close()
 
