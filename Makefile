@@ -1,8 +1,10 @@
 # The commands of this repository. Each target does all the set-up it needs, from a clean clone:
 #
 #   make demo     trains a small ResNet on real images with nn.BatchNorm2d, converted and fused, side by side
-#   make test     builds and runs all tests; those marked cuda once more on the host device, without a GPU (the second alone:
+#   make test     builds, and runs the tests; those marked cuda once more on the host device, without a GPU (the second alone:
 #                 make test-host-device; tests/host_device tells what it is)
+#   make test-slow  the other tests, marked slow: the same claims on more dtypes, orders of threads and networks, whole runs of
+#                 programs, and the kernels' machine code
 #   make examples the studies of what the papers claim: a few minutes; plots and reports in out/examples, exit code 0 if
 #                 all is as docs/why.md tells (make why: writes what was measured into docs/why.md)
 #   make mutants  applies some 200 faults to the sources, one at a time, and sees the tests nearest to each fail: hours on two
@@ -75,7 +77,7 @@ STUDIES = $(filter-out study digits speedrun_networks,$(patsubst examples/%.py,%
 # The one installed beside the interpreter.
 CLANG_FORMAT = "$$(dirname "$$($(PY) -c 'import sys; print(sys.executable)')")/clang-format"
 
-.PHONY: help demo examples why test test-host-device mutants lint format bench gpu ptxas sass build clean distclean
+.PHONY: help demo examples why test test-slow test-host-device mutants lint format bench gpu ptxas sass build clean distclean
 
 help:
 	@sed -n '1,/^$$/{/^#/!d;s/^# \{0,1\}//;p}' Makefile
@@ -96,13 +98,16 @@ why:
 	-$(MAKE) examples
 	$(PY) examples/study.py out/examples docs/why.md
 
-PYTEST = -m pytest $$($(PY) -c "import xdist; print('-n $(WORKERS) --dist loadfile')" 2>/dev/null) --durations 15 $(PYTEST_ARGS)
+PYTEST = -m pytest $$($(PY) -c "import xdist; print('-n $(WORKERS) --dist loadfile')" 2>/dev/null) --durations 15
 
 # Threads that wait do not spin: those of another process could work meanwhile.
-test test-host-device: export OMP_WAIT_POLICY ?= passive
+test test-slow test-host-device: export OMP_WAIT_POLICY ?= passive
 test: $(call environment,dev)
-	$(PY) $(PYTEST)
+	$(PY) $(PYTEST) -m "not slow" $(PYTEST_ARGS)
 	@$(MAKE) --no-print-directory test-host-device
+
+test-slow: $(call environment,dev)
+	$(PY) $(PYTEST) -m slow $(PYTEST_ARGS)
 
 # Tests that PYTEST_ARGS selects may be none of these: pytest's exit status is 5 then.
 test-host-device: export PYTHONPATH := $(CURDIR)/tests:$(PYTHONPATH)
@@ -110,7 +115,7 @@ test-host-device: $(call environment,dev)
 	@reason=$$($(PY) -m host_device --missing); \
 	if [ -n "$$reason" ]; then echo "== no tests on the host device: $$reason"; exit 0; fi; \
 	echo "== tests marked cuda, on the host device"; \
-	$(PY) -m host_device $(PYTEST) -m cuda || [ $$? -eq 5 -a -n "$(PYTEST_ARGS)" ]
+	$(PY) -m host_device $(PYTEST) -m "cuda and not slow" $(PYTEST_ARGS) || [ $$? -eq 5 -a -n "$(PYTEST_ARGS)" ]
 
 mutants: export PYTHONPATH := $(CURDIR)/tests:$(PYTHONPATH)
 mutants: $(call environment,dev)

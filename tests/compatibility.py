@@ -149,8 +149,9 @@ def page(rows: Iterable[Row]) -> str:
 _INTRODUCTION = """\
 # What bnkernels works with
 
-Each row is a test of that name in `tests/`, run by `make test` for exactly the cells that are filled. This page is made
-from the tests, `python tests/compatibility.py > docs/compatibility.md`, and a test compares the two.
+Each row is a test of that name in `tests/`, run by `make test`, or `make test-slow`, for exactly the cells that are
+filled. This page is made from the tests, `python tests/compatibility.py > docs/compatibility.md`, and a test compares
+the two.
 
 - **yes**: contiguous and channels_last tensors. Otherwise the one that is named. An empty cell is not tested, or has no
   meaning.

@@ -177,6 +177,7 @@ def test_warming_leaves_the_network_as_it_is() -> None:
     assert all(parameter.grad is None for parameter in made.model.parameters()) and not made.seconds
 
 
+@pytest.mark.slow
 def test_a_wrong_layer_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """With another eps in the converted layers the first losses do not agree, as they do in the test below."""
     convert = networks.bnk.convert
@@ -192,6 +193,7 @@ def test_a_wrong_layer_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert first.measure == "relative difference of the first losses" and not first.holds
 
 
+@pytest.mark.slow
 def test_a_quick_run_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """And in two steps nothing comes to the target: the exit code says so."""
     code = study.main(quick(tmp_path))

@@ -98,6 +98,7 @@ def test_saved_bytes_are_those_of_distinct_tensors() -> None:
         torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_a_wrong_layer_is_noticed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -100,6 +100,7 @@ def test_a_reverted_model_is_exported_without_this_package() -> None:
     "a package calls this package's ops, so the process that loads it imports bnkernels first; "
     "for a process without Python, package a reverted model.",
 )
+@pytest.mark.slow
 def test_aot_inductor(cell: Cell, tmp_path: Path) -> None:
     package = torch._inductor.aoti_compile_and_package(exported(cell), package_path=str(tmp_path / "model.pt2"))
     program = torch._inductor.aoti_load_package(package)

@@ -26,7 +26,13 @@ def test_a_network(make: Callable[[], nn.Module], count: int) -> None:
     assert len({each.name for each in report.fused}) == count, str(report)
 
 
-@pytest.mark.parametrize("name", ["residual", "U-Net with optional skips", "checkpointed, drop path"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "residual",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("U-Net with optional skips", "checkpointed, drop path")),
+    ],
+)
 def test_a_network_by_inductor(name: str) -> None:
     """drop path draws other random numbers there: in evaluation only."""
     make, count = NETWORKS[name]

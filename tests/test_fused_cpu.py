@@ -133,6 +133,7 @@ def digest_of_grid() -> str:
     return digest.hexdigest()
 
 
+@pytest.mark.slow
 def test_every_level_is_right_and_all_give_the_same_bits() -> None:
     """Families, shapes, layouts and dtypes of the grid, by each set of vector instructions."""
     digests = {}
@@ -194,7 +195,7 @@ def test_bits_do_not_depend_on_threads(shape: tuple[int, ...], layout: str, dtyp
         check(inputs, str(shape))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("shape", "layout"),
     [((4, 20, 230, 229), "contiguous"), ((64, 64, 33, 33), "channels_last"), ((70_000, 63), "contiguous")],

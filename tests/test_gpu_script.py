@@ -66,6 +66,7 @@ def run(stage: str, results: Path, **settings: str) -> tuple[int, str]:
 # ---- both stages, whole
 
 
+@pytest.mark.slow
 def test_every_step_on_the_host_device(tmp_path: Path) -> None:
     """Each is run, or skipped with a reason; and its results are there, of the few files that may be."""
     if reason := host_device.missing():
@@ -284,7 +285,7 @@ BENCH = ["-m", "bench", "--device", "cpu", "--threads", "1", "--quick", "--conte
 BENCH += ["--batch", "2,3,4,5,6,7,8,9", "--shapes", "3x5x5,4x4x4,5x3x3", "--budget", "0.01", "--max-ring", "2"]
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_cases_of_a_killed_bench(seed: int, tmp_path: Path) -> None:
     """Every case that it had told of is in the JSON, whole; interrupted, it writes its report too."""
     number = signal.SIGINT if seed == 2 else signal.SIGKILL

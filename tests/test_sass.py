@@ -17,6 +17,8 @@ from bench import device_code, sass
 from bench.sass_listing import find_disassembler
 from bench.sass_paths import read_too_early
 
+pytestmark = pytest.mark.slow
+
 ARCH = "sm_90"
 
 

@@ -1,6 +1,6 @@
 """The resident path's kernels, run thread by thread on the host (tests/simt): how they are run decides nothing.
 
-Every variant runs under 20 seeds with the same bits, plain, under AddressSanitizer and UBSan, and under
+Every variant runs under 20 seeds with the same bits, and under a few with AddressSanitizer and UBSan, and with
 ThreadSanitizer; every barrier is needed; schedules, and the number of groups, change no bit; plans of every kind stay
 within the gate. What is computed, from where: test_simt_resident_inputs.py. Groups that wait for each other:
 test_simt_groups.py.
@@ -12,7 +12,19 @@ import re
 from dataclasses import replace
 
 import pytest
-from simt.common import BUILDS, PAIRS, SEEDS, UNORDERED, Servers, assert_same, judge, make
+from simt.common import (
+    BARRIER_BUILDS,
+    BUILDS,
+    BUILDS_AND_PAIRS,
+    PAIRS,
+    PAIRS_BUT_FEW_SLOW,
+    SEEDS,
+    UNORDERED,
+    Servers,
+    assert_same,
+    judge,
+    make,
+)
 from simt.plans import Resident
 from simt.resident_cases import (
     ALONE,
@@ -43,19 +55,18 @@ def call(server: Server, inputs: Inputs, resident: Resident, how: How | None = N
     return run
 
 
-# --- every variant, 20 seeds, three builds ---------------------------------------------------------------------------
+# --- every variant, many seeds, three builds -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", BUILDS)
 @pytest.mark.parametrize("layout", RESIDENT_LAYOUTS)
-@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("name, pair", BUILDS_AND_PAIRS)
 def test_seeds_change_no_bit(servers: Servers, pair: tuple[str, str], layout: str, name: str) -> None:
     """A block alone, and groups that exchange in each way, where two or more slabs follow each other in each."""
     shape = SHAPES[layout]
     inputs = make(shape, pair)
     for members, groups, way in ((1, 2, ALONE), (3, 1, CLUSTER), (3, 1, EACH), (2, 2, DIVIDED)):
         resident = plan(layout, shape, pair[0], members, groups, **way)
-        judge(inputs, call(servers(name), inputs, resident, How(seeds=SEEDS)), resident)
+        judge(inputs, call(servers(name), inputs, resident, How(seeds=SEEDS[name])), resident)
 
 
 @pytest.mark.parametrize("name", BUILDS)
@@ -66,7 +77,7 @@ def test_several_warps_change_no_bit(servers: Servers, layout: str, name: str) -
     inputs = make(shape, ("bfloat16", "float32"))
     for way in (CLUSTER, DIVIDED):
         resident = plan(layout, shape, "bfloat16", 2, 1, block=96, slab_channels=16, **way)
-        judge(inputs, call(servers(name), inputs, resident, How(seeds=SEEDS)), resident)
+        judge(inputs, call(servers(name), inputs, resident, How(seeds=SEEDS[name])), resident)
 
 
 # --- every barrier is needed -----------------------------------------------------------------------------------------
@@ -91,7 +102,7 @@ def complaint(server: Server, inputs: Inputs, saved: Run | None, how: How) -> st
     return ""
 
 
-@pytest.mark.parametrize("name", ["plain", "tsan"])
+@pytest.mark.parametrize("name", BARRIER_BUILDS)
 @pytest.mark.parametrize("layout", RESIDENT_LAYOUTS)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_every_barrier_is_missed(servers: Servers, direction: str, layout: str, name: str) -> None:
@@ -143,7 +154,7 @@ def test_groups_and_schedules_change_no_bit(plain: Server, pair: tuple[str, str]
 
 
 @pytest.mark.parametrize("layout", RESIDENT_LAYOUTS)
-@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("pair", PAIRS_BUT_FEW_SLOW)
 def test_every_kind_of_plan(plain: Server, pair: tuple[str, str], layout: str) -> None:
     """Blocks of 1 to 8 warps, groups of 1 to 5, every way of joining, and all, most, or an eighth of a share kept."""
     shape = SHAPES[layout]

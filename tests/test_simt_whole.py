@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from simt.common import BUILDS, PAIRS, SEEDS, Servers, judge, make
+from simt.common import BUILDS_AND_PAIRS, SEEDS, Servers, judge, make
 from simt.plans import Resident
 from simt.resident_cases import ALONE, DIVIDED, RESIDENT_LAYOUTS, plan, share_windows, vector
 from simt.server import How
@@ -36,28 +36,26 @@ def windows(layout: str, shape: tuple[int, ...], dtype: str) -> int:
     return vectors * lanes // BLOCK
 
 
-@pytest.mark.parametrize("name", BUILDS)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("layout", STREAMING)
-@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("name, pair", BUILDS_AND_PAIRS)
 def test_streaming(servers: Servers, pair: tuple[str, str], layout: str, training: bool, name: str) -> None:
     shape = STREAMING[layout]
     assert windows(layout, shape, pair[0]) >= TILE
     inputs = make(shape, pair, training)
-    how = How(block=BLOCK, chunks=1, finish_block=64, grid=2, seeds=SEEDS)
+    how = How(block=BLOCK, chunks=1, finish_block=64, grid=2, seeds=SEEDS[name])
     judge(inputs, servers(name).call(inputs, how, channels_last=layout == "channels_last"), (shape, pair))
 
 
-@pytest.mark.parametrize("name", BUILDS)
 @pytest.mark.parametrize("layout", RESIDENT_LAYOUTS)
-@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("name, pair", BUILDS_AND_PAIRS)
 def test_resident(servers: Servers, pair: tuple[str, str], layout: str, name: str) -> None:
     """Tiles that are kept, tiles that are not, and a last one that is no whole tile."""
     shape = RESIDENT[layout]
     inputs = make(shape, pair)
 
     def run(resident: Resident) -> None:
-        how = How(resident=resident, seeds=SEEDS)
+        how = How(resident=resident, seeds=SEEDS[name])
         judge(inputs, servers(name).call(inputs, how, channels_last=layout == "channels_last"), resident)
 
     alone = plan(layout, shape, pair[0], 1, 2, kept=KEPT, block=BLOCK, **ALONE)

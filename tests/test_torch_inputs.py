@@ -234,7 +234,11 @@ def test_module_memory_format(info: ModuleInfo, training: bool, device: str, cou
 
 
 @LARGE
-@modules
+@pytest.mark.parametrize(
+    "info",
+    [pytest.param(i, marks=pytest.mark.slow if i.module_cls is not nn.BatchNorm1d else ()) for i in MODULES],
+    ids=module_id,
+)
 @trainings
 def test_module_gradients(info: ModuleInfo, training: bool, device: str, count: Count) -> None:
     """Against finite differences: reverse and forward mode, both twice, and batched."""

@@ -12,12 +12,25 @@ from bnkernels.testing import DTYPE_PAIRS, Case, Inputs, assert_within, judge_ca
 from .server import Run, Server
 
 BUILDS = ("plain", "asan", "tsan")
-SEEDS = range(20)
+# A sanitizer sees what is wrong in almost any order of the threads.
+SEEDS = {"plain": range(20), "asan": range(3), "tsan": range(3)}
 LAYOUTS = ("channels_first", "channels_last")
 # What is said of accesses that nothing orders, under ThreadSanitizer: by itself, or by the engine, of the shared memory
 # of another block of a cluster.
 UNORDERED = "data race|shared memory of a block that (may not have started|ends)"
 PAIRS = [pytest.param(pair, id="+".join(dict.fromkeys(pair))) for pair in DTYPE_PAIRS]
+# What takes long is run, but for the slow tests, with two: windows of few elements and of many.
+FEW = (("float32", "float32"), ("bfloat16", "float32"))
+PAIRS_BUT_FEW_SLOW = [
+    pair if pair.values[0] in FEW else pytest.param(pair.values[0], id=pair.id, marks=pytest.mark.slow)
+    for pair in PAIRS
+]
+BUILDS_AND_PAIRS = [
+    pytest.param(name, pair.values[0], id=f"{name}-{pair.id}", marks=pair.marks)
+    for name in BUILDS
+    for pair in (PAIRS if name == "plain" else PAIRS_BUT_FEW_SLOW)
+]
+BARRIER_BUILDS = ["plain", pytest.param("tsan", marks=pytest.mark.slow)]
 
 
 class Servers:
