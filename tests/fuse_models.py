@@ -243,6 +243,7 @@ def compare(example: Example) -> Result:
     traces = [trace(result, batches), *(trace(copy.deepcopy(model), each) for each in (batches, nearly))]
     norms = sum(isinstance(module, _BatchNorm) for module in model.modules())
     left = report.summary().partition(" left")[2].removeprefix(": ")
+    left = left.replace(", which is neither a ReLU nor an addition of two tensors", "")
     return Result(
         norms,
         len({each.name for each in report.fused}),

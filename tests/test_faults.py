@@ -80,7 +80,7 @@ def test_many_calls_grow_nothing() -> None:
     done = in_subprocess("""
 import os, torch, bnkernels as bnk
 torch.set_num_threads(1)
-plain, fused = bnk.BatchNorm2d(8), bnk.BatchNorm2d(8, activation="relu")
+plain, fused = bnk.BatchNorm2d(8), bnk.BatchNormAct2d(8)
 small, large = (torch.randn(n, 8, 6, 6, requires_grad=True) for n in (4, 300))  # the large one's results are kept
 ones = {x: torch.ones_like(x) for x in (small, large)}
 

@@ -9,11 +9,11 @@ RESIDENT_INPUTS = "tests/test_simt_resident_inputs.py"
 FUSED = "tests/test_simt_fused.py"
 
 # Selections that need the plain build alone.
-STREAMING = ("tests/test_simt.py", "-k", "blocks_and_chunks")
+STREAMING = ("tests/test_simt.py", "-m", "not slow", "-k", "blocks_and_chunks")
 WHOLE = ("tests/test_simt_whole.py", "-k", "plain and (float64 or bfloat16)")
 SETTINGS = (INPUTS, "-k", "missing or cumulative")
 OVERFLOW = (INPUTS, "-k", "adversarial and (float32 or bfloat16)")
-RESIDENT = ("tests/test_simt_resident.py", "-k", "every_kind_of_plan")
+RESIDENT = ("tests/test_simt_resident.py", "-m", "not slow", "-k", "every_kind_of_plan")
 RESIDENT_SEEDS = ("tests/test_simt_resident.py", "-k", "plain and (seeds or warps)")
 RESIDENT_SETTINGS = (RESIDENT_INPUTS, "-k", "(tails or cumulative) and not tsan")
 RESIDENT_OVERFLOW = (RESIDENT_INPUTS, "-k", "overflow")

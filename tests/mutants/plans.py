@@ -11,7 +11,7 @@ LIMITS = (RESIDENT_PLAN, "-k", "limits_hold or shares_cover or cooperative")
 COUNTED = (RESIDENT_PLAN, "-k", "kernel_counts")
 BYTES = (RESIDENT_PLAN, "-k", "test_bytes or inference")
 # On the host execution, its plain build alone.
-SIMT_STREAMING = ("tests/test_simt.py", "-k", "blocks_and_chunks")
+SIMT_STREAMING = ("tests/test_simt.py", "-m", "not slow", "-k", "blocks_and_chunks")
 SIMT_TAILS = ("tests/test_simt_resident_inputs.py", "-k", "(tails or cumulative) and not tsan")
 
 
