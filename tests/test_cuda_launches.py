@@ -123,6 +123,7 @@ torch.cuda.synchronize()
     )
 
 
+@pytest.mark.slow
 def test_capturing_each_step_takes_no_more_memory() -> None:
     """A graph gives its barrier workspace back when it is destroyed. Graphs that live keep theirs."""
     run(

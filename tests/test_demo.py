@@ -37,6 +37,7 @@ def test_trains_above_the_required_accuracy(tmp_path: Path, capsys: pytest.Captu
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_one_epoch_agrees_but_is_not_accurate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The exit code tells: one epoch cannot reach the accuracy, everything else holds. The table is whole."""
     code, plot = run(tmp_path, "--epochs", "1")

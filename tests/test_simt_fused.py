@@ -20,6 +20,7 @@ from simt.common import (
     LAYOUTS,
     PAIRS,
     PAIRS_BUT_FEW_SLOW,
+    SANITIZERS,
     SEEDS,
     Servers,
     assert_same,
@@ -201,7 +202,7 @@ def test_resident_alignments(plain: Server, pair: tuple[str, str], layout: str) 
                     assert_same(sound, run, misaligned)
 
 
-@pytest.mark.parametrize("name", ["asan", "tsan"])
+@pytest.mark.parametrize("name", SANITIZERS)
 @pytest.mark.parametrize("pair", [PAIRS[1], PAIRS[-1]])
 def test_alignments_under_sanitizers(servers: Servers, pair: tuple[str, str], name: str) -> None:
     elements = 16 // DTYPES[pair[0]].itemsize

@@ -7,7 +7,19 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from simt.common import FIRST, LAST, LAYOUTS, PAIRS, PAIRS_BUT_FEW_SLOW, SEEDS, Servers, assert_same, judge, make
+from simt.common import (
+    FIRST,
+    LAST,
+    LAYOUTS,
+    PAIRS,
+    PAIRS_BUT_FEW_SLOW,
+    SANITIZERS,
+    SEEDS,
+    Servers,
+    assert_same,
+    judge,
+    make,
+)
 from simt.server import How, Server
 
 from bnkernels.testing import DTYPES, cases
@@ -46,7 +58,7 @@ def test_alignments(plain: Server, pair: tuple[str, str], layout: str) -> None:
                 judge(inputs, plain.call(inputs, other, channels_last=last), (shape, other))
 
 
-@pytest.mark.parametrize("name", ["asan", "tsan"])
+@pytest.mark.parametrize("name", SANITIZERS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("pair", PAIRS_BUT_FEW_SLOW)
 def test_alignments_under_sanitizers(servers: Servers, pair: tuple[str, str], layout: str, name: str) -> None:

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from simt.common import PAIRS, PAIRS_BUT_FEW_SLOW, SEEDS, Servers, assert_same, judge, make
+from simt.common import PAIRS, PAIRS_BUT_FEW_SLOW, SANITIZERS, SEEDS, Servers, assert_same, judge, make
 from simt.plans import Limits, Resident
 from simt.resident_cases import RESIDENT_LAYOUTS, SEVENS, SHAPES, plan, share_windows
 from simt.server import How, Run, Server
@@ -53,7 +53,7 @@ def test_alignments(plain: Server, pair: tuple[str, str], layout: str) -> None:
             judge(inputs, call(plain, inputs, other), other)
 
 
-@pytest.mark.parametrize("name", ["asan", "tsan"])
+@pytest.mark.parametrize("name", SANITIZERS)
 @pytest.mark.parametrize("layout", RESIDENT_LAYOUTS)
 @pytest.mark.parametrize("pair", PAIRS_BUT_FEW_SLOW)
 def test_alignments_under_sanitizers(servers: Servers, pair: tuple[str, str], layout: str, name: str) -> None:

@@ -11,7 +11,10 @@ from bnkernels.testing import DTYPE_PAIRS, Case, Inputs, assert_within, judge_ca
 
 from .server import Run, Server
 
-BUILDS = ("plain", "asan", "tsan")
+# The engine itself checks every access of global and shared memory; AddressSanitizer adds the rest.
+ASAN = pytest.param("asan", marks=pytest.mark.slow)
+BUILDS = ["plain", ASAN, "tsan"]
+SANITIZERS = [ASAN, "tsan"]
 # A sanitizer sees what is wrong in almost any order of the threads.
 SEEDS = {"plain": range(20), "asan": range(3), "tsan": range(3)}
 LAYOUTS = ("channels_first", "channels_last")
@@ -26,9 +29,9 @@ PAIRS_BUT_FEW_SLOW = [
     for pair in PAIRS
 ]
 BUILDS_AND_PAIRS = [
-    pytest.param(name, pair.values[0], id=f"{name}-{pair.id}", marks=pair.marks)
-    for name in BUILDS
-    for pair in (PAIRS if name == "plain" else PAIRS_BUT_FEW_SLOW)
+    pytest.param(name, pair.values[0], id=f"{name}-{pair.id}", marks=pytest.mark.slow if name == "asan" else pair.marks)
+    for name, pairs in (("plain", PAIRS), ("asan", PAIRS), ("tsan", PAIRS_BUT_FEW_SLOW))
+    for pair in pairs
 ]
 BARRIER_BUILDS = ["plain", pytest.param("tsan", marks=pytest.mark.slow)]
 
