@@ -138,7 +138,7 @@ EXAMPLES = [
     vision("inception_v3", images(3, 96, 96), aux_logits=False, init_weights=False),
     vision("lraspp_mobilenet_v3_large", SMALL, weights_backbone=None, num_classes=3),
     vision("deeplabv3_resnet50", SMALL, weights_backbone=None, num_classes=3),
-    vision("ssdlite320_mobilenet_v3_large", detection(64), weights_backbone=None, num_classes=3),
+    vision("ssdlite320_mobilenet_v3_large", detection(160), weights_backbone=None, num_classes=3),
     vision("fasterrcnn_mobilenet_v3_large_320_fpn", detection(64), weights_backbone=None, num_classes=3),
     vision("r3d_18", images(3, 4, 32, 32), num_classes=5),
     *(of_timm(name, SMALL) for name in ("resnet10t", "seresnet18", "dla34", "res2net50_26w_4s", "repvgg_a0")),
