@@ -297,7 +297,7 @@ def test_cases_of_a_killed_bench(seed: int, tmp_path: Path) -> None:
         os.killpg(process.pid, number)
         told = [
             line
-            for line in [first, *process.communicate(timeout=60)[0].splitlines()]
+            for line in [first, *process.communicate(timeout=240)[0].splitlines()]
             if re.match(r"\d+x\d+x\S+ n", line)
         ]
     finally:
