@@ -365,7 +365,7 @@ RESULTS = [  # what is made of statistics and sums
         "kernels/resident_forward.cuh",
         "const double shift = all.first / count;",
         "const double shift = static_cast<float>(all.first / count);",
-        RESIDENT,
+        RESIDENT_SEEDS,
     ),
     mutant(
         "resident forward: a residual that is not aligned is loaded by vectors",
