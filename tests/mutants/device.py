@@ -9,7 +9,7 @@ RESIDENT_INPUTS = "tests/test_simt_resident_inputs.py"
 FUSED = "tests/test_simt_fused.py"
 
 # Selections that need the plain build alone.
-STREAMING = ("tests/test_simt.py", "-m", "not slow", "-k", "blocks_and_chunks")
+STREAMING = ("tests/test_simt.py", "-m", "not slow", "-k", "blocks_and_chunks or (seeds and plain)")
 WHOLE = ("tests/test_simt_whole.py", "-k", "plain and (float64 or bfloat16)")
 SETTINGS = (INPUTS, "-k", "missing or cumulative")
 OVERFLOW = (INPUTS, "-k", "adversarial and (float32 or bfloat16)")
