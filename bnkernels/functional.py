@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
 from . import autograd
+from .errors import UNNAMED, name_the_cause
 from .ranks import Ranks
 
 
@@ -252,53 +251,3 @@ def _without_channels(input: Tensor, *vectors: Tensor | None) -> Tensor:
                 raise RuntimeError(f"{name} should contain 0 elements not {vector.numel()}")
         return input.clone()
     raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
-
-
-# Errors. The ops, pybind and the dispatcher do not name an argument of a kind that no kernel takes. The search for it
-# comes after the failure, so that calls that succeed do not pay for it.
-
-UNNAMED = (AttributeError, RuntimeError, TypeError)
-
-
-def name_the_cause(**arguments: Any) -> None:
-    """Raises an error that says which argument no kernel takes, what it is, and what to pass instead.
-
-    Returns where each is a dense tensor: the error of the call has another cause, and says which.
-
-    Raises:
-        TypeError: an argument is no tensor.
-        NotImplementedError: one is nested, sparse or quantized.
-    """
-    for name, value in arguments.items():
-        if isinstance(value, Tensor):
-            if reason := _reason_against(name, value):
-                raise NotImplementedError(
-                    f"batch_norm: expected {name} to be a dense tensor, but got {reason}"
-                ) from None
-        elif value is not None or name == "input":
-            cls = type(value)
-            kind = f"{cls.__module__}.{cls.__qualname__}".removeprefix("builtins.")
-            remedy = "pass a tensor"
-            if cls.__module__ == "numpy":
-                remedy = f"pass torch.from_numpy({name})"
-            elif cls in (list, tuple):
-                of_tensors = bool(value) and all(isinstance(each, Tensor) for each in value)
-                remedy = (
-                    f"pass torch.stack({name}) or torch.cat({name})" if of_tensors else f"pass torch.tensor({name})"
-                )
-            raise TypeError(f"batch_norm: expected {name} to be a torch.Tensor, but got {kind}: {remedy}") from None
-
-
-def _reason_against(name: str, tensor: Tensor) -> str:
-    """What a tensor is that no kernel takes, and what to pass instead; "" for a dense one."""
-    if tensor.is_nested:
-        jagged = tensor.layout == torch.jagged  # the values of the other layout have one dimension
-        parts = f"{name}.values(), with the channels in dimension 1" if jagged else f"the tensors of {name}.unbind()"
-        padded = "or pad it by torch.nested.to_padded_tensor (the padding counts in the statistics)"
-        return f"a nested one of layout {tensor.layout}: pass {parts}, {padded}"
-    if tensor.layout != torch.strided:
-        return f"one of layout {tensor.layout}: pass {name}.to_dense()"
-    if tensor.is_quantized:
-        tools = "Quantization knows torch.nn's layers alone: call bnkernels.revert(model) before it"
-        return f"a quantized one, {tensor.dtype}: pass {name}.dequantize(). {tools}"
-    return ""

@@ -31,7 +31,7 @@ def statistic_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def parameter_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
-    """The dtypes that weight, bias and the running statistics may have beside data of `dtype`."""
+    """The dtypes that weight, bias and the running statistics may have with an input of `dtype`."""
     return (dtype, torch.float32) if dtype in (torch.float16, torch.bfloat16) else (dtype,)
 
 
@@ -157,7 +157,7 @@ def _wrong_inputs(a: Arguments, x: Tensor) -> Iterable[tuple[str, Any]]:
     for dtype in OTHERS:
         yield f"{dtype}", torch.ones(x.shape, dtype=dtype, device=x.device)
     yield "conjugate", torch.ones(x.shape, dtype=torch.complex64, device=x.device).conj()
-    on_cpu = x.device.type == "cpu"  # the host device knows no sparse tensors, and memory without end
+    on_cpu = x.device.type == "cpu"  # the host device has no sparse tensors
     if on_cpu:
         yield "sparse", dense.to_sparse()
     if on_cpu and not {"grad", "residual"} & set(a) and x.dim() > 2 and 0 not in x.shape:
@@ -284,7 +284,7 @@ _WRONG_OTHERS: dict[str, Callable[[Tensor], Iterable[tuple[str, Any]]]] = {
 
 
 class Memory:
-    """A copy of the storages behind the arguments of a call."""
+    """A copy of the storages of the arguments of a call."""
 
     def __init__(self, arguments: Arguments) -> None:
         self._held: dict[int, tuple[Tensor, Tensor]] = {}

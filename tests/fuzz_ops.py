@@ -123,8 +123,8 @@ class Caller:
             results = door(*arguments.values())
         for argument, version in _versions(arguments).items():
             wrote = argument in written and memory.changed(arguments[argument])
-            told = version != versions[argument]
-            assert told if wrote and version is not None else argument in written or not told, (
+            bumped = version != versions[argument]
+            assert bumped if wrote and version is not None else argument in written or not bumped, (
                 f"{name}: version of {argument}: {versions[argument]}, now {version}"
             )
         assert not memory.changed_outside(written.values()), f"{name}: wrote elsewhere"

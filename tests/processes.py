@@ -4,7 +4,7 @@
     results = pool.run(function, *arguments)      # function(*arguments) in each process, results by rank
 
 A process that raises fails the test with its traceback, and one that does not answer in time is ended with all others,
-which the next run starts anew: a deadlock fails one test and hangs none. Such a failure tells where each process was:
+which the next run starts anew: a deadlock fails one test and hangs none. The failure lists where each process was:
 the stacks of its Python threads, and what its threads waited for in the system.
 """
 

@@ -71,6 +71,7 @@ LAYERS = (
     "ranks",
     "formulas",
     "autograd",
+    "errors",
     "functional",
     "modules",
     "tracking",

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pickle
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -265,11 +265,8 @@ def test_no_two_results_share_memory() -> None:
                 if not bool((old == expected).all()):
                     wrong.append(f"seed {seed}, turn {turn}: {old.unique()[:3].tolist()}, expected {expected}")
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
     assert wrong == []
 
 

@@ -215,7 +215,7 @@ SAID: dict[str, tuple[type[Exception], str]] = {
         "expected input to be a dense tensor, but got one of layout torch.sparse_coo: pass",
     ),
     "mkldnn": (NotImplementedError, "one of layout torch._mkldnn: pass input.to_dense()"),
-    "quantized": (NotImplementedError, "a quantized one, torch.quint8: pass input.dequantize(). Quantization knows"),
+    "quantized": (NotImplementedError, "a quantized one, torch.quint8: pass input.dequantize(). Quantization handles"),
     "int64": (NotImplementedError, "for 'Long': expected an input of dtype float64, float32, float16 or bfloat16"),
     "bool": (NotImplementedError, "for 'Bool': expected an input of dtype float64"),
     "complex": (NotImplementedError, "for 'ComplexFloat': expected an input of dtype float64"),

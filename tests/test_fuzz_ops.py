@@ -58,7 +58,7 @@ def tells_nobody(*arguments: Any) -> Any:
     [(writes_beyond, "wrote elsewhere"), (writes_the_input, "version of x"), (tells_nobody, "version of running_mean")],
 )
 def test_what_a_call_must_not_do_is_seen(door: Door, match: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A byte beside the statistics, the input, and a change that autograd is not told of."""
+    """A byte next to the statistics, the input, and a change without a version bump."""
     monkeypatch.setitem(DOORS, "train", (door,))
     monkeypatch.setattr(fuzz_ops, "REFUSED_SHARE", 0.0)
     call = Caller(random.Random(0), Tally())

@@ -96,7 +96,7 @@ class Pair:
 
 
 def step(pair: Pair) -> None:
-    """A forward and, in most cases, its backward, with what the layer adds behind it."""
+    """A forward and, in most cases, its backward, with or without a residual."""
     pair.sync()
     x, x_torchs = (t.requires_grad_() for t in pair.draw())
     residual = torch.randn_like(x) if pair.rng.random() < 0.3 else None

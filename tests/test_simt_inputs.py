@@ -87,6 +87,20 @@ def test_tails(plain: Server, pair: tuple[str, str]) -> None:
             judge(inputs, plain.call(inputs, how, channels_last=True), (length, how))
 
 
+@pytest.mark.parametrize("pair", PAIRS_BUT_FEW_SLOW)
+def test_rows_of_every_number_of_windows(plain: Server, pair: tuple[str, str]) -> None:
+    """Each thread goes through several windows, and on to the next row from wherever a step past its end may land.
+
+    In a block of 32 threads a step is 32 windows modulo those of a row. Rows of whole windows, and rows that begin and
+    end inside one."""
+    elements = 16 // DTYPES[pair[0]].itemsize
+    how = How(block=32, chunks=1)
+    for count in range(1, 41):
+        for cut in (0, 1):
+            inputs = make((-(-130 // count), 2, max(1, count * elements - cut)), pair)
+            judge(inputs, plain.call(inputs, how, channels_last=False), (count, cut))
+
+
 # --- what is computed ------------------------------------------------------------------------------------------------
 
 

@@ -131,7 +131,7 @@ def test_jit_trace(cell: Cell) -> None:
     "make", [nn.BatchNorm2d, bnk.BatchNorm2d, bnk.BatchNormAct2d], ids=lambda make: make.__module__
 )
 def test_fx_fuse(cell: Cell, make: Callable[[int], nn.Module]) -> None:
-    """It knows exact classes: of any other it says nothing, and keeps the layer."""
+    """It matches exact classes and keeps any other layer silently."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), make(4))
     model(torch.rand(4, 3, 6, 6))
     cell.prepared(model)

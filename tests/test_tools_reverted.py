@@ -117,7 +117,7 @@ def test_fuse_modules(cell: Cell, make: Callable[[], nn.Module]) -> None:
 
 
 def eager_mode(model: nn.Module, x: Tensor, fused: bool = True) -> Any:
-    """Quantized after training, or by training that knows of the quantization."""
+    """Post-training quantization, or quantization-aware training."""
     quantization = torch.ao.quantization
     if fused:
         model = fuse_modules(model, x)
@@ -139,7 +139,7 @@ def eager_mode(model: nn.Module, x: Tensor, fused: bool = True) -> Any:
 def test_eager_mode(cell: Cell, make: Callable[[], nn.Module]) -> None:
     assert_as_of_torch(cell, make, eager_mode)
     quantized = eager_mode(make().train(cell.training), torch.randn(SHAPE), fused=False)
-    with pytest.raises(NotImplementedError, match=r"call bnkernels\.revert\(model\) before it"):
+    with pytest.raises(NotImplementedError, match=r"call bnkernels\.revert\(model\) first"):
         quantized(torch.randn(SHAPE))
 
 
@@ -199,7 +199,7 @@ def test_exported_mode(cell: Cell, make: Callable[[], nn.Module]) -> None:
 
 @each_model
 def test_reverting_a_copy_leaves_the_model(make: Callable[[], nn.Module]) -> None:
-    """What the documentation tells to do for a tool, where training goes on."""
+    """What the documentation recommends for a tool where training goes on."""
     model = make().eval()
     copied = torch.jit.script(bnk.revert(copy.deepcopy(model)))
     assert any(isinstance(module, bnk.BatchNorm2d) for module in model.modules())

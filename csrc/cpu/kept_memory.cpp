@@ -92,7 +92,7 @@ class KeptMemory {
     std::unique_lock lock(mutex_);
     try {
       kept_.push_back(freed);
-    } catch (const std::bad_alloc&) {  // no memory to remember it by; and who frees a tensor cannot be told
+    } catch (const std::bad_alloc&) {  // A deleter must not throw: unmap the block instead.
       lock.unlock();
       return unmap(freed);
     }

@@ -89,7 +89,7 @@ void run_apply(const Layout& layout, int64_t elements, const Apply& apply) {
 // finish(channel, const Partial&), apply(block, chunk) and a flag, has_apply.
 // block_bytes: what a block reads and writes.
 //
-// All memory is there before anything is written: a call for which there is none has changed nothing.
+// Allocates all scratch before writing any result, so that a call that runs out of memory changes nothing.
 template <typename Work>
 void run(const Layout& layout, const Work& work, int64_t elements, int64_t block_bytes) {
   const int threads = threads_for(elements);

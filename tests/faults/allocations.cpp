@@ -1,4 +1,4 @@
-// Allocations that fail on demand. Loaded before all else (LD_PRELOAD), and told from Python through ctypes.
+// Allocations that fail on demand. Loaded before all else (LD_PRELOAD), and controlled from Python through ctypes.
 //
 // Counted, and made to fail, are those a call of the extension makes: operator new and mmap where the caller is the extension
 // itself, and posix_memalign, by which torch allocates the data of CPU tensors. Others pass: what torch does when there is no

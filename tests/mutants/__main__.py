@@ -83,9 +83,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         outcomes[area_of.pop(outcome.mutant)].append(outcome)
     for outcome in run(list(area_of), args.out, args.jobs):
         outcomes[area_of[outcome.mutant]].append(outcome)
-        told = {"key": key(outcome.mutant), "killed_by": outcome.killed_by, "seconds": round(outcome.seconds)}
+        entry = {"key": key(outcome.mutant), "killed_by": outcome.killed_by, "seconds": round(outcome.seconds)}
         with record.open("a") as file:
-            file.write(json.dumps(told) + "\n")
+            file.write(json.dumps(entry) + "\n")
         fate = f"ERROR {outcome.error}" if outcome.error else outcome.killed_by or "SURVIVES"
         print(f"{outcome.seconds:5.0f} s  {outcome.mutant.file}: {outcome.mutant.fault}: {fate}", flush=True)
         (args.out / "mutants.md").write_text(render(outcomes))

@@ -9,6 +9,7 @@ RESIDENT_INPUTS = "tests/test_simt_resident_inputs.py"
 FUSED = "tests/test_simt_fused.py"
 
 # Selections that need the plain build alone.
+ROWS = (INPUTS, "-m", "not slow", "-k", "every_number_of_windows")
 STREAMING = ("tests/test_simt.py", "-m", "not slow", "-k", "blocks_and_chunks or (seeds and plain)")
 WHOLE = ("tests/test_simt_whole.py", "-k", "plain and (float64 or bfloat16)")
 SETTINGS = (INPUTS, "-k", "missing or cumulative")
@@ -71,7 +72,14 @@ WALKS = [  # which elements a thread visits, and how it reaches them
         "kernels/walkers.cuh",
         "if (window_ >= static_cast<InRow>(walk_.windows.value)) {",
         "if (window_ > static_cast<InRow>(walk_.windows.value)) {",
-        STREAMING,
+        ROWS,
+    ),
+    mutant(
+        "channels-first: of whole windows, too, a thread goes on one behind its row's end",
+        "kernels/walkers.cuh",
+        "if (window >= static_cast<int>(walk.windows.value)) {",
+        "if (window > static_cast<int>(walk.windows.value)) {",
+        ROWS,
     ),
     mutant(
         "channels-first: the jump behind a whole row's end is a row too long",

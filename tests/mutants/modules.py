@@ -153,7 +153,7 @@ MUTANTS: list[Mutant] = [
     ),
     mutant(
         "batch_norm: an argument that is no tensor is not named",
-        "functional.py",
+        "errors.py",
         '        elif value is not None or name == "input":\n',
         '        elif name == "input":\n',
         ("tests/test_errors.py", "-k", "named"),

@@ -8,39 +8,18 @@
 
 #include "paths/kernels.h"
 
-namespace bnk {
+#define SIMT_NO_KERNEL(Params, name, ...)           \
+  template <typename T>                             \
+  bnk::Kernel<bnk::Params> bnk::name(__VA_ARGS__) { \
+    return nullptr;                                 \
+  }
 
-template <typename T>
-Kernel<ResidentForwardParams> resident_forward_of(Layout, bool) {
-  return nullptr;
-}
-
-template <typename T>
-Kernel<ResidentBackwardParams> resident_backward_of(Layout, bool) {
-  return nullptr;
-}
-
-template <typename T>
-Kernel<StatisticsParams> statistics_of(Layout) {
-  return nullptr;
-}
-
-template <typename T>
-Kernel<NormalizeParams> normalize_of(Layout, bool) {
-  return nullptr;
-}
-
-template <typename T>
-Kernel<GradSumsParams> grad_sums_of(Layout, bool) {
-  return nullptr;
-}
-
-template <typename T>
-Kernel<GradInputParams> grad_input_of(Layout, bool) {
-  return nullptr;
-}
-
-}  // namespace bnk
+SIMT_NO_KERNEL(ResidentForwardParams, resident_forward_of, Layout, bool)
+SIMT_NO_KERNEL(ResidentBackwardParams, resident_backward_of, Layout, bool)
+SIMT_NO_KERNEL(StatisticsParams, statistics_of, Layout)
+SIMT_NO_KERNEL(NormalizeParams, normalize_of, Layout, bool)
+SIMT_NO_KERNEL(GradSumsParams, grad_sums_of, Layout, bool)
+SIMT_NO_KERNEL(GradInputParams, grad_input_of, Layout, bool)
 
 #endif
 
