@@ -7,7 +7,7 @@
 #                 programs, and the kernels' machine code
 #   make examples the studies of what the papers claim: a few minutes; plots and reports in out/examples, exit code 0 if
 #                 all is as docs/why.md tells (make why: writes what was measured into docs/why.md)
-#   make mutants  applies some 200 faults to the sources, one at a time, and sees the tests nearest to each fail: hours on two
+#   make mutants  applies some 290 faults to the sources, one at a time, and sees the tests nearest to each fail: hours on two
 #                 cores (MUTANTS_ARGS="--area fusion": some of them; tests/mutants has the list)
 #   make lint     ruff, mypy, clang-format (make format: lets them write)
 #   make bench    the benchmark harness (CPU, and the GPU where there is one)

@@ -99,7 +99,7 @@ void run(const Layout& layout, const Work& work, int64_t elements, int64_t block
   const int64_t rounds = (blocks + threads - 1) / threads;
   const bool balanced = 5 * blocks >= 4 * rounds * threads;
   if (threads == 1 || (balanced && block_bytes * threads <= kCacheBytes)) {
-    // A thread's, in cache lines of its own.
+    // Scratch of each thread, padded so that neighbours do not share a cache line.
     const int64_t scratch = (merge_depths(chunks) * layout.block_channels() + 7) / 8 * 8;
     const std::unique_ptr<Partial[]> by_thread(new Partial[static_cast<size_t>(scratch * threads)]);
     over_pieces(threads, blocks, [&](int64_t block) {
