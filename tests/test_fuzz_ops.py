@@ -9,7 +9,7 @@ from typing import Any
 import fuzz_ops
 import pytest
 import torch
-from fuzz_ops import DOORS, Caller, Tally
+from fuzz_ops import ENTRY_POINTS, Caller, Tally
 from torch import Tensor
 
 from bnkernels import ops
@@ -27,10 +27,10 @@ def test_random_calls(device: str, share: int) -> None:
     tally = fuzz_ops.run(share * rounds, rounds, device, most=most)
     if device == "cpu":
         assert tally.calls > 1700 and len(tally.spoiled) > 100
-        assert set(tally.allowed) == set(tally.refused) == set(DOORS)
+        assert set(tally.allowed) == set(tally.refused) == set(ENTRY_POINTS)
 
 
-Door = Callable[..., Any]
+Entry = Callable[..., Any]
 
 
 def writes_beyond(x: Tensor, *rest: Any) -> Any:
@@ -54,12 +54,12 @@ def tells_nobody(*arguments: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("door", "match"),
+    ("entry", "match"),
     [(writes_beyond, "wrote elsewhere"), (writes_the_input, "version of x"), (tells_nobody, "version of running_mean")],
 )
-def test_what_a_call_must_not_do_is_seen(door: Door, match: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_call_must_not_do_is_seen(entry: Entry, match: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A byte next to the statistics, the input, and a change without a version bump."""
-    monkeypatch.setitem(DOORS, "train", (door,))
+    monkeypatch.setitem(ENTRY_POINTS, "train", (entry,))
     monkeypatch.setattr(fuzz_ops, "REFUSED_SHARE", 0.0)
     call = Caller(random.Random(0), Tally())
     buffers: dict[str, Any] = {"running_mean": torch.zeros(9)[:3], "running_var": torch.ones(3)}
@@ -82,12 +82,12 @@ def writes_first(*arguments: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("door", "match"),
+    ("entry", "match"),
     [(takes_it, "not refused"), (asserts, "INTERNAL ASSERT"), (writes_first, "was refused, but has written")],
 )
-def test_a_bad_refusal_is_seen(door: Door, match: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bad_refusal_is_seen(entry: Entry, match: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """None at all, one by an assertion, and one that comes too late."""
-    monkeypatch.setitem(DOORS, "sync_statistics", (door,))
+    monkeypatch.setitem(ENTRY_POINTS, "sync_statistics", (entry,))
     call = Caller(random.Random(0), Tally())
     with pytest.raises(AssertionError, match=match):
         call.refused("sync_statistics", "eps: 0", {"x": torch.randn(4, 3), "eps": 0.0})
@@ -96,14 +96,14 @@ def test_a_bad_refusal_is_seen(door: Door, match: str, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("name", ["train", "eval", "backward", "fused_train", "relu_backward", "sync_grad_input"])
 def test_wrong_numbers_are_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A first result that is off by a hundredth fails within some rounds, of whichever op."""
-    real = DOORS[name][0]
+    real = ENTRY_POINTS[name][0]
 
     def off(*arguments: Any) -> Any:
         results = real(*arguments)
         first, *rest = (results,) if isinstance(results, Tensor) else results
         return (first * 1.01, *rest) if rest else first * 1.01
 
-    monkeypatch.setitem(DOORS, name, (off,))
+    monkeypatch.setitem(ENTRY_POINTS, name, (off,))
     monkeypatch.setattr(fuzz_ops, "REFUSED_SHARE", 0.0)
     with pytest.raises(AssertionError, match=r"beyond the gate|elements, the first"):
         fuzz_ops.run(0, 300)

@@ -1,4 +1,4 @@
-"""The ops as torch sees them: registration, fakes, mutation, argument checks by both doors, loading."""
+"""The ops as torch sees them: registration, fakes, mutation, argument checks through both entry points, loading."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_meta(op: Any, arguments: Callable[..., Arguments]) -> None:
     assert y.is_meta and y.shape == x.shape and y.is_contiguous(memory_format=torch.channels_last)
 
 
-# Two doors, one kernel
+# Two entry points, one kernel
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -181,16 +181,16 @@ def test_versions(device: str) -> None:
     """Autograd sees a mutation by the version counter. The functional twin and eval leave it."""
     x = torch.randn(4, 3, 5, device=device)
     names = ("running_mean", "running_var", "num_batches_tracked")
-    for door, changes in ((ops.forward_train, True), (ops.train_op, True), (ops.train_functional, False)):
+    for entry, changes in ((ops.forward_train, True), (ops.train_op, True), (ops.train_functional, False)):
         for strided in (False, True):
             spread = {name: torch.ones(5, device=device)[::2] for name in names[:2]} if strided else {}
             arguments = train_arguments(x, **spread)
             before = {name: arguments[name]._version for name in names}
-            door(*arguments.values())
+            entry(*arguments.values())
             for name in names:
-                assert (arguments[name]._version > before[name]) == changes, (door, name, strided)
+                assert (arguments[name]._version > before[name]) == changes, (entry, name, strided)
         arguments = train_arguments(x[:0])
-        door(*arguments.values())
+        entry(*arguments.values())
         assert arguments["num_batches_tracked"]._version == changes, "of an empty batch"
         assert x._version == 0 and arguments["weight"]._version == train_arguments(x)["weight"]._version
 
@@ -211,13 +211,13 @@ def test_backward_gives_none_or_empty(device: str) -> None:
 
 
 def test_names_of_arguments() -> None:
-    """Both doors take the names of the schema."""
+    """Both entry points take the names of the schema."""
     inference = eval_arguments(torch.randn(4, 3, 5), eps=0.5)
     backwards = dict(reversed(inference.items()))
     assert testing.same_bits(ops.forward_eval(**backwards)[0], ops.eval_op(**backwards)[0])
 
 
-# Arguments: both doors raise, and nothing is read or written
+# Arguments: both entry points raise, and nothing is read or written
 
 
 X = (4, 3, 5, 2)
@@ -239,12 +239,12 @@ BAD_VECTORS: dict[str, tuple[Callable[[], Tensor], str]] = {
 each_bad_vector = pytest.mark.parametrize(("bad", "match"), BAD_VECTORS.values(), ids=BAD_VECTORS)
 
 
-def both_doors(direct: Any, op: Any, arguments: Arguments, error: type[Exception], match: str) -> None:
+def both_entry_points(direct: Any, op: Any, arguments: Arguments, error: type[Exception], match: str) -> None:
     """Both raise the error, and no argument has changed."""
-    for door in (direct, op):
+    for entry in (direct, op):
         before = {k: v.clone() for k, v in arguments.items() if isinstance(v, Tensor) and not v.is_meta}
         with pytest.raises(error, match=match):
-            door(*arguments.values())
+            entry(*arguments.values())
         for name, tensor in before.items():
             assert testing.same_bits(arguments[name], tensor), name
 
@@ -257,12 +257,12 @@ def test_bad_vectors(bad: Callable[[], Tensor], match: str, which: str, training
     wrong = bad() if bad().is_meta else bad().to(device)
     names = f"{which}.*{match}|{which} {match}"
     if training:
-        both_doors(ops.forward_train, ops.train_op, train_arguments(x, **{which: wrong}), RuntimeError, names)
-        both_doors(
+        both_entry_points(ops.forward_train, ops.train_op, train_arguments(x, **{which: wrong}), RuntimeError, names)
+        both_entry_points(
             ops.train_functional, ops.train_functional, train_arguments(x, **{which: wrong}), RuntimeError, names
         )
     else:
-        both_doors(ops.forward_eval, ops.eval_op, eval_arguments(x, **{which: wrong}), RuntimeError, names)
+        both_entry_points(ops.forward_eval, ops.eval_op, eval_arguments(x, **{which: wrong}), RuntimeError, names)
 
 
 @each_bad_vector
@@ -270,7 +270,7 @@ def test_bad_vectors(bad: Callable[[], Tensor], match: str, which: str, training
 def test_bad_vectors_of_backward(bad: Callable[[], Tensor], match: str, which: str, device: str) -> None:
     wrong = bad() if bad().is_meta else bad().to(device)
     arguments = backward_arguments(torch.randn(X, device=device), **{which: wrong})
-    both_doors(ops.backward, ops.backward_op, arguments, RuntimeError, f"{which}.*{match}|{which} {match}")
+    both_entry_points(ops.backward, ops.backward_op, arguments, RuntimeError, f"{which}.*{match}|{which} {match}")
 
 
 @pytest.mark.parametrize(
@@ -290,8 +290,8 @@ def test_bad_vectors_of_backward(bad: Callable[[], Tensor], match: str, which: s
 def test_mixed_dtypes(x_dtype: torch.dtype, changes: dict[str, torch.dtype], match: str, device: str) -> None:
     x = torch.randn(X, device=device).to(x_dtype)
     wrong = {name: torch.ones(3, device=device, dtype=dtype) for name, dtype in changes.items()}
-    both_doors(ops.forward_train, ops.train_op, train_arguments(x, **wrong), RuntimeError, match)
-    both_doors(ops.forward_eval, ops.eval_op, eval_arguments(x, **wrong), RuntimeError, match)
+    both_entry_points(ops.forward_train, ops.train_op, train_arguments(x, **wrong), RuntimeError, match)
+    both_entry_points(ops.forward_eval, ops.eval_op, eval_arguments(x, **wrong), RuntimeError, match)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -302,7 +302,7 @@ def test_saved_statistics_of_another_dtype(which: str, dtype: torch.dtype, devic
     right = torch.float64 if dtype == torch.float64 else torch.float32
     for wrong in {torch.float16, torch.bfloat16, torch.float32, torch.float64} - {right}:
         arguments = backward_arguments(x, **{which: torch.ones(3, device=device, dtype=wrong)})
-        both_doors(ops.backward, ops.backward_op, arguments, RuntimeError, f"{which} of dtype")
+        both_entry_points(ops.backward, ops.backward_op, arguments, RuntimeError, f"{which} of dtype")
 
 
 TRAIN_ERRORS: dict[str, tuple[Arguments, type[Exception], str]] = {
@@ -336,8 +336,8 @@ TRAIN_ERRORS: dict[str, tuple[Arguments, type[Exception], str]] = {
 def test_bad_arguments_of_training(changes: Arguments, error: type[Exception], match: str, device: str) -> None:
     moved = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in changes.items()}
     arguments = train_arguments(torch.randn(X, device=device)) | moved
-    both_doors(ops.forward_train, ops.train_op, arguments, error, match)
-    both_doors(ops.train_functional, ops.train_functional, arguments, error, match)
+    both_entry_points(ops.forward_train, ops.train_op, arguments, error, match)
+    both_entry_points(ops.train_functional, ops.train_functional, arguments, error, match)
 
 
 OVERLAPS: dict[str, Callable[[Tensor], Arguments]] = {
@@ -355,12 +355,12 @@ def test_statistics_that_overlap(changes: Callable[[Tensor], Arguments], device:
     """Refused before anything is written: torch's own copy back would refuse after the mean has moved, and a kernel
     would read the weight after it has become the mean."""
     arguments = train_arguments(torch.randn(X, device=device), **changes(torch.ones(5, device=device)))
-    both_doors(ops.forward_train, ops.train_op, arguments, RuntimeError, "single memory location")
+    both_entry_points(ops.forward_train, ops.train_op, arguments, RuntimeError, "single memory location")
 
 
 def test_negative_views(device: str) -> None:
-    """Views whose values torch negates when they are read (torch._neg_view), by both doors. For an op that writes two
-    of them torch itself has no answer."""
+    """Views whose values torch negates when they are read (torch._neg_view), through both entry points. For an op
+    that writes two of them torch itself has no answer."""
     x = torch.randn(X, device=device)
 
     def negated(tensor: Any) -> Any:
@@ -376,17 +376,19 @@ def test_negative_views(device: str) -> None:
         plain = arguments(x)
         views = {name: value if "running" in name else negated(value) for name, value in plain.items()}
         assert views["x"].is_neg()
-        for door in (direct, op):
-            expected = door(*(value.clone() if isinstance(value, Tensor) else value for value in plain.values()))
+        for entry in (direct, op):
+            expected = entry(*(value.clone() if isinstance(value, Tensor) else value for value in plain.values()))
             arguments_now = (v.clone() if "running" in name else v for name, v in views.items())
-            for got, wanted in zip(door(*arguments_now), expected):
+            for got, wanted in zip(entry(*arguments_now), expected):
                 torch.testing.assert_close(got, wanted, rtol=0, atol=0)
 
 
 def test_bad_eps_of_inference(device: str) -> None:
     x = torch.randn(X, device=device)
     for eps in (-1e-5, float("nan")):
-        both_doors(ops.forward_eval, ops.eval_op, eval_arguments(x, eps=eps), ValueError, "eps must be non-negative")
+        both_entry_points(
+            ops.forward_eval, ops.eval_op, eval_arguments(x, eps=eps), ValueError, "eps must be non-negative"
+        )
 
 
 BAD_INPUTS: dict[str, tuple[Callable[[], Tensor], type[Exception], str]] = {
@@ -406,9 +408,9 @@ def test_bad_inputs(bad: Callable[[], Tensor], error: type[Exception], match: st
         (ops.forward_eval, ops.eval_op, eval_arguments(good)),
         (ops.backward, ops.backward_op, backward_arguments(good)),
     ):
-        for door in (direct, op):
+        for entry in (direct, op):
             with pytest.raises(error, match=match):
-                door(*(arguments | {"x": x}).values())
+                entry(*(arguments | {"x": x}).values())
 
 
 BAD_GRADIENTS: dict[str, tuple[Callable[[], Tensor], str]] = {
@@ -421,7 +423,7 @@ BAD_GRADIENTS: dict[str, tuple[Callable[[], Tensor], str]] = {
 @pytest.mark.parametrize(("bad", "match"), BAD_GRADIENTS.values(), ids=BAD_GRADIENTS)
 def test_bad_gradients(bad: Callable[[], Tensor], match: str, device: str) -> None:
     arguments = backward_arguments(torch.randn(X, device=device), grad=bad().to(device))
-    both_doors(ops.backward, ops.backward_op, arguments, RuntimeError, match)
+    both_entry_points(ops.backward, ops.backward_op, arguments, RuntimeError, match)
 
 
 @pytest.mark.cuda
@@ -430,7 +432,7 @@ def test_the_other_device(which: str) -> None:
     for x_device, device in (("cpu", "cuda"), ("cuda", "cpu")):
         arguments = train_arguments(torch.randn(X, device=x_device))
         arguments[which] = arguments[which].to(device)
-        both_doors(ops.forward_train, ops.train_op, arguments, RuntimeError, which)
+        both_entry_points(ops.forward_train, ops.train_op, arguments, RuntimeError, which)
 
 
 # Loading
