@@ -154,7 +154,7 @@ def test_meta(op: Any, arguments: Callable[..., Arguments]) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_the_doors_agree(dtype: torch.dtype, momentum: float | None, device: str) -> None:
+def test_the_entry_points_agree(dtype: torch.dtype, momentum: float | None, device: str) -> None:
     """The pybind functions, the ops and the functional twin: the same bits, and the same state afterwards."""
     x = torch.randn(4, 3, 5, 2, device=device).to(dtype)
     given = train_arguments(x, momentum=momentum)
