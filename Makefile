@@ -1,14 +1,14 @@
 # The commands of this repository. Each target does all the set-up it needs, from a clean clone:
 #
 #   make demo     trains a small ResNet on real images with nn.BatchNorm2d, converted and fused, side by side
-#   make test     builds, and runs the tests; those marked cuda once more on the host device, without a GPU (the second alone:
-#                 make test-host-device; tests/host_device tells what it is)
+#   make test     builds, and runs the tests; those marked cuda once more on the fake CUDA device, without a GPU (the second alone:
+#                 make test-fake-cuda; tests/support/fake_cuda tells what it is)
 #   make test-slow  the other tests, marked slow: the same claims on more dtypes, orders of threads and networks, whole runs of
 #                 programs, and the kernels' machine code
 #   make examples the studies of what the papers claim: a few minutes; plots and reports in out/examples, exit code 0 if
 #                 all is as docs/why.md tells (make why: writes what was measured into docs/why.md)
 #   make mutants  applies some 290 faults to the sources, one at a time, and sees the tests nearest to each fail: hours on two
-#                 cores (MUTANTS_ARGS="--area fusion": some of them; tests/mutants has the list)
+#                 cores (MUTANTS_ARGS="--area fusion": some of them; tests/support/mutants has the list)
 #   make lint     ruff, mypy, clang-format (make format: lets them write)
 #   make bench    the benchmark harness (CPU, and the GPU where there is one)
 #   make gpu      on a machine with a GPU, without network: both stages of bench/gpu.sh, which can be run one by one. The
@@ -68,16 +68,16 @@ else
 endif
 
 CPP_FILES = $(shell git ls-files -co --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'csrc/*.cu' \
-    'tests/simt/*.h' 'tests/simt/*.cpp' 'tests/host_device/*.h' 'tests/host_device/*.cpp' 'tests/faults/*.cpp' \
+    'tests/support/simt/*.h' 'tests/support/simt/*.cpp' 'tests/support/fake_cuda/*.h' 'tests/support/fake_cuda/*.cpp' 'tests/support/faults/*.cpp' \
     'bench/*.cu' 'bench/*.cuh' \
-    2>/dev/null || find csrc tests/simt tests/host_device tests/faults bench -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+    2>/dev/null || find csrc tests/support/simt tests/support/fake_cuda tests/support/faults bench -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
 STUDIES = $(filter-out study digits speedrun_networks,$(patsubst examples/%.py,%,$(wildcard examples/*.py)))
 
 # The one installed beside the interpreter.
 CLANG_FORMAT = "$$(dirname "$$($(PY) -c 'import sys; print(sys.executable)')")/clang-format"
 
-.PHONY: help demo examples why test test-slow test-host-device mutants lint format bench gpu ptxas sass build clean distclean
+.PHONY: help demo examples why test test-slow test-fake-cuda mutants lint format bench gpu ptxas sass build clean distclean
 
 help:
 	@sed -n '1,/^$$/{/^#/!d;s/^# \{0,1\}//;p}' Makefile
@@ -101,23 +101,23 @@ why:
 PYTEST = -m pytest $$($(PY) -c "import xdist; print('-n $(WORKERS) --dist loadfile')" 2>/dev/null) --durations 15
 
 # Threads that wait do not spin: those of another process could work meanwhile.
-test test-slow test-host-device: export OMP_WAIT_POLICY ?= passive
+test test-slow test-fake-cuda: export OMP_WAIT_POLICY ?= passive
 test: $(call environment,dev)
 	$(PY) $(PYTEST) -m "not slow" $(PYTEST_ARGS)
-	@$(MAKE) --no-print-directory test-host-device
+	@$(MAKE) --no-print-directory test-fake-cuda
 
 test-slow: $(call environment,dev)
 	$(PY) $(PYTEST) -m slow $(PYTEST_ARGS)
 
 # Tests that PYTEST_ARGS selects may be none of these: pytest's exit status is 5 then.
-test-host-device: export PYTHONPATH := $(CURDIR)/tests:$(PYTHONPATH)
-test-host-device: $(call environment,dev)
-	@reason=$$($(PY) -m host_device --missing); \
-	if [ -n "$$reason" ]; then echo "== no tests on the host device: $$reason"; exit 0; fi; \
-	echo "== tests marked cuda, on the host device"; \
-	$(PY) -m host_device $(PYTEST) -m "cuda and not slow" $(PYTEST_ARGS) || [ $$? -eq 5 -a -n "$(PYTEST_ARGS)" ]
+test-fake-cuda: export PYTHONPATH := $(CURDIR)/tests/support:$(PYTHONPATH)
+test-fake-cuda: $(call environment,dev)
+	@reason=$$($(PY) -m fake_cuda --missing); \
+	if [ -n "$$reason" ]; then echo "== no tests on the fake CUDA device: $$reason"; exit 0; fi; \
+	echo "== tests marked cuda, on the fake CUDA device"; \
+	$(PY) -m fake_cuda $(PYTEST) -m "cuda and not slow" $(PYTEST_ARGS) || [ $$? -eq 5 -a -n "$(PYTEST_ARGS)" ]
 
-mutants: export PYTHONPATH := $(CURDIR)/tests:$(PYTHONPATH)
+mutants: export PYTHONPATH := $(CURDIR)/tests/support:$(PYTHONPATH)
 mutants: $(call environment,dev)
 	$(PY) -m mutants $(MUTANTS_ARGS)
 

@@ -2,7 +2,7 @@
 and what it prints while ninja compiles.
 
 Standard library only, and nothing is read but the arguments: torch's versions, the environment and the GPUs are handed
-in, so that every decision is tested with scripts that play nvcc (tests/test_build.py).
+in, so that every decision is tested with scripts that play nvcc (tests/tooling/test_build.py).
 """
 
 from __future__ import annotations

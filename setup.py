@@ -72,7 +72,7 @@ def extension() -> Extension:
     host = ["-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden"]
     flags = {"cxx": host + openmp_flags()}
     macros = [("BNK_BUILD_TORCH", f'"{torch.__version__}"')]
-    sources = files("*_unit.cpp", "plan_*.cpp", "cpu/*.cpp")
+    sources = files("torch/*_unit.cpp", "plan/*.cpp", "cpu/**/*.cpp")
     headers = files("**/*.h", "**/*.cuh")
     if CUDA is None:
         return CppExtension(
@@ -90,7 +90,7 @@ def extension() -> Extension:
     ]
     return CUDAExtension(
         "bnkernels._C",
-        sources + files("cuda/*.cu", "cuda/*.cpp"),
+        sources + files("cuda/**/*.cu", "cuda/**/*.cpp"),
         depends=headers,
         define_macros=macros,
         extra_compile_args=flags,

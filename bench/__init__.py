@@ -2,9 +2,9 @@
 
 shapes.py       the BatchNorm layers that are timed
 cases.py        one case: shape, layout, dtype; its inputs, and the bytes it must move
-contestants.py  who runs: nn.BatchNorm2d eager, the same under torch.compile, bnkernels
+providers.py  who runs: nn.BatchNorm2d eager, the same under torch.compile, bnkernels
 gate.py         nobody is timed before their results were held against the float64 reference
-sampling.py     interleaved samples of the contestants' times; the CPU clock
+sampling.py     interleaved samples of the providers' times; the CPU clock
 cuda.py         the same on a GPU: CUDA graphs, L2 cold and warm, the device's copy bandwidth
 stats.py        medians, quantiles, ratios
 machine.py      what the figures were taken on

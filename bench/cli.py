@@ -12,8 +12,8 @@ import torch
 
 from . import cuda, harness, machine
 from .cases import DTYPES, EPILOGUES, FLOOR_TENSORS, LAYOUTS, MAX_RING, Case
-from .contestants import BUILDERS, COMPILED, TITLES, why_no_compiler
 from .files import replace_text
+from .providers import BUILDERS, COMPILED, TITLES, why_no_compiler
 from .report import case_line, render
 from .results import Run
 from .sampling import Effort
@@ -113,7 +113,7 @@ def parser() -> argparse.ArgumentParser:
         default="",
         help="what follows BatchNorm: in bnkernels' kernels, and as torch's operations, in place, behind torch's layer",
     )
-    parse.add_argument("--contestants", type=_one_of(BUILDERS), metavar="C,..", help=f"of {', '.join(BUILDERS)}")
+    parse.add_argument("--providers", type=_one_of(BUILDERS), metavar="C,..", help=f"of {', '.join(BUILDERS)}")
     parse.add_argument(
         "--modes", type=_one_of(cuda.MODES), metavar="M,..", help="GPU only, of cold, warm, user; default: cold,warm"
     )
@@ -168,7 +168,7 @@ def make_plan(options: argparse.Namespace) -> harness.Plan:
         device=torch.device(kind),
         cases=cases,
         directions=options.directions or defaults.directions,
-        contestants=options.contestants or tuple(BUILDERS),
+        providers=options.providers or tuple(BUILDERS),
         modes=modes,
         effort=effort,
         compile_all=options.full,
@@ -179,14 +179,14 @@ def make_plan(options: argparse.Namespace) -> harness.Plan:
 
 def _without_compiler(plan: harness.Plan, run: Run) -> harness.Plan:
     """The plan, without the compiled layer where torch.compile does not work; the report says so."""
-    if COMPILED not in plan.contestants:
+    if COMPILED not in plan.providers:
         return plan
     why = why_no_compiler(plan.device)
     if why is None:
         return plan
     run.notes.append(f"no figures of {TITLES[COMPILED]}: it does not work in this environment ({why})")
     print(run.notes[-1], file=sys.stderr)
-    return replace(plan, contestants=tuple(name for name in plan.contestants if name != COMPILED))
+    return replace(plan, providers=tuple(name for name in plan.providers if name != COMPILED))
 
 
 def _progress(cases: Iterable[Case]) -> Iterable[Case]:

@@ -22,13 +22,13 @@ EPILOGUES = {
     "normalize_kernel": "fused",
     "grad_sums_kernel": "behind relu",
     "grad_input_kernel": "behind relu",
-    "resident_forward_kernel": "fused",
-    "resident_backward_kernel": "behind relu",
+    "persistent_forward_kernel": "fused",
+    "persistent_backward_kernel": "behind relu",
 }
 ARCHS = tuple("sm_" + arch.replace(".", "") for arch in build_support.SUPPORTED_ARCHS)
 
-# What setup.py gives nvcc that changes the machine code (tests/test_bench_tools.py holds the two together), then what
-# torch's build adds to every .cu of an extension.
+# What setup.py gives nvcc that changes the machine code (tests/tooling/test_bench_tools.py holds the two together),
+# then what torch's build adds to every .cu of an extension.
 CODE_FLAGS = ("-O3", "--fmad=false")
 TORCH_FLAGS = (
     "-std=c++20",
@@ -41,7 +41,7 @@ TORCH_FLAGS = (
 
 
 def sources() -> list[Path]:
-    return sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    return sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
 
 
 def is_arch(name: str) -> bool:

@@ -47,7 +47,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILD_FOLDER = ROOT / "build" / "gpu"
 LIBRARY = ROOT / "bnkernels" / f"_C{EXTENSION_SUFFIXES[0]}"
 BUILT = ROOT / "bnkernels" / "_C.built"  # of what sources which library is
-STAND_IN = "BNKERNELS_HOST_DEVICE"  # set where tests/host_device plays the GPU
+STAND_IN = "BNKERNELS_HOST_DEVICE"  # set where tests/support/fake_cuda plays the GPU
 SKIPPED = 77  # the exit status by which a step says that it cannot run here; the last line of its output says why
 GRACE = 10  # seconds from a step's interrupt to its end by force
 CUT_OFF = (124, 137, -signal.SIGKILL)  # what `timeout` ends with: a kill is of itself too
@@ -106,7 +106,7 @@ def _has(module: str) -> bool:
 
 def words_of(facts: Facts, size: str, results: Path) -> dict[str, str]:
     """What stands for the {names} in the steps' programs."""
-    python = [sys.executable, *(["-m", "host_device.run"] if facts.stand_in else [])]
+    python = [sys.executable, *(["-m", "fake_cuda.run"] if facts.stand_in else [])]
     words = {
         **SIZES[size],
         "python": shlex.join(python),
@@ -131,10 +131,10 @@ class Summary:
     title: str
     rows: list[str] = field(default_factory=list)
 
-    def add(self, name: str, verdict: str, seconds: float, note: str) -> None:
-        self.rows.append(f"| {name} | {verdict} | {seconds:.0f} | {note} |")
+    def add(self, name: str, error_report: str, seconds: float, note: str) -> None:
+        self.rows.append(f"| {name} | {error_report} | {seconds:.0f} | {note} |")
         self.write()
-        print(f"   {verdict} after {seconds:.0f} s: {note}", flush=True)
+        print(f"   {error_report} after {seconds:.0f} s: {note}", flush=True)
 
     def write(self, running: str = "") -> None:
         last = [f"| {running} | running | | |"] if running else []
@@ -207,13 +207,15 @@ def run_stage(
         summary.write(running=step.name)
         begin = time.monotonic()
         try:
-            verdict, seconds, note = run_step(step, shlex.split(step.program.format(**words)), limit, log, environment)
+            error_report, seconds, note = run_step(
+                step, shlex.split(step.program.format(**words)), limit, log, environment
+            )
         except KeyboardInterrupt:
             summary.add(step.name, "FAILED", time.monotonic() - begin, "interrupted, and all after it")
             return INTERRUPTED
-        summary.add(step.name, verdict, seconds, note)
-        failed = failed or verdict == "FAILED"
-        if step.name == "build" and verdict == "passed":
+        summary.add(step.name, error_report, seconds, note)
+        failed = failed or error_report == "FAILED"
+        if step.name == "build" and error_report == "passed":
             BUILT.write_text(build_mark())
     return 1 if failed else 0
 
@@ -267,7 +269,11 @@ def main(arguments: Sequence[str]) -> int:
 
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     environment.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
-    path = [str(ROOT), *([str(ROOT / "tests")] if STAND_IN in environment else []), environment.get("PYTHONPATH", "")]
+    path = [
+        str(ROOT),
+        *([str(ROOT / "tests" / "support")] if STAND_IN in environment else []),
+        environment.get("PYTHONPATH", ""),
+    ]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     facts = probe(environment)
     if not facts.gpu:  # one architecture is enough to see that the kernels compile

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from . import cuda, gate, machine
+from . import cuda, machine, tolerance
 from .cases import MAX_RING, Buffers, Case, make_buffers, make_ring, ring_length
-from .contestants import COMPILED, COPY, Contestant, make_call, make_copy
+from .providers import COMPILED, COPY, Provider, make_call, make_copy
 from .results import Record, Run
 from .sampling import Effort, Ring, Timer, cpu_timer, interleave
 
@@ -28,7 +28,7 @@ class Plan:
     device: torch.device
     cases: Sequence[Case]
     directions: Sequence[str]
-    contestants: Sequence[str]
+    providers: Sequence[str]
     modes: Sequence[str]  # ("cpu",), or modes of cuda.py
     effort: Effort
     compile_all: bool  # the compiled layer in every direction, not only in the training step
@@ -68,8 +68,8 @@ def _attempt(run: Run, what: str, work: Callable[[], None]) -> None:
         work()
     except torch.OutOfMemoryError:
         run.notes.append(f"{what}: does not fit into this device's memory, left out")
-    except gate.GateError as error:
-        run.gate += error.records
+    except tolerance.ToleranceError as error:
+        run.tolerance += error.records
         run.failed.append(f"{what}: {error}")
     except Exception as error:  # a kernel that faults, a compiler that fails: the other cases may tell more
         first_line = (str(error).strip().splitlines() or [""])[0]
@@ -88,31 +88,31 @@ def _measure_copy(plan: Plan, run: Run) -> None:
 def _run_case(plan: Plan, case: Case, run: Run) -> None:
     if plan.device.type == "cuda":
         cuda.free_memory()  # of the case before, whose results no frame holds any more
-    contestants = {name: Contestant.make(name, case, plan.device) for name in plan.contestants}
-    _hold(plan, case, contestants, run)
+    providers = {name: Provider.make(name, case, plan.device) for name in plan.providers}
+    _hold(plan, case, providers, run)
     for direction in plan.directions:
         for mode in plan.modes:
-            run.records.append(_measure(plan, case, contestants, direction, mode))
+            run.records.append(_measure(plan, case, providers, direction, mode))
             if plan.device.type == "cuda":
                 cuda.free_memory()
 
 
-def _hold(plan: Plan, case: Case, contestants: dict[str, Contestant], run: Run) -> None:
-    """Holds the results of each contestant in each kind of call that will be timed against the reference."""
+def _hold(plan: Plan, case: Case, providers: dict[str, Provider], run: Run) -> None:
+    """Holds the results of each provider in each kind of call that will be timed against the reference."""
     buffers = make_buffers(case, plan.device, GATE_SEED)
     for training in (True, False):
         directions = [name for name in plan.directions if (name != "eval") == training]
         chosen = {
-            name: contestant
-            for name, contestant in contestants.items()
+            name: provider
+            for name, provider in providers.items()
             if any(plan.takes_part(name, direction) for direction in directions)
         }
         if directions:
-            run.gate += gate.hold(case, chosen, buffers, training)
+            run.tolerance += tolerance.hold(case, chosen, buffers, training)
 
 
-def _measure(plan: Plan, case: Case, contestants: dict[str, Contestant], direction: str, mode: str) -> Record:
-    chosen = {name: one for name, one in contestants.items() if plan.takes_part(name, direction)}
+def _measure(plan: Plan, case: Case, providers: dict[str, Provider], direction: str, mode: str) -> Record:
+    chosen = {name: one for name, one in providers.items() if plan.takes_part(name, direction)}
     on_gpu = plan.device.type == "cuda"
     length = _ring_length(plan, case, direction, mode)
     buffers = make_ring(case, plan.device, length)
@@ -130,13 +130,13 @@ def _measure(plan: Plan, case: Case, contestants: dict[str, Contestant], directi
 
 
 def _makers(
-    contestants: dict[str, Contestant], direction: str, buffers: Sequence[Buffers]
+    providers: dict[str, Provider], direction: str, buffers: Sequence[Buffers]
 ) -> Iterator[tuple[str, Callable[[], Callable[[int], Any]]]]:
-    """Each contestant's name and what makes its call; the copy of x last."""
-    for name, contestant in contestants.items():
+    """Each provider's name and what makes its call; the copy of x last."""
+    for name, provider in providers.items():
 
-        def make(contestant: Contestant = contestant) -> Callable[[int], Any]:
-            return make_call(contestant, direction, buffers)
+        def make(provider: Provider = provider) -> Callable[[int], Any]:
+            return make_call(provider, direction, buffers)
 
         yield name, make
     yield COPY, lambda: make_copy(buffers)

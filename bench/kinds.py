@@ -1,7 +1,7 @@
 """One small case of every kind of plan that a device has: what a tool gets to see that is too slow for real layers.
 
 Which kind a case takes hangs on the device, so the cases are looked for: among inputs of rising size, those whose plan
-(csrc/plan_*.cpp, asked with the device's limits) is of a kind that none before them was of.
+(csrc/plan, asked with the device's limits) is of a kind that none before them was of.
 """
 
 from __future__ import annotations
@@ -47,22 +47,24 @@ class Chosen:
 
 
 def kind_of(case: Case, pass_: str, limits: dict[str, Any], two_pass: bool = False) -> Kind:
-    """What the plan of this pass is. two_pass: where BNKERNELS_PLAN=streaming leaves nothing else."""
+    """What the plan of this pass is. two_pass: where BNKERNELS_PLAN=two_pass leaves nothing else."""
     batch, channels, *rest = case.shape
     pixels = math.prod(rest)
     last = case.layout == "channels_last" or not rest
     problem = (batch * pixels, channels, 1) if last else (batch, channels, pixels)
-    plan = ops.plan(*problem, case.dtype, pass_, aligned=True, **limits, force_streaming=two_pass)
-    resident = plan["resident"]
-    if resident is None:
-        walk = plan["streaming"]["walk"]
-        return Kind(pass_, walk["layout"], "two_pass", ("chunks",) * (walk["chunks"] > 1))
+    plan = ops.plan(*problem, case.dtype, pass_, aligned=True, **limits, force_two_pass=two_pass)
+    persistent = plan["persistent"]
+    if persistent is None:
+        partition = plan["two_pass"]["partition"]
+        return Kind(pass_, partition["layout"], "two_pass", ("splits",) * (partition["splits"] > 1))
     more = {
-        "divided": resident["divided"],
+        "two_shot": persistent["two_shot"],
         "part": plan["predicted"] != plan["floor"],  # not all that is read stays on chip
-        "rounds": resident["walk"]["slabs"] > resident["groups"],  # a group exchanges more than once
+        "rounds": persistent["partition"]["channel_tiles"] > persistent["groups"],  # a group exchanges more than once
     }
-    return Kind(pass_, resident["walk"]["layout"], resident["group"], tuple(name for name in more if more[name]))
+    return Kind(
+        pass_, persistent["partition"]["layout"], persistent["group"], tuple(name for name in more if more[name])
+    )
 
 
 def candidates(most_bytes: int) -> Iterator[Case]:
@@ -93,9 +95,9 @@ def choose(limits: dict[str, Any], two_pass: bool = False, most_bytes: int = MOS
 def missing(chosen: Iterable[Chosen], limits: dict[str, Any], two_pass: bool = False) -> list[str]:
     """Layouts and groups that the device can run, and no case is of."""
     groups = {
-        "block": not two_pass,
+        "cta": not two_pass,
         "cluster": not two_pass and limits["max_cluster"] >= 2,
-        "virtual_cluster": not two_pass and limits["cooperative_launch"],
+        "grid": not two_pass and limits["cooperative_launch"],
         "two_pass": two_pass,
     }
     seen = {(kind.pass_, kind.layout, kind.group) for one in chosen for kind in one.kinds}

@@ -1,11 +1,11 @@
-// What the constants of csrc/plan_resident.cpp stand for, measured on a GPU. bench/micro.py compiles and runs this.
+// What the constants of csrc/plan_persistent.cpp stand for, measured on a GPU. bench/micro.py compiles and runs this.
 //
-//   micro barrier      a barrier of a group of blocks in global memory, by size: primitives_cuda.cuh's own
-//   micro cluster      a barrier of a hardware cluster, likewise
+//   micro barrier      a barrier of a group of blocks in global memory, by size: ptx_cuda.cuh's own
+//   micro cluster      a barrier of a cluster, likewise
 //   micro launch       what a launch costs: plain, cooperative, of clusters; from the host, and in a graph
 //   micro runs         bandwidth where a block touches rows in runs of 32 to 1024 bytes
 //   micro phases OUTER CHANNELS INNER LAYOUT LANES BLOCK MEMBERS GROUPS KEPT DIVIDED CLUSTER
-//                      when each block of the resident forward loads, exchanges and stores: bfloat16, a plan's numbers
+//                      when each block of the persistent forward loads, exchanges and stores: bfloat16, a plan's numbers
 //
 // Each prints lines of JSON. Exit status: 0 measured, 1 a CUDA call failed, 2 unknown arguments.
 #include <cuda_runtime.h>
@@ -20,12 +20,12 @@
 #include <utility>
 #include <vector>
 
-#include "../csrc/kernels/primitives.cuh"
+#include "../csrc/cuda/ptx.cuh"
 #include "micro_stamps.cuh"
 
 namespace {
 
-using bnk::Reuse;
+using bnk::CacheOp;
 
 #define CHECK(call)                                                                           \
   do {                                                                                        \
@@ -108,19 +108,19 @@ constexpr int kFields = 3;  // doubles that a member tells of a channel: count, 
 // by every member, and all of them read by every member.
 template <bool kExchange>
 __global__ void __launch_bounds__(kThreads)
-    group_barriers(unsigned* counters, double* partials, int members, int rounds, double* sink) {
-  const int group = blockIdx.x / members;
-  const int rank = blockIdx.x % members;
+    group_barriers(unsigned* counters, double* partials, int group_size, int rounds, double* sink) {
+  const int group = blockIdx.x / group_size;
+  const int rank = blockIdx.x % group_size;
   double sum = 0;
   for (int round = 0; round < rounds; ++round) {
     // Two in turn: a member that still reads one is not overtaken by one that writes the next but one.
-    double* partial = partials + (static_cast<int64_t>(group) * 2 + round % 2) * kFields * members;
+    double* partial = partials + (static_cast<int64_t>(group) * 2 + round % 2) * kFields * group_size;
     if constexpr (kExchange) {
       if (threadIdx.x < kFields) bnk::store(partial + rank * kFields + threadIdx.x, sum + rank);
     }
-    bnk::group_barrier(counters + kCounterWords * group, members, rank);
+    bnk::group_barrier(counters + kCounterWords * group, group_size, rank);
     if constexpr (kExchange) {
-      for (int i = threadIdx.x; i < kFields * members; i += blockDim.x) sum += bnk::load(partial + i);
+      for (int i = threadIdx.x; i < kFields * group_size; i += blockDim.x) sum += bnk::load(partial + i);
       bnk::block_barrier();
     }
   }
@@ -128,19 +128,19 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <bool kExchange>
-__global__ void __launch_bounds__(kThreads) cluster_barriers(int members, int rounds, double* sink) {
-  BNK_SHARED(double, told, 2 * kFields);
+__global__ void __launch_bounds__(kThreads) cluster_barriers(int group_size, int rounds, double* sink) {
+  BNK_SHARED(double, partials, 2 * kFields);
   double sum = 0;
   for (int round = 0; round < rounds; ++round) {
-    double* mine = told + round % 2 * kFields;
+    double* mine = partials + round % 2 * kFields;
     if constexpr (kExchange) {
       if (threadIdx.x == 0) mine[0] = mine[1] = mine[2] = sum + round;
     }
     bnk::cluster_barrier();
     if constexpr (kExchange) {
       if (threadIdx.x == 0) {
-        for (int rank = 0; rank < members; ++rank) {
-          for (int field = 0; field < kFields; ++field) sum += bnk::load_member(mine + field, rank);
+        for (int rank = 0; rank < group_size; ++rank) {
+          for (int field = 0; field < kFields; ++field) sum += bnk::load_dsmem(mine + field, rank);
         }
       }
       bnk::block_barrier();
@@ -159,9 +159,9 @@ double seconds_a_round(const Rounds& run) {
   return (seconds([&] { run(kMany); }) - few) / (kMany - kFew);
 }
 
-void print_barrier(const char* what, int members, int groups, double barrier, double exchange) {
+void print_barrier(const char* what, int group_size, int groups, double barrier, double exchange) {
   std::printf("{\"what\": \"%s\", \"members\": %d, \"groups\": %d, \"barrier_ns\": %.1f, \"exchange_ns\": %.1f}\n",
-              what, members, groups, barrier * 1e9, exchange * 1e9);
+              what, group_size, groups, barrier * 1e9, exchange * 1e9);
   std::fflush(stdout);
 }
 
@@ -170,30 +170,33 @@ void measure_barrier() {
   unsigned* counters = allocate<unsigned>(static_cast<size_t>(kCounterWords) * blocks);
   double* partials = allocate<double>(static_cast<size_t>(2) * kFields * blocks);
   double* sink = allocate<double>(1);
-  for (int members = 2; members <= blocks; members = members < 16 ? 2 * members : members < 31 ? 31 : 2 * members) {
-    for (const int groups : {1, blocks / members}) {
+  for (int group_size = 2; group_size <= blocks; group_size = group_size < 16   ? 2 * group_size
+                                                              : group_size < 31 ? 31
+                                                                                : 2 * group_size) {
+    for (const int groups : {1, blocks / group_size}) {
       const auto run = [&](auto kernel) {
         return seconds_a_round([&](int rounds) {
-          launch(Launch::kCooperative, groups * members, kThreads, 0, 1, nullptr, kernel, counters, partials, members,
-                 rounds, sink);
+          launch(Launch::kCooperative, groups * group_size, kThreads, 0, 1, nullptr, kernel, counters, partials,
+                 group_size, rounds, sink);
         });
       };
-      print_barrier("barrier", members, groups, run(group_barriers<false>), run(group_barriers<true>));
-      if (blocks / members == 1) break;
+      print_barrier("barrier", group_size, groups, run(group_barriers<false>), run(group_barriers<true>));
+      if (blocks / group_size == 1) break;
     }
   }
 }
 
 void measure_cluster() {
   double* sink = allocate<double>(1);
-  for (int members = 2; members <= 8; members *= 2) {
-    for (const int groups : {1, 2 * multiprocessors() / 16 * (16 / members)}) {
+  for (int group_size = 2; group_size <= 8; group_size *= 2) {
+    for (const int groups : {1, 2 * multiprocessors() / 16 * (16 / group_size)}) {
       const auto run = [&](auto kernel) {
         return seconds_a_round([&](int rounds) {
-          launch(Launch::kCluster, groups * members, kThreads, 0, members, nullptr, kernel, members, rounds, sink);
+          launch(Launch::kCluster, groups * group_size, kThreads, 0, group_size, nullptr, kernel, group_size, rounds,
+                 sink);
         });
       };
-      print_barrier("cluster", members, groups, run(cluster_barriers<false>), run(cluster_barriers<true>));
+      print_barrier("cluster", group_size, groups, run(cluster_barriers<false>), run(cluster_barriers<true>));
     }
   }
 }
@@ -252,7 +255,7 @@ T* allocate_numbers(int64_t bytes) {
 using Vector = bnk::Vector<float>;
 constexpr int kInFlight = 4;
 
-// A matrix of rows; all blocks go through the columns slab by slab, as the groups of a channels-last plan do. A slab is
+// A matrix of rows; all blocks go through the columns channel tile by channel tile, as the groups of a channels-last plan do. A channel tile is
 // `run` vectors wide: what a block touches of a row at a time.
 template <bool kLoads, bool kStores>
 __global__ void __launch_bounds__(kThreads)
@@ -262,20 +265,20 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t last = first + share < rows ? first + share : rows;
   const int step = blockDim.x / run;
   unsigned seen = 0;
-  for (int slab = 0; slab < row / run; ++slab) {
-    const int column = slab * run + threadIdx.x % run;
+  for (int channel_tile = 0; channel_tile < row / run; ++channel_tile) {
+    const int column = channel_tile * run + threadIdx.x % run;
     for (int64_t at = first + threadIdx.x / run; at < last; at += static_cast<int64_t>(step) * kInFlight) {
       Vector values[kInFlight] = {};
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
         if (kLoads && at + i * step < last)
-          values[i] = bnk::load_vector<Reuse::kLast>(in + ((at + i * step) * row + column) * 4);
+          values[i] = bnk::load_vector<CacheOp::kStreaming>(in + ((at + i * step) * row + column) * 4);
       }
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
         seen |= values[i].words[0];
         if (kStores && at + i * step < last)
-          bnk::store_vector<Reuse::kLast>(out + ((at + i * step) * row + column) * 4, values[i]);
+          bnk::store_vector<CacheOp::kStreaming>(out + ((at + i * step) * row + column) * 4, values[i]);
       }
     }
   }
@@ -313,7 +316,7 @@ bnk::Layout layout_of(const std::string& name) {
                                    : bnk::Layout::kChannelsFirst;
 }
 
-using Stamped = void (*)(bnk::ResidentForwardParams, bnk::Stamps);
+using Stamped = void (*)(bnk::PersistentForwardParams, bnk::Stamps);
 
 Stamped kernel_of(bnk::Layout layout) {
   switch (layout) {
@@ -329,46 +332,46 @@ Stamped kernel_of(bnk::Layout layout) {
 void measure_phases(char** words) {
   const auto number = [&](int i) { return std::atoll(words[i]); };
   const bnk::Problem problem{number(0), number(1), number(2), bnk::Dtype::kBFloat16};
-  const bnk::ResidentChoice choice{layout_of(words[3]),
-                                   static_cast<int>(number(4)),
-                                   static_cast<int>(number(5)),
-                                   static_cast<int>(number(6)),
-                                   static_cast<int>(number(7)),
-                                   static_cast<int>(number(8)),
-                                   number(9) != 0,
-                                   number(10) != 0};
-  const bnk::ResidentPlan plan = bnk::make_resident(problem, true, bnk::Pass::kForwardTrain, choice);
+  const bnk::PersistentChoice choice{layout_of(words[3]),
+                                     static_cast<int>(number(4)),
+                                     static_cast<int>(number(5)),
+                                     static_cast<int>(number(6)),
+                                     static_cast<int>(number(7)),
+                                     static_cast<int>(number(8)),
+                                     number(9) != 0,
+                                     number(10) != 0};
+  const bnk::PersistentPlan plan = bnk::make_persistent(problem, true, bnk::Pass::kForwardTrain, choice);
   uint16_t* x = allocate_numbers<uint16_t>(2 * problem.elements());
   uint16_t* y = allocate<uint16_t>(problem.elements());
-  double* scratch = allocate<double>(bnk::resident::forward_scratch(plan) + 1);
+  double* scratch = allocate<double>(bnk::persistent::forward_scratch(plan) + 1);
   void* workspace = allocate<char>(bnk::kBarrierWords * bnk::kBarrierWordBytes);
   float* statistics = allocate<float>(2 * problem.channels);
   bnk::ForwardTrainArgs args{};
   args.eps = 1e-5;
   args.mean = {statistics, bnk::Dtype::kFloat32};
   args.invstd = {statistics + problem.channels, bnk::Dtype::kFloat32};
-  const bnk::ResidentForwardParams params{.walk = plan.walk,
-                                          .residence = bnk::resident::residence(plan, scratch, workspace),
-                                          .x = x,
-                                          .y = y,
-                                          .weight = {nullptr, bnk::Dtype::kFloat32},
-                                          .bias = {nullptr, bnk::Dtype::kFloat32},
-                                          .num_batches_tracked = nullptr,
-                                          .results = bnk::results_of(args),
-                                          .epilogue = {}};
-  const int64_t rounds = (plan.walk.slabs.value + plan.groups - 1) / plan.groups;
+  const bnk::PersistentForwardParams params{.partition = plan.partition,
+                                            .persistent = bnk::persistent::persistent_params(plan, scratch, workspace),
+                                            .x = x,
+                                            .y = y,
+                                            .weight = {nullptr, bnk::Dtype::kFloat32},
+                                            .bias = {nullptr, bnk::Dtype::kFloat32},
+                                            .num_batches_tracked = nullptr,
+                                            .results = bnk::results_of(args),
+                                            .epilogue = {}};
+  const int64_t rounds = (plan.partition.channel_tiles.value + plan.groups - 1) / plan.groups;
   const int capacity = static_cast<int>(2 + 7 * rounds);
   const int blocks = static_cast<int>(plan.launch.grid);
   const bnk::Stamps stamps{allocate<bnk::BlockTimes>(blocks), allocate<bnk::Stamp>(size_t(blocks) * capacity),
                            capacity};
-  const Stamped kernel = kernel_of(plan.walk.layout);
+  const Stamped kernel = kernel_of(plan.partition.layout);
   CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared_bytes)));
   CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
-  const Launch how = plan.group == bnk::Group::kBlock     ? Launch::kPlain
-                     : plan.group == bnk::Group::kCluster ? Launch::kCluster
-                                                          : Launch::kCooperative;
+  const Launch how = plan.group == bnk::GroupKind::kCta       ? Launch::kPlain
+                     : plan.group == bnk::GroupKind::kCluster ? Launch::kCluster
+                                                              : Launch::kCooperative;
   const double time = seconds([&] {
-    launch(how, blocks, plan.launch.block, plan.shared_bytes, plan.members, nullptr, kernel, params, stamps);
+    launch(how, blocks, plan.launch.block, plan.shared_bytes, plan.group_size, nullptr, kernel, params, stamps);
   });
 
   std::vector<bnk::BlockTimes> times(blocks);

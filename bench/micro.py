@@ -25,7 +25,7 @@ LIMIT = 30  # seconds of a measurement
 NAMES = ("barrier", "cluster", "launch", "runs", "phases")
 
 Line = dict[str, Any]
-Problem = tuple[int, int, int]  # outer, channels, inner (csrc/problem.h)
+Problem = tuple[int, int, int]  # outer, channels, inner (csrc/core/problem.h)
 
 # Whose phases are measured, in bfloat16. On an H100 these are channels-first of a block alone, of a cluster and of a
 # virtual one, packed of a cluster, channels-last of virtual ones of 31 members and of all blocks; each in rounds.
@@ -44,7 +44,7 @@ def compile_micro(arch: str, program: Path, flags: Sequence[str] = ()) -> None:
     root = device_code.ROOT
     program.parent.mkdir(parents=True, exist_ok=True)
     target = f"arch=compute_{arch.removeprefix('sm_')},code={arch}"
-    sources = [root / "bench" / "micro.cu", *sorted((root / "csrc").glob("plan_*.cpp"))]
+    sources = [root / "bench" / "micro.cu", *sorted((root / "csrc" / "plan").glob("*.cpp"))]
     command = [device_code.find_nvcc(), *device_code.CODE_FLAGS, *device_code.TORCH_FLAGS, f"-gencode={target}"]
     command += ["-lineinfo", "--split-compile=0", *flags, *sources, "-o", program]
     done = subprocess.run([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -64,12 +64,18 @@ def run(program: Path, words: Sequence[str]) -> list[Line]:
 
 
 def words_of(plan: dict[str, Any], problem: Problem) -> list[str]:
-    """A resident plan (ops.plan) as `micro phases` takes it."""
-    resident = plan["resident"]
-    walk = resident["walk"]
-    numbers = [walk["lanes"], resident["block"], resident["members"], resident["groups"], resident["kept"]]
-    numbers += [int(resident["divided"]), int(resident["group"] == "cluster")]
-    return [*map(str, problem), walk["layout"], *map(str, numbers)]
+    """A persistent plan (ops.plan) as `micro phases` takes it."""
+    persistent = plan["persistent"]
+    partition = persistent["partition"]
+    numbers = [
+        partition["threads_c"],
+        persistent["block"],
+        persistent["group_size"],
+        persistent["groups"],
+        persistent["cached_vectors"],
+    ]
+    numbers += [int(persistent["two_shot"]), int(persistent["group"] == "cluster")]
+    return [*map(str, problem), partition["layout"], *map(str, numbers)]
 
 
 def measure_phases(program: Path, problem: Problem) -> list[Line]:
@@ -77,13 +83,15 @@ def measure_phases(program: Path, problem: Problem) -> list[Line]:
     from bnkernels import ops
 
     plan = ops.plan(*problem, "bfloat16", "forward_train", aligned=True, **ops.device_limits(0))
-    resident = plan["resident"]
-    if resident is None:
+    persistent = plan["persistent"]
+    if persistent is None:
         return [{"what": "phases", "problem": list(problem), "group": "none: the two-pass path"}]
     whole, *blocks = run(program, ["phases", *words_of(plan, problem)])
-    chosen = {name: resident[name] for name in ("group", "members", "groups", "kept", "block", "divided")}
+    chosen = {
+        name: persistent[name] for name in ("group", "group_size", "groups", "cached_vectors", "block", "two_shot")
+    }
     return [
-        {"what": "phases", "problem": list(problem), "layout": resident["walk"]["layout"], **chosen}
+        {"what": "phases", "problem": list(problem), "layout": persistent["partition"]["layout"], **chosen}
         | {name: whole[name] for name in ("us", "rounds")}
         | phases.summary([phases.Block.of(line) for line in blocks])
     ]

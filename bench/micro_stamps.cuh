@@ -1,8 +1,8 @@
-// The resident forward with a clock beside it: the kernel's own source, compiled with the names that it calls at the ends
+// The persistent forward with a clock beside it: the kernel's own source, compiled with the names that it calls at the ends
 // of its phases replaced by ones that note the time there. For micro.cu.
 #pragma once
 
-#include "../csrc/kernels/primitives.cuh"
+#include "../csrc/cuda/ptx.cuh"
 
 namespace bnk {
 
@@ -49,9 +49,9 @@ BNK_DEVICE unsigned long long nanoseconds() {
   return value;
 }
 
-BNK_DEVICE void stamped_group_barrier(unsigned* counter, unsigned members, unsigned rank) {
+BNK_DEVICE void stamped_group_barrier(unsigned* counter, unsigned group_size, unsigned rank) {
   stamp(kWaits);
-  group_barrier(counter, members, rank);
+  group_barrier(counter, group_size, rank);
   stamp(kHasWaited);
 }
 
@@ -65,7 +65,7 @@ BNK_DEVICE void stamped_cluster_barrier() {
 
 #define group_barrier stamped_group_barrier
 #define cluster_barrier stamped_cluster_barrier
-#include "../csrc/kernels/resident.cuh"
+#include "../csrc/cuda/device/persistent.cuh"
 #undef group_barrier
 #undef cluster_barrier
 
@@ -80,7 +80,7 @@ BNK_DEVICE void stamped_exchange(Args&&... args) {
 
 template <int kTile, typename... Args>
 BNK_DEVICE void stamped_visit_again(Args&&... args) {
-  visit_again<kTile>(static_cast<Args&&>(args)...);
+  revisit_vectors<kTile>(static_cast<Args&&>(args)...);
   stamp(kHasStored);
 }
 
@@ -88,22 +88,22 @@ BNK_DEVICE void stamped_visit_again(Args&&... args) {
 
 // The kernel becomes a function of the kernel below.
 #pragma push_macro("BNK_KERNEL_BESIDE")
-#undef BNK_KERNEL_BESIDE
-#define BNK_KERNEL_BESIDE(max_threads, n) __device__ __forceinline__ void
+#undef BNK_KERNEL
+#define BNK_KERNEL(max_threads, n) __device__ __forceinline__ void
 #define exchange stamped_exchange
-#define visit_again stamped_visit_again
-#include "../csrc/kernels/resident_forward.cuh"
+#define revisit_vectors stamped_visit_again
+#include "../csrc/cuda/kernels/persistent_forward.cuh"
 #undef exchange
-#undef visit_again
+#undef revisit_vectors
 #pragma pop_macro("BNK_KERNEL_BESIDE")
 
-#include "../csrc/paths/resident.h"
+#include "../csrc/cuda/launch/persistent.h"
 
 namespace bnk {
 
 template <Layout kLayout>
-__global__ void __launch_bounds__(resident_threads(kLayout), kResidentBlocks)
-    stamped_forward(ResidentForwardParams params, Stamps stamps) {
+__global__ void __launch_bounds__(persistent_threads(kLayout), kMinBlocksPerMultiprocessor)
+    stamped_forward(PersistentForwardParams params, Stamps stamps) {
   BlockTimes& times = stamps.blocks[blockIdx.x];
   Stamp* const first = stamps.stamps + static_cast<int64_t>(blockIdx.x) * stamps.capacity;
   if (threadIdx.x == 0) {
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(resident_threads(kLayout), kResidentBlocks)
     times.begin_ns = nanoseconds();
   }
   stamp(kBegin);
-  resident_forward_kernel<BFloat16, kLayout, false>(params);
+  persistent_forward_kernel<BFloat16, kLayout, false>(params);
   stamp(kEnd);
   if (threadIdx.x == 0) {
     times.end_ns = nanoseconds();

@@ -29,11 +29,11 @@ import torch
 
 from .cases import Case, make_buffers
 from .cli import parse_shapes
-from .contestants import EAGER, OURS, Contestant, make_call
 from .cuda import free_memory, l2_bytes
 from .markdown import table
+from .providers import EAGER, OURS, Provider, make_call
 
-Call = tuple[Case, str, str]  # case, direction, contestant
+Call = tuple[Case, str, str]  # case, direction, provider
 
 SKIPPED = 77
 METRICS = ("dram__bytes_read.sum", "dram__bytes_write.sum", "gpu__time_duration.sum")
@@ -125,7 +125,7 @@ def work(options: argparse.Namespace) -> None:
     torch.lgamma(marker)
     for case, direction, name in plan(options):
         buffers = make_buffers(case, device)
-        call = make_call(Contestant.make(name, case, device), direction, [buffers])
+        call = make_call(Provider.make(name, case, device), direction, [buffers])
         kept = [call(0)]  # loads the kernels; the allocator has the memory for the call below
         kept.clear()
         flush.sum()

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator
 
 from .cases import DIRECTION_TITLES, EPILOGUE_TITLES
-from .contestants import COPY, OURS, TITLES
+from .providers import COPY, OURS, TITLES
 from .results import Record, Run
 from .stats import Spread
 
@@ -123,7 +123,7 @@ def plot_bandwidth(run: Run, path: Path) -> None:
         row[0].set_ylabel(f"{dtype} {layout}\nfloor bytes / time [GB/s]")
         for axes, direction in zip(row, directions):
             chosen = [r for r in records if (r.dtype, r.layout, r.direction) == (dtype, layout, direction)]
-            for name in run.contestants():
+            for name in run.providers():
                 points = sorted((r.tensor_bytes / 2**20, r.bandwidth(name) / 1e9) for r in chosen if name in r.seconds)
                 axes.plot(
                     [size for size, _ in points],

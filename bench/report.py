@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .cases import DIRECTION_TITLES, EPILOGUE_TITLES
-from .contestants import COPY, OURS, TITLES
 from .markdown import table
+from .providers import COPY, OURS, TITLES
 from .results import Comparison, Record, Run
 from .stats import Spread
 
@@ -44,7 +44,7 @@ def format_ratio(ratio: float | None) -> str:
 
 
 def _others(run: Run) -> list[str]:
-    return [name for name in run.contestants() if name != OURS]
+    return [name for name in run.providers() if name != OURS]
 
 
 def machine_lines(run: Run) -> list[str]:
@@ -129,17 +129,17 @@ def summary_table(run: Run) -> str:
 
 
 def losses(run: Run) -> list[str]:
-    """A line for every case in which a contestant was faster than ours."""
+    """A line for every case in which a provider was faster than ours."""
     lines = []
     for record in run.records:
         for other in _others(run):
             ratio = record.ratio(other)
             if ratio is None or ratio >= 1.0:
                 continue
-            ours, theirs = record.spread(OURS), record.spread(other)
-            within = "; the spreads overlap" if ours.overlaps(theirs) else ""
+            ours, native = record.spread(OURS), record.spread(other)
+            within = "; the spreads overlap" if ours.overlaps(native) else ""
             lines.append(
-                f"- {record.label()}: {TITLES[other]} {format_time(theirs.median)}, "
+                f"- {record.label()}: {TITLES[other]} {format_time(native.median)}, "
                 f"bnkernels {format_time(ours.median)} ({format_ratio(ratio)}{within})"
             )
     return lines
@@ -161,7 +161,7 @@ def overall(run: Run, other: str) -> str | None:
 
 
 def detail_table(run: Run, records: Sequence[Record]) -> str:
-    names = [name for name in run.contestants() if any(name in record.seconds for record in records)]
+    names = [name for name in run.providers() if any(name in record.seconds for record in records)]
     others = [name for name in names if name != OURS]
     header = ["N", "C x H x W", "layers", *names, *[f"{name}/{OURS}" for name in others], "GB/s", "of copy"]
     rows = []
@@ -181,20 +181,20 @@ def detail_table(run: Run, records: Sequence[Record]) -> str:
     return table(header, rows, left=2)
 
 
-def gate_lines(run: Run) -> list[str]:
+def tolerance_lines(run: Run) -> list[str]:
     """How many results were held against the reference, and each one that was outside the bound."""
-    outside = [row for row in run.gate if not row.passed]
-    worst = max((row for row in run.gate if row.contestant == OURS), key=lambda row: row.worst, default=None)
+    outside = [row for row in run.tolerance if not row.passed]
+    worst = max((row for row in run.tolerance if row.provider == OURS), key=lambda row: row.worst, default=None)
     lines = [
-        "Before it was timed, each contestant's result in each case was held elementwise against the float64 "
-        f"reference: {len(run.gate)} results, {len(outside)} outside the bound."
+        "Before it was timed, each provider's result in each case was held elementwise against the float64 "
+        f"reference: {len(run.tolerance)} results, {len(outside)} outside the bound."
     ]
     if worst is not None:
         lines.append(
             f"bnkernels' worst error over bound: {worst.worst:.3f} ({worst.where} of {worst.case}, {worst.direction})."
         )
     lines += [
-        f"- outside: {TITLES[row.contestant]}, {row.case}, {row.direction}: {row.worst:.3g} times the bound "
+        f"- outside: {TITLES[row.provider]}, {row.case}, {row.direction}: {row.worst:.3g} times the bound "
         f"at {row.where}; its time is shown all the same"
         for row in outside
     ]
@@ -214,7 +214,7 @@ def render(run: Run, plot: str | None = None) -> str:
         parts.append("\n".join(f"- **failed**: {line}" for line in run.failed))
     if run.notes:
         parts.append("\n".join(f"- note: {note}" for note in run.notes))
-    parts.append("\n".join(gate_lines(run)))
+    parts.append("\n".join(tolerance_lines(run)))
     if plot:
         parts.append(f"![speed by shape]({plot})")
     copy = "the device copy above" if run.device_copy else "a copy of the same tensor, timed in the same rounds"
@@ -229,7 +229,7 @@ def render(run: Run, plot: str | None = None) -> str:
     if sentences:
         parts.append("\n".join(sentences))
     lost = losses(run)
-    parts += ["## Losses", "\n".join(lost) if lost else "None: in no case was another contestant's median lower."]
+    parts += ["## Losses", "\n".join(lost) if lost else "None: in no case was another provider's median lower."]
     parts += [
         "## All cases",
         "Median of the samples, in brackets the distance of the 20th and 80th percentile from it. GB/s: the bytes that "

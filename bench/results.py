@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from .cases import Case
-from .contestants import COPY, EAGER, OURS
 from .files import replace_text
+from .providers import COPY, EAGER, OURS
 from .stats import Spread, geometric_mean
 
 SCHEMA = 1
@@ -20,7 +20,7 @@ Key = tuple[str, str, str, str]  # mode, direction, dtype, layout
 
 @dataclass(frozen=True)
 class Record:
-    """All samples of one case in one direction and one mode ("cpu", or a mode of cuda.py), by contestant."""
+    """All samples of one case in one direction and one mode ("cpu", or a mode of cuda.py), by provider."""
 
     mode: str
     direction: str
@@ -31,7 +31,7 @@ class Record:
     count: int  # layers of the network with this shape
     tensor_bytes: int
     floor_bytes: int
-    method: dict[str, str]  # how each contestant's time was taken
+    method: dict[str, str]  # how each provider's time was taken
     seconds: dict[str, list[float]]  # a call, one value a sample
     epilogue: str = ""  # of cases.EPILOGUES; the same in all records of a run
 
@@ -82,10 +82,10 @@ class Record:
 
 
 @dataclass(frozen=True)
-class GateRecord:
-    """One contestant's results held against the reference: the worst |error| over its bound, and where."""
+class ToleranceRecord:
+    """One provider's results held against the reference: the worst |error| over its bound, and where."""
 
-    contestant: str
+    provider: str
     case: str
     direction: str
     worst: float
@@ -104,7 +104,7 @@ class Run:
     settings: dict[str, Any]
     notes: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)  # cases without a time, and why
-    gate: list[GateRecord] = field(default_factory=list)
+    tolerance: list[ToleranceRecord] = field(default_factory=list)
     device_copy: list[float] = field(default_factory=list)  # bytes/s; GPU only
     records: list[Record] = field(default_factory=list)
 
@@ -122,7 +122,7 @@ class Run:
             "device_copy_bytes_per_s": self.device_copy,
         }
         lines = [json.dumps(head, indent=1)[:-2]]
-        for name, rows in (("gate", self.gate), ("records", self.records)):
+        for name, rows in (("tolerance", self.tolerance), ("records", self.records)):
             body = ",\n".join("  " + json.dumps(asdict(row)) for row in rows)
             lines.append(f',\n "{name}": [\n{body}\n ]')
         replace_text(path, "".join(lines) + "\n}\n")
@@ -137,7 +137,7 @@ class Run:
             settings=data["settings"],
             notes=data["notes"],
             failed=data.get("failed", []),  # runs before 2026-11-24 ended at the first one
-            gate=[GateRecord(**row) for row in data["gate"]],
+            tolerance=[ToleranceRecord(**row) for row in data["tolerance"]],
             device_copy=data["device_copy_bytes_per_s"],
             records=[Record(**row) for row in data["records"]],
         )
@@ -150,7 +150,7 @@ class Run:
     def epilogue(self) -> str:
         return next((record.epilogue for record in self.records), "")
 
-    def contestants(self) -> list[str]:
+    def providers(self) -> list[str]:
         """The names that occur, ours first, the copy last."""
         present = {name for record in self.records for name in record.seconds}
         return [name for name in (OURS, EAGER) if name in present] + sorted(present - {OURS, EAGER, COPY})
@@ -184,6 +184,6 @@ class Comparison:
         if not rated:
             return None
         least, least_record = min(rated, key=lambda pair: pair[0])
-        theirs = sum(record.count * record.spread(other).median for _, record in rated)
+        native = sum(record.count * record.spread(other).median for _, record in rated)
         ours = sum(record.count * record.spread(OURS).median for _, record in rated)
-        return cls(geometric_mean(ratio for ratio, _ in rated), least, least_record, theirs / ours, len(rated))
+        return cls(geometric_mean(ratio for ratio, _ in rated), least, least_record, native / ours, len(rated))

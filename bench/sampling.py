@@ -1,4 +1,4 @@
-"""Interleaved samples: every contestant is timed in every round, so that drift (clocks, neighbours) hits all alike.
+"""Interleaved samples: every provider is timed in every round, so that drift (clocks, neighbours) hits all alike.
 
 A Timer runs n calls and returns the seconds they took; the CPU's is here, the GPU's in cuda.py.
 """
@@ -19,15 +19,15 @@ class Effort:
     """How long to measure. Rounds are as many as fit the budget, within the two limits."""
 
     sample_s: float  # one sample lasts at least this: calls are repeated within it
-    budget_s: float  # for all contestants of one case together
+    budget_s: float  # for all providers of one case together
     min_rounds: int
     max_rounds: int
 
 
 class Ring:
-    """Indices of a ring of buffers, handed out in turn to all contestants together.
+    """Indices of a ring of buffers, handed out in turn to all providers together.
 
-    One counter for all: a contestant never finds a buffer that the one before it has just pulled into the cache.
+    One counter for all: a provider never finds a buffer that the one before it has just pulled into the cache.
     """
 
     def __init__(self, length: int) -> None:
@@ -66,7 +66,7 @@ def calls_per_sample(timer: Timer, sample_s: float) -> tuple[int, float]:
 
 
 def interleave(timers: Mapping[str, Timer], effort: Effort) -> dict[str, list[float]]:
-    """Seconds a call, one sample a round and contestant; who goes first changes from round to round."""
+    """Seconds a call, one sample a round and provider; who goes first changes from round to round."""
     counts: dict[str, int] = {}
     round_s = 0.0
     for name, timer in timers.items():

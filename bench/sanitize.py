@@ -3,7 +3,7 @@
     compute-sanitizer --tool memcheck --error-exitcode 9 python -m bench.sanitize
 
 With --kinds (what bench/gpu.sh runs under three tools) the device's own plans choose the cases, some twenty of them. A
-layout or kind of group that no case takes is an error. With BNKERNELS_PLAN=streaming they are of the two-pass path.
+layout or kind of group that no case takes is an error. With BNKERNELS_PLAN=two_pass they are of the two-pass path.
 
 Without the caching allocator each tensor is an allocation of its own, so that memcheck sees a read or write one element
 beyond it. Results are held against the reference as well: a race that a tool does not model may still show in them.
@@ -32,9 +32,9 @@ from bnkernels.testing import (
     LAYOUTS,
     Case,
     Epilogue,
+    ErrorReport,
     Inputs,
     Outputs,
-    Verdict,
     judge_call,
     judge_fused_call,
     make_epilogue,
@@ -44,7 +44,7 @@ from bnkernels.testing import (
 
 from . import kinds
 
-# Each for a path through the kernels; see csrc/plan_*.cpp for where they part.
+# Each for a path through the kernels; see csrc/plan for where they part.
 SHAPES: tuple[tuple[int, ...], ...] = (
     (2, 3),  # two rows, less than a vector of channels
     (67, 100),  # 2-D: the channels-last kernels, a last slab that is not full
@@ -91,7 +91,7 @@ def _copy(statistics: Tensor | None) -> Tensor | None:
     return misaligned(statistics) if statistics.storage_offset() else statistics.clone()
 
 
-def run_case(inputs: Inputs, epilogue: Epilogue) -> list[Verdict]:
+def run_case(inputs: Inputs, epilogue: Epilogue) -> list[ErrorReport]:
     """Forward and backward through the public function, all gradients asked for, judged."""
     mean, var = _copy(inputs.running_mean), _copy(inputs.running_var)
     leaves = [t.detach().requires_grad_() for t in (inputs.x, inputs.weight, inputs.bias) if t is not None]
@@ -116,7 +116,7 @@ def counts_a_batch(inputs: Inputs) -> bool:
     return counter.item() == 1
 
 
-def in_ranks(inputs: Inputs) -> list[Verdict]:
+def in_ranks(inputs: Inputs) -> list[ErrorReport]:
     """The kernels of SyncBatchNorm: one rank without data, and two that share the rest."""
     batch = len(inputs.x)
     return judge_call(inputs, call_in_ranks(inputs, (0, 0, batch // 2, batch)))
@@ -144,18 +144,18 @@ def run_variants(device: torch.device, quick: bool) -> tuple[int, list[str]]:
         with uncached_memory(device):
             inputs = case.inputs(device)
             with poisoned_allocations():
-                verdicts = run_case(inputs, make_epilogue(case.epilogue, inputs))
+                error_reports = run_case(inputs, make_epilogue(case.epilogue, inputs))
                 if case.training and not case.epilogue:
-                    verdicts += in_ranks(inputs)
+                    error_reports += in_ranks(inputs)
         count += 1
-        wrong += [f"{case}: {verdict}" for verdict in verdicts if not verdict.ok]
+        wrong += [f"{case}: {error_report}" for error_report in error_reports if not error_report.ok]
     return count, wrong
 
 
 def run_kinds(device: torch.device) -> tuple[int, list[str]]:
     """As run_variants. Says what runs before it does, for a tool that is cut off."""
     limits = ops.device_limits(device.index or 0)
-    two_pass = os.environ.get("BNKERNELS_PLAN") == "streaming"
+    two_pass = os.environ.get("BNKERNELS_PLAN") == "two_pass"
     chosen = kinds.choose(limits, two_pass)
     wrong = [f"no case is {kind}" for kind in kinds.missing(chosen, limits, two_pass)]
     for one in chosen:
@@ -163,13 +163,13 @@ def run_kinds(device: torch.device) -> tuple[int, list[str]]:
         with uncached_memory(device):
             inputs = one.case.inputs(device)
             with poisoned_allocations():
-                verdicts = run_case(inputs, make_epilogue(one.case.epilogue, inputs))
+                error_reports = run_case(inputs, make_epilogue(one.case.epilogue, inputs))
                 if two_pass:
-                    verdicts += in_ranks(inputs)
+                    error_reports += in_ranks(inputs)
                 if not counts_a_batch(inputs):
                     wrong.append(f"{one.case}: the batch is not counted once")
         wrong += [f"{one.case}: not run as {kind}" for kind in kinds.demoted(one, inputs)]
-        wrong += [f"{one.case}: {verdict}" for verdict in verdicts if not verdict.ok]
+        wrong += [f"{one.case}: {error_report}" for error_report in error_reports if not error_report.ok]
     return len(chosen), wrong
 
 

@@ -11,8 +11,8 @@ must have the main loops that LOOPS names; one that lost its 16-byte accesses is
 is looked at: the turn that a thread makes when all its windows are whole and aligned (bench/sass_paths.py defines it).
 A loop whose turn either loads from memory or takes the kept copy has one fast path for each.
 
-A kernel goes through windows that are known to be whole in loops of their own (visit_tiles, in tiles.cuh of
-csrc/kernels), and through others, which it has to look at, in a second form of them:
+A kernel goes through windows that are known to be whole in loops of their own (visit_tiles, in visit_vectors.cuh of
+csrc/cuda), and through others, which it has to look at, in a second form of them:
 
   windows        whole, where all rows begin and end on 16 bytes; any, where they do not, and for the last few of a
                  thread. Of these the fast path is a tile that happens to be whole
@@ -86,8 +86,8 @@ LOOPS = {
     "normalize_kernel": {"load, write"},
     "grad_sums_kernel": {"load"},
     "grad_input_kernel": {"load, write"},
-    "resident_forward_kernel": {"load, keep", "kept", "load", "kept, write", "load, write"},
-    "resident_backward_kernel": {
+    "persistent_forward_kernel": {"load, keep", "kept", "load", "kept, write", "load, write"},
+    "persistent_backward_kernel": {
         "load, keep",
         "kept, write",
         "load, write",
@@ -104,10 +104,10 @@ MERGED = {
 }
 # What is added to whole windows that are at hand is loaded ahead, all together; else one by one (ResidualTile, in
 # epilogue.cuh).
-ADDED_AHEAD = {("normalize_kernel", "load, add, write"), ("resident_forward_kernel", "kept, add, write")}
+ADDED_AHEAD = {("normalize_kernel", "load, add, write"), ("persistent_forward_kernel", "kept, add, write")}
 
 # Tensors that a window is loaded of, where it is not one.
-LOADED = {"grad_sums_kernel": 2, "grad_input_kernel": 2, "resident_backward_kernel": 2}
+LOADED = {"grad_sums_kernel": 2, "grad_input_kernel": 2, "persistent_backward_kernel": 2}
 
 # The functions through which the copy on chip is reached, wherever they are inlined.
 KEPT_ACCESS = {"operator[]", "fetch_tile", "keep_tile"}

@@ -3,7 +3,7 @@
 An instruction carries its scheduling word beside its operation: which of a warp's six scoreboards it sets (and leaves
 when its result is there), and which it waits for before it issues. NVIDIA does not document the word; its place and
 fields have been the same since Volta (Jia et al., "Dissecting the NVIDIA Volta GPU Architecture via Microbenchmarking",
-2018, section 2.1). tests/test_sass.py holds the reading to the code itself: no load's result may be read before a wait.
+2018, section 2.1). tests/tooling/test_sass.py holds the reading to the code itself: no load's result may be read before a wait.
 """
 
 from __future__ import annotations

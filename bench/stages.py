@@ -17,7 +17,7 @@ class Facts:
     why: str = ""
     archs: str = ""  # of the library that is there, "8.0;9.0+PTX"; empty: there is none that loads
     current: bool = False  # that library is of these sources
-    stand_in: bool = False  # tests/host_device plays the GPU
+    stand_in: bool = False  # tests/support/fake_cuda plays the GPU
 
     @property
     def arch(self) -> str:
@@ -33,7 +33,9 @@ def a_gpu(facts: Facts) -> str | None:
 
 
 def hardware(facts: Facts) -> str | None:
-    played = "the GPU is played by tests/host_device, which runs bnkernels' kernels alone" if facts.stand_in else None
+    played = (
+        "the GPU is played by tests/support/fake_cuda, which runs bnkernels' kernels alone" if facts.stand_in else None
+    )
     return a_gpu(facts) or played
 
 
@@ -43,7 +45,7 @@ def a_sanitizer(facts: Facts) -> str | None:
 
 def something_to_build(facts: Facts) -> str | None:
     if facts.stand_in:
-        return "tests/host_device runs the library that is there"
+        return "tests/support/fake_cuda runs the library that is there"
     fits = facts.archs and (not facts.gpu or facts.capability in re.findall(r"\d+\.\d+", facts.archs))
     if facts.current and fits:
         return f"the library is there: of these sources, it loads with this torch, and has code for {facts.archs}"
@@ -63,7 +65,7 @@ class Step:
 
 PYTEST = "{python} -m pytest -v -m 'cuda and not huge' -p no:cacheprovider --tb=short {pytest} "
 BENCH = "{python} -m bench --device cuda --quick --json-only --out {results} "
-COLD = BENCH + "--contestants ours,eager --modes cold --directions forward,backward "
+COLD = BENCH + "--providers ours,eager --modes cold --directions forward,backward "
 AGAINST = r"^- against"
 
 
@@ -115,7 +117,7 @@ STAGES: dict[str, tuple[int, tuple[Step, ...]]] = {
             BUILD,
             Step("planted", 40, "bash bench/planted.sh {arch} {build} {sanitizer}", a_sanitizer),
             _checked("memcheck", "memcheck", 60),
-            _checked("memcheck-two-pass", "memcheck", 30, "BNKERNELS_PLAN=streaming"),
+            _checked("memcheck-two-pass", "memcheck", 30, "BNKERNELS_PLAN=two_pass"),
             Step("tests", 150, PYTEST + "{workers8} {others}"),
             _bench("n32", 60, COLD + "--dtypes bf16,fp32 {n32}"),
             _bench("n256-fp32", 60, COLD + "--dtypes fp32 {n256}"),
@@ -132,15 +134,15 @@ STAGES: dict[str, tuple[int, tuple[Step, ...]]] = {
             _bench(
                 "compiled",
                 120,
-                BENCH + "--contestants ours,compiled --modes cold --directions step --dtypes bf16 --batch 256",
+                BENCH + "--providers ours,compiled --modes cold --directions step --dtypes bf16 --batch 256",
                 hardware,
             ),
         ),
     ),
 }
 
-_KINDS = "tests/test_plan_kinds.py tests/test_cuda_graphs.py tests/test_cuda_streams.py"
-_SEQUENCES = "tests/test_cuda_sequences.py"
+_KINDS = "tests/plan/test_plan_kinds.py tests/cuda/test_cuda_graphs.py tests/cuda/test_cuda_streams.py"
+_SEQUENCES = "tests/cuda/test_cuda_sequences.py"
 _TOY = "--batch 2 --budget 0.01 --copy-mib 1 --max-ring 2"
 SIZES: dict[str, dict[str, str]] = {
     "full": {
@@ -161,7 +163,7 @@ SIZES: dict[str, dict[str, str]] = {
         "check": "--case normal/4x3x5x5/bfloat16+float32/contiguous/normal/normal/train",
         "kinds": f"{_KINDS} -k 'current_stream or capture_runs_nothing or 2x3x7x7'",
         "sequences": f"'{_SEQUENCES}::test_sequences[0]'",
-        "others": "tests/test_plan.py",
+        "others": "tests/plan/test_plan.py",
         "workers4": "-n 0",
         "workers8": "-n 0",
         "n256": f"--shapes 3x4x4 {_TOY}",

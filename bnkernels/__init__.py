@@ -24,8 +24,8 @@ from .modules import (
     LazyBatchNorm3d,
 )
 from .ops import build_info, empty_cache
+from .running_stats import checkpoint_contexts, no_statistics_update
 from .sync import DistributedDataParallel, SyncBatchNorm
-from .tracking import checkpoint_contexts, no_statistics_update
 
 _register_backends()
 

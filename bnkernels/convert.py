@@ -34,7 +34,7 @@ OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.LazyBatchNorm3d: modules.LazyBatchNorm3d,
     nn.SyncBatchNorm: sync.SyncBatchNorm,
 }
-_TORCHS = {ours: torchs for torchs, ours in OURS.items()}
+_TORCH_CLASSES = {ours: torch_class for torch_class, ours in OURS.items()}
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def revert(
 
     Exact types only; arguments and result as convert()'s.
     """
-    _change(model, _TORCHS, filter_fn, report, "reverted")
+    _change(model, _TORCH_CLASSES, filter_fn, report, "reverted")
     return unfuse(model)
 
 
@@ -127,7 +127,7 @@ def _change(
 ) -> _Model:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    from_ours = classes is _TORCHS
+    from_ours = classes is _TORCH_CLASSES
     done = ConversionReport()
     for name, module in model.named_modules():  # each module once, however many names it has
         if not isinstance(module, _BatchNorm) or isinstance(module, modules.ForwardMixin) is not from_ours:
@@ -189,6 +189,6 @@ def _qualified(cls: type[nn.Module]) -> str:
     """nn.BatchNorm2d, bnkernels.BatchNorm2d, or the full name of another class."""
     if cls in OURS:
         return f"nn.{cls.__name__}"
-    if cls in _TORCHS:
+    if cls in _TORCH_CLASSES:
         return f"bnkernels.{cls.__name__}"
     return f"{cls.__module__}.{cls.__qualname__}"

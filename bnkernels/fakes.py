@@ -28,7 +28,7 @@ def _statistic(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[1], dtype=_statistic_dtype(x.dtype))
 
 
-def _relu_range(x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+def _relu_bounds(x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
     statistic = _statistic(x)
     return statistic.new_empty((2, x.shape[1])) if relu and residual is None else statistic.new_empty(0)
 
@@ -201,7 +201,7 @@ def _fused_train_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_residual(residual, x)
     plain = _train_fake(x, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps)
-    return *plain, _relu_range(x, residual, relu)
+    return *plain, _relu_bounds(x, residual, relu)
 
 
 @torch.library.register_fake("bnkernels::batch_norm_fused_train_functional")
@@ -221,7 +221,7 @@ def _fused_train_functional_fake(
     y, mean, invstd, *updated = _train_functional_fake(
         x, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps
     )
-    return y, mean, invstd, _relu_range(x, residual, relu), *updated
+    return y, mean, invstd, _relu_bounds(x, residual, relu), *updated
 
 
 @torch.library.register_fake("bnkernels::batch_norm_fused_eval")
@@ -236,7 +236,7 @@ def _fused_eval_fake(
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_residual(residual, x)
-    return *_eval_fake(x, weight, bias, running_mean, running_var, eps), _relu_range(x, residual, relu)
+    return *_eval_fake(x, weight, bias, running_mean, running_var, eps), _relu_bounds(x, residual, relu)
 
 
 @torch.library.register_fake("bnkernels::batch_norm_relu_backward")
@@ -246,7 +246,7 @@ def _relu_backward_fake(
     weight: Tensor | None,
     mean: Tensor,
     invstd: Tensor,
-    relu_range: Tensor,
+    relu_bounds: Tensor,
     training: bool,
     need_input: bool,
     need_weight: bool,
@@ -254,13 +254,13 @@ def _relu_backward_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     results = _backward_fake(grad, x, weight, mean, invstd, training, need_input, need_weight, need_bias)
     torch._check(
-        relu_range.dim() == 2 and relu_range.shape[0] == 2 and relu_range.shape[1] == x.shape[1],
-        lambda: f"batch_norm backward: expected a relu_range of shape [2, {x.shape[1]}], but got {relu_range.shape}",
+        relu_bounds.dim() == 2 and relu_bounds.shape[0] == 2 and relu_bounds.shape[1] == x.shape[1],
+        lambda: f"batch_norm backward: expected a relu_bounds of shape [2, {x.shape[1]}], but got {relu_bounds.shape}",
     )
-    if relu_range.dtype != _statistic_dtype(x.dtype) or relu_range.device != x.device:
+    if relu_bounds.dtype != _statistic_dtype(x.dtype) or relu_bounds.device != x.device:
         raise RuntimeError(
-            f"batch_norm backward: expected a relu_range of dtype {_statistic_dtype(x.dtype)} on {x.device}, but got "
-            f"{relu_range.dtype} on {relu_range.device}"
+            f"batch_norm backward: expected a relu_bounds of dtype {_statistic_dtype(x.dtype)} on {x.device}, but got "
+            f"{relu_bounds.dtype} on {relu_bounds.device}"
         )
     return results
 
@@ -271,7 +271,7 @@ def _sync_statistics_fake(x: Tensor, eps: float) -> Tensor:
     return x.new_empty(2 * x.shape[1] + 1, dtype=torch.float64)
 
 
-def _joined_fake(
+def _combined_fake(
     rows: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -286,8 +286,8 @@ def _joined_fake(
     return mean, invstd, rows.new_empty(1)
 
 
-@torch.library.register_fake("bnkernels::sync_batch_norm_join")
-def _sync_join_fake(
+@torch.library.register_fake("bnkernels::sync_batch_norm_combine")
+def _sync_combine_fake(
     rows: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -296,11 +296,11 @@ def _sync_join_fake(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _joined_fake(rows, running_mean, running_var, num_batches_tracked, dtype)
+    return _combined_fake(rows, running_mean, running_var, num_batches_tracked, dtype)
 
 
-@torch.library.register_fake("bnkernels::sync_batch_norm_join_functional")
-def _sync_join_functional_fake(
+@torch.library.register_fake("bnkernels::sync_batch_norm_combine_functional")
+def _sync_combine_functional_fake(
     rows: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -309,7 +309,7 @@ def _sync_join_functional_fake(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
-    mean, invstd, count = _joined_fake(rows, running_mean, running_var, num_batches_tracked, dtype)
+    mean, invstd, count = _combined_fake(rows, running_mean, running_var, num_batches_tracked, dtype)
     return mean, invstd, count, *_updated(mean, running_mean, running_var, num_batches_tracked)
 
 

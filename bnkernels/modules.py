@@ -111,9 +111,9 @@ class ForwardMixin(_BatchNorm):
 
     def _slow_forward(self, input: Tensor, residual: Tensor | None = None) -> Any:
         """Called in forward()'s place by torch.jit.trace and the older ONNX exporter: they record torch's operators."""
-        return with_epilogue(self._torchs_forward(input), residual, None)
+        return with_epilogue(self._torch_forward(input), residual, None)
 
-    def _torchs_forward(self, input: Tensor) -> Tensor:
+    def _torch_forward(self, input: Tensor) -> Tensor:
         return _BatchNorm.forward(self, input)
 
 

@@ -6,7 +6,7 @@ The only file that knows how Python reaches C++. Two doors lead to the same kern
     train_functional, eval_op, backward_op           the registered ops torch.ops.bnkernels.*, for tracing
 
 fused_*: the same with an addition, a ReLU or both behind the normalisation. relu_backward*: the backward of one with a
-ReLU and no addition, from the relu_range that its forward returned. The steps of a batch that lies on several ranks
+ReLU and no addition, from the relu_bounds that its forward returned. The steps of a batch that lies on several ranks
 have registered ops alone: beside a collective a call costs nothing.
 
 The pybind functions go through torch's dispatcher as well, so that dispatch modes and tensor subclasses see them.
@@ -108,7 +108,7 @@ try:
     _empty_cache = _C.empty_cache
 
     # How the CUDA kernels would run a pass, by arithmetic alone, and the limits of a CUDA device that this depends on
-    # (csrc/plan.h).
+    # (csrc/plan/plan.h).
     plan = _C.plan
     device_limits = _C.device_limits
     barrier_workspace = _C.barrier_workspace
@@ -126,8 +126,8 @@ try:
     threshold_backward = torch.ops.aten.threshold_backward.default
 
     sync_statistics = torch.ops.bnkernels.sync_batch_norm_statistics.default
-    sync_join = torch.ops.bnkernels.sync_batch_norm_join.default
-    sync_join_functional = torch.ops.bnkernels.sync_batch_norm_join_functional.default
+    sync_combine = torch.ops.bnkernels.sync_batch_norm_combine.default
+    sync_combine_functional = torch.ops.bnkernels.sync_batch_norm_combine_functional.default
     sync_normalize = torch.ops.bnkernels.sync_batch_norm_normalize.default
     sync_grad_sums = torch.ops.bnkernels.sync_batch_norm_grad_sums.default
     sync_grad_input = torch.ops.bnkernels.sync_batch_norm_grad_input.default
@@ -144,7 +144,7 @@ def empty_cache() -> int:
     """Gives the memory that CPU results keep for later ones back to the system, and returns how many bytes that was.
 
     What torch.cuda.empty_cache() is for a GPU. Results of 256 KiB and more leave theirs when they are freed, as fresh
-    memory costs more time than a BatchNorm does: up to BNKERNELS_CPU_KEPT_MB (MiB, default 1024; 0: nothing). The
+    memory costs more time than a BatchNorm does: up to BNKERNELS_CPU_CACHE_MB (MiB, default 1024; 0: nothing). The
     system takes most of it by itself when it is short.
     """
     return _empty_cache()

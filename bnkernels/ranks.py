@@ -1,7 +1,8 @@
 """The ranks that one batch lies on, and the one thing that they do together: each gets the rows of all.
 
-A gather, and not a sum: means and squares are joined by Chan's formula and not added (csrc/problem_sync.h), and what is
-joined here in the order of the ranks has the same bits on each of them, whichever algorithm the backend sums by.
+A gather, and not a sum: means and squares are joined by Chan's formula and not added (csrc/core/problem_sync.h), and
+what is joined here in the order of the ranks has the same bits on each of them, whichever algorithm the backend sums
+by.
 """
 
 from __future__ import annotations

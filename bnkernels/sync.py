@@ -69,7 +69,7 @@ class SyncBatchNorm(ForwardMixin, nn.SyncBatchNorm):
         )
         return with_epilogue(y, residual, None)
 
-    def _torchs_forward(self, input: Tensor) -> Tensor:
+    def _torch_forward(self, input: Tensor) -> Tensor:
         """torch's own, which refuses what cannot be recorded."""
         return nn.SyncBatchNorm.forward(self, input)
 

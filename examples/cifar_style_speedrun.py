@@ -234,7 +234,7 @@ def claims(races: Sequence[Race]) -> Iterator[Claim]:
         return [figure(race) for race in races]
 
     def first_losses(race: Race) -> float:
-        return max(abs(race[theirs].losses[0] / race[ours].losses[0] - 1) for theirs, ours in CONVERSIONS)
+        return max(abs(race[native].losses[0] / race[ours].losses[0] - 1) for native, ours in CONVERSIONS)
 
     def lowest(race: Race) -> float:
         return 100 * min(runner.final for runner in race.runners.values())
@@ -243,15 +243,15 @@ def claims(races: Sequence[Race]) -> Iterator[Claim]:
     yield Claim("convert", statement, "relative difference of the first losses", of_each(first_losses), at_most=1e-5)
     statement = f"All reach {TARGET:.0%} of images not trained on, those with ghosts too."
     yield Claim("speedruns", statement, "lowest final accuracy (%)", of_each(lowest), at_least=100 * TARGET)
-    for (theirs, ours), what, limit in zip(CONVERSIONS, ("faster", "as fast"), (1.05, 0.9)):
-        over = f"{theirs} / {ours.name}"
-        steps = of_each(partial(Race.steps_apart, one=theirs, other=ours))
+    for (native, ours), what, limit in zip(CONVERSIONS, ("faster", "as fast"), (1.05, 0.9)):
+        over = f"{native} / {ours.name}"
+        steps = of_each(partial(Race.steps_apart, one=native, other=ours))
         statement = f"Converted, it needs as many steps to {TARGET:.0%}, within noise."
         yield Claim("convert", statement, f"{over}, as a factor above 1", steps, at_most=1.5)
-        ratios = of_each(partial(Race.step_ratio, one=theirs, other=ours))
+        ratios = of_each(partial(Race.step_ratio, one=native, other=ours))
         statement = f"Converted, a step is {what} in this layout."
         yield Claim("convert", statement, f"{over}, median step times", ratios, at_least=limit)
-        times = of_each(partial(Race.time_ratio, one=theirs, other=ours))
+        times = of_each(partial(Race.time_ratio, one=native, other=ours))
         statement = f"Converted, the time to {TARGET:.0%} is no longer than noise in the steps makes it."
         yield Claim("convert", statement, f"{over}, times to it", times, at_least=0.7)
     for apart, fused in FUSIONS:

@@ -223,13 +223,13 @@ class Race:
         for run in order[turn:] + order[:turn]:
             run.step(images, labels)
         if len(order[0].seconds) == 1:
-            theirs = self.runs[NN].model
-            self.first_gradients = largest(gradient_difference(run.model, theirs) for run in self.ours)
+            native = self.runs[NN].model
+            self.first_gradients = largest(gradient_difference(run.model, native) for run in self.ours)
 
     def loss_differences(self, run: Run) -> list[float]:
         """Of each step, from the network with nn.BatchNorm2d, relative to that one's largest loss."""
-        theirs = self.runs[NN].step_losses
-        return [abs(a - b) / max(theirs) for a, b in zip(run.step_losses, theirs)]
+        native = self.runs[NN].step_losses
+        return [abs(a - b) / max(native) for a, b in zip(run.step_losses, native)]
 
 
 NAMES = " | ".join(f"{name:>9}" for name in VARIANTS)
@@ -264,7 +264,7 @@ def train(dtype: torch.dtype, args: argparse.Namespace) -> Race:
 def checks(race: Race) -> Iterator[tuple[bool, str, str]]:
     """What must hold after a race: whether it does, what it is, and what was measured."""
     allowed = AGREEMENT[race.dtype]
-    theirs = race.runs[NN]
+    native = race.runs[NN]
     layers = [module for run in race.ours for module in run.model.modules() if isinstance(module, nn.BatchNorm2d)]
     all_converted = all(type(layer) is bnk.BatchNorm2d for layer in layers)
     yield all_converted, "every layer converted", f"{len(layers)} in two networks"
@@ -272,13 +272,13 @@ def checks(race: Race) -> Iterator[tuple[bool, str, str]]:
     if race.dtype == torch.float64:
         yield race.first_gradients <= allowed, "the first gradients agree", f"{race.first_gradients:.1e}"
         apart = largest(value for each in differences for value in each)
-        yield apart <= allowed, f"the losses of all {len(theirs.seconds)} steps agree", f"{apart:.1e}"
+        yield apart <= allowed, f"the losses of all {len(native.seconds)} steps agree", f"{apart:.1e}"
     else:
         apart = largest(each[0] for each in differences)
         yield apart <= allowed, "the first losses agree", f"{apart:.1e}"
     for name in (CONVERTED, FUSED):
-        model = VARIANTS[name](copy.deepcopy(theirs.model)).eval()
-        after = relative_difference(model(race.test.images).detach(), theirs.logits(race.test.images))
+        model = VARIANTS[name](copy.deepcopy(native.model)).eval()
+        after = relative_difference(model(race.test.images).detach(), native.logits(race.test.images))
         yield after <= allowed, f"the network trained with nn.BatchNorm2d, {name}, computes the same", f"{after:.1e}"
     if race.dtype == torch.float32:
         worst = min(run.accuracies[-1] for run in race.runs.values())
@@ -297,15 +297,15 @@ def saved_bytes(model: nn.Module, batch: Images) -> tuple[int, int]:
     for module in eager.modules():
         if isinstance(module, nn.Conv2d):
             module.register_forward_pre_hook(lambda _, args: inputs.add(args[0].untyped_storage().data_ptr()))
-    of_convolutions = sum(size for address, size in kept_storages(eager, batch).items() if address in inputs)
+    of_convolutions = sum(size for address, size in saved_storages(eager, batch).items() if address in inputs)
     state = copy.deepcopy(model.state_dict())
     model(batch.images)  # what is captured at a first call is captured without hooks
-    total = sum(kept_storages(model, batch).values())
+    total = sum(saved_storages(model, batch).values())
     model.load_state_dict(state)  # the forward has updated the running statistics
     return total, of_convolutions
 
 
-def kept_storages(model: nn.Module, batch: Images) -> dict[int, int]:
+def saved_storages(model: nn.Module, batch: Images) -> dict[int, int]:
     """The addresses and bytes of the storages that autograd keeps of one forward."""
     anyway = [*model.parameters(), *model.buffers(), batch.images, batch.labels]
     left_out = {tensor.untyped_storage().data_ptr() for tensor in anyway}
@@ -332,7 +332,7 @@ def table(race: Race, saved: dict[str, tuple[int, int]]) -> str:
     rows = [["", "ms a step", "times as fast as nn", "saved for backward", "of it inputs of convolutions"]]
     for name, run in race.runs.items():
         milliseconds = quartiles([1000 * seconds for seconds in run.seconds], ".1f")
-        in_the_same_turn = [theirs / ours for theirs, ours in zip(race.runs[NN].seconds, run.seconds)]
+        in_the_same_turn = [native / ours for native, ours in zip(race.runs[NN].seconds, run.seconds)]
         speedup = "" if name == NN else quartiles(in_the_same_turn, ".2f")
         rows.append([name, milliseconds, speedup, *(f"{count / 1e6:.2f} MB" for count in saved[name])])
     widths = [max(map(len, column)) for column in zip(*rows)]

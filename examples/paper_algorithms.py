@@ -32,7 +32,7 @@ from why_batchnorm import batches, network, train
 
 import bnkernels as bnk
 from bnkernels import reference
-from bnkernels.testing.gate import UNIT_ROUNDOFF, K
+from bnkernels.testing.tolerance import UNIT_ROUNDOFF, K
 
 ROUNDING = UNIT_ROUNDOFF[torch.float64]
 FACTORS = (1e-3, 1e-2, 1e-1, 1e1, 1e2, 1e3)
@@ -111,8 +111,8 @@ def roundings(a: Tensor, b: Tensor, x: Tensor, over: Tensor, by: Statistics, to:
 
     That is |gamma| (A + |x_hat| k) + |beta|, A = (|x| + mean|x|) / sqrt(var + eps), k = rms(x) / sqrt(var + eps), the
     means over the data that the statistics are of. For, a sum is off by roundings of the sum of the magnitudes, and so
-    the mean by mean|x|; the variance is, relatively, off by k of them. bnkernels.testing.gate derives it in full, and
-    allows K = 32 of these roundings to each backend: two implementations of Algorithm 1 lie within 2 K. A running
+    the mean by mean|x|; the variance is, relatively, off by k of them. bnkernels.testing.tolerance derives it in full,
+    and allows K = 32 of these roundings to each backend: two implementations of Algorithm 1 lie within 2 K. A running
     average over B batches rounds three more times with each of them: two of Algorithm 2 lie within 2 (K + 3 B).
     """
     invstd = 1 / torch.sqrt(by.var + to.eps)

@@ -150,10 +150,10 @@ class Report:
         text = "\n\n".join([verdicts, *self.tables, f"Measured in {taken}."])
         (self.args.out / f"{self.name}.md").write_text(text + "\n")
         print(f"\nPlot and report: {plot} and .md ({taken})")
-        news = [claim for claim in self.claims if claim.holds != claim.expected]
-        for claim in news:
+        regressions = [claim for claim in self.claims if claim.holds != claim.expected]
+        for claim in regressions:
             print(f"NEWS: {'holds' if claim.holds else 'does not hold'}, unlike docs/why.md: {claim.statement}")
-        return 1 if news else 0
+        return 1 if regressions else 0
 
 
 def machine(device: torch.device) -> str:

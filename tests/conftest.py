@@ -7,13 +7,13 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-import host_device
+import fake_cuda
 import pytest
 import torch
 from _pytest.terminal import TerminalReporter
 
-if host_device.is_attached():
-    host_device.attach()
+if fake_cuda.is_attached():
+    fake_cuda.attach()
 
 TORCH_INPUTS = "torch_inputs"
 """record_property(TORCH_INPUTS, (what, count)): summed up and printed at the end of the run (test_torch_inputs.py)."""
@@ -30,13 +30,13 @@ def no_cuda() -> str | None:
     return None
 
 
-def not_on_the_host_device(item: pytest.Item) -> str | None:
-    """Why a test is none for the host device, or for nothing else."""
+def not_on_fake_cuda(item: pytest.Item) -> str | None:
+    """Why a test is none for the fake CUDA device, or for nothing else."""
     hardware = item.get_closest_marker("hardware")
-    if hardware and item.get_closest_marker("cuda") and host_device.is_attached():
+    if hardware and item.get_closest_marker("cuda") and fake_cuda.is_attached():
         return f"needs a GPU itself: {hardware.args[0]}"
-    if item.get_closest_marker("host_device") and not host_device.is_attached():
-        return "is of the host device (tests/host_device)"
+    if item.get_closest_marker("fake_cuda") and not fake_cuda.is_attached():
+        return "is of the fake CUDA device (tests/support/fake_cuda)"
     return None
 
 
@@ -52,7 +52,7 @@ def available_memory(device: str) -> int:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    reason = not_on_the_host_device(item) or (no_cuda() if item.get_closest_marker("cuda") else None)
+    reason = not_on_fake_cuda(item) or (no_cuda() if item.get_closest_marker("cuda") else None)
     if reason:
         pytest.skip(reason)
     huge = item.get_closest_marker("huge")

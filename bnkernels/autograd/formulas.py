@@ -215,9 +215,9 @@ def double_backward(
     return _total(grad_terms), _total(input_terms), grad_weight
 
 
-def passed_by_relu(grad: Tensor, x: Tensor, relu_range: Tensor) -> Tensor:
-    """grad where the ReLU of a fused forward let x pass, else 0. relu_range (2, C): least and greatest such x."""
-    low, high = relu_range.view(2, 1, -1, *[1] * (x.dim() - 2))
+def passed_by_relu(grad: Tensor, x: Tensor, relu_bounds: Tensor) -> Tensor:
+    """grad where the ReLU of a fused forward let x pass, else 0. relu_bounds (2, C): least and greatest such x."""
+    low, high = relu_bounds.view(2, 1, -1, *[1] * (x.dim() - 2))
     value = x.to(low.dtype)
     return grad.masked_fill((value < low) | (value > high), 0)
 

@@ -4,7 +4,7 @@
     FusedTraced      the same of ops without side effects, for torch.compile and torch.export
 
 Behind a ReLU alone the kernels' backward takes the gradient as it comes: which x passed is an interval for each channel
-(relu_range, 2C values that the forward returns), so neither y nor a mask is kept or read. With a residual that is not
+(relu_bounds, 2C values that the forward returns), so neither y nor a mask is kept or read. With a residual that is not
 so, and y is saved, as torch's ReLU does; the ReLU's backward is then torch's own, and the rest BatchNorm's.
 
 Derivatives of the backward, torch.func's transforms, forward mode and ONNX take the parts one by one.
@@ -86,14 +86,14 @@ class FusedEager(Function):
     ) -> Tensor:
         running_mean, running_var, num_batches_tracked, training, momentum, eps, relu = rest
         if training:
-            y, mean, invstd, relu_range = ops.fused_forward_train(
+            y, mean, invstd, relu_bounds = ops.fused_forward_train(
                 x, residual, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, relu
             )
         else:
-            y, mean, invstd, relu_range = ops.fused_forward_eval(
+            y, mean, invstd, relu_bounds = ops.fused_forward_eval(
                 x, residual, weight, bias, running_mean, running_var, eps, relu
             )
-        passed = None if not relu else relu_range if residual is None else y
+        passed = None if not relu else relu_bounds if residual is None else y
         ctx.save_for_backward(x, weight, mean, invstd, passed)
         ctx.call = (training, eps, residual is not None)
         return y
@@ -121,7 +121,7 @@ class FusedEager(Function):
 class FusedTraced(Function):
     """(x, weight, bias, residual, running_mean, running_var, num_batches_tracked, training, momentum, eps, relu)
 
-    -> (y, mean, invstd, relu_range), and in training the buffers as they are to be afterwards.
+    -> (y, mean, invstd, relu_bounds), and in training the buffers as they are to be afterwards.
     """
 
     @staticmethod
@@ -147,8 +147,8 @@ class FusedTraced(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, weight, _, residual, *_, relu = inputs
-        y, mean, invstd, relu_range = output[:4]
-        passed = None if not relu else relu_range if residual is None else y
+        y, mean, invstd, relu_bounds = output[:4]
+        passed = None if not relu else relu_bounds if residual is None else y
         ctx.save_for_backward(x, weight, mean, invstd, passed)
         ctx.training = inputs[7]
         ctx.adds = residual is not None

@@ -74,7 +74,7 @@ class Eager(Function):
     ) -> Tensor:
         *buffers, momentum, eps, ranks = rest
         rows = ranks.gather(ops.sync_statistics(x, eps), x, "the forward")
-        mean, invstd, count = ops.sync_join(rows, *buffers, momentum, eps, x.dtype)
+        mean, invstd, count = ops.sync_combine(rows, *buffers, momentum, eps, x.dtype)
         ctx.save_for_backward(x, weight, mean, invstd, count)
         ctx.eps, ctx.ranks = eps, ranks
         y: Tensor = ops.sync_normalize(x, weight, bias, mean, invstd)
@@ -161,7 +161,7 @@ class Traced(Function):
         size: int,
     ) -> tuple[Tensor, ...]:
         rows = gather_traced(ops.sync_statistics(x, eps), group_name, size)
-        mean, invstd, count, *updated = ops.sync_join_functional(
+        mean, invstd, count, *updated = ops.sync_combine_functional(
             rows, running_mean, running_var, num_batches_tracked, momentum, eps, x.dtype
         )
         ctx.save_for_backward(x, weight, mean, invstd, count)

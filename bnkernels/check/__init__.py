@@ -87,7 +87,7 @@ def _run(chosen: list[Case], device: torch.device) -> report.Backend:
     start = time.monotonic()
     with progress.bar(len(chosen)) as bar:
         for case in chosen:
-            bar.set_description_str(f"{device} {case.family}", refresh=False)
+            bar.set_description_str(f"{device} {case.distribution}", refresh=False)
             try:
                 results.append(run_case(case, device))
             except Exception as error:

@@ -22,7 +22,7 @@ def call_in_ranks(inputs: Inputs, bounds: Sequence[int]) -> Outputs:
     buffers = (inputs.running_mean, inputs.running_var, inputs.num_batches_tracked)
     running_mean, running_var, counter = (None if buffer is None else buffer.clone() for buffer in buffers)
     rows = torch.stack([ops.sync_statistics(x, inputs.eps) for x, _ in parts])
-    mean, invstd, count = ops.sync_join(
+    mean, invstd, count = ops.sync_combine(
         rows, running_mean, running_var, counter, inputs.momentum, inputs.eps, inputs.x.dtype
     )
     y = [ops.sync_normalize(x, weight, bias, mean, invstd) for x, _ in parts]

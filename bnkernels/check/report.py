@@ -11,7 +11,7 @@ import torch
 
 import bnkernels
 
-from ..testing import DTYPE_PAIRS, EPILOGUES, FAMILIES, GRADS, REPORT_FROM, WEIGHTS, Case, K, Verdict
+from ..testing import DTYPE_PAIRS, EPILOGUES, FAMILIES, GRADS, REPORT_FROM, WEIGHTS, Case, ErrorReport, K
 from .runner import Result, worst_ratio
 
 FORMAT = 1
@@ -74,7 +74,7 @@ def _dtypes(dtype: str, parameters: str) -> str:
 
 
 GROUPINGS = (
-    Grouping("activations", lambda case: case.family, tuple(FAMILIES)),
+    Grouping("activations", lambda case: case.distribution, tuple(FAMILIES)),
     Grouping("gradients", lambda case: case.grad, tuple(GRADS)),
     Grouping("weights", lambda case: case.weight, tuple(WEIGHTS)),
     Grouping(
@@ -91,14 +91,14 @@ def _mark(ratio: float) -> str:
     return "!" if ratio > 1 else "*" if ratio * K >= REPORT_FROM else " "
 
 
-def _where(verdicts: tuple[Verdict, ...]) -> str:
-    worst = max(verdicts, key=lambda v: v.ratio, default=None)
+def _where(error_reports: tuple[ErrorReport, ...]) -> str:
+    worst = max(error_reports, key=lambda v: v.ratio, default=None)
     return f"{worst.quantity} {_SHORT[worst.dtype]}" if worst is not None and worst.ratio > 0 else "-"
 
 
 def _their_worst(results: Iterable[Result]) -> Result | None:
-    judged = [r for r in results if r.theirs is not None]
-    return max(judged, key=lambda r: worst_ratio(r.theirs or ()), default=None)
+    judged = [r for r in results if r.native is not None]
+    return max(judged, key=lambda r: worst_ratio(r.native or ()), default=None)
 
 
 def table(backend: Backend) -> str:
@@ -111,18 +111,18 @@ def table(backend: Backend) -> str:
             worst = max(results, key=lambda r: r.ratio)
             where = "see below" if worst.problems else _where(worst.ours)
             line = f"{name:<17}{len(results):>5}{ratio_text(worst.ratio):>10}{_mark(worst.ratio)} {where:<17}"
-            theirs = _their_worst(results)
-            if theirs is None or theirs.theirs is None:
+            native = _their_worst(results)
+            if native is None or native.native is None:
                 line += f"{'n/a':>9}"
             else:
-                line += f"{ratio_text(worst_ratio(theirs.theirs)):>9}  {_where(theirs.theirs)}"
+                line += f"{ratio_text(worst_ratio(native.native)):>9}  {_where(native.native)}"
             lines.append(line.rstrip())
         lines.append("")
     return "\n".join(lines)
 
 
 def summary(backend: Backend, limit: int = 5) -> str:
-    """The verdict on a backend, and how to see its worst case again."""
+    """The error report on a backend, and how to see its worst case again."""
     failed = sorted((r for r in backend.results if not r.ok), key=lambda r: -r.ratio)
     count = len(backend.results)
     worst = backend.worst
@@ -150,12 +150,12 @@ def details(result: Result, device: torch.device) -> str:
     lines = [str(result.case), f"on {device}", ""]
     lines.append(f"{'':<14}{'error/bound':>11}  {'got':>14}{'expected':>15}{'bound':>10}  at")
     lines.append(_RULE)
-    for title, verdicts in (("bnkernels", result.ours), ("torch", result.theirs)):
-        if verdicts is None:
+    for title, error_reports in (("bnkernels", result.ours), ("torch", result.native)):
+        if error_reports is None:
             lines.append(f"{title}: does not take this input")
             continue
         lines.append(title)
-        for v in verdicts:
+        for v in error_reports:
             index = ",".join(map(str, v.index))
             ratio = ratio_text(v.ratio) + _mark(v.ratio)
             lines.append(f"  {v.quantity:<12}{ratio:>11}  {v.got:>14.7g}{v.expected:>15.7g}{v.bound:>10.2g}  {index}")
@@ -174,33 +174,33 @@ def _number(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
 
 
-def _verdict_json(verdict: Verdict) -> dict[str, object]:
+def _error_report_json(error_report: ErrorReport) -> dict[str, object]:
     return {
-        "quantity": verdict.quantity,
-        "ratio": _number(verdict.ratio),
-        "index": list(verdict.index),
-        "got": _number(verdict.got),
-        "expected": _number(verdict.expected),
-        "bound": _number(verdict.bound),
-        "dtype": str(verdict.dtype).removeprefix("torch."),
+        "quantity": error_report.quantity,
+        "ratio": _number(error_report.ratio),
+        "index": list(error_report.index),
+        "got": _number(error_report.got),
+        "expected": _number(error_report.expected),
+        "bound": _number(error_report.bound),
+        "dtype": str(error_report.dtype).removeprefix("torch."),
     }
 
 
-def _result_json(result: Result, verdicts: tuple[Verdict, ...] | None) -> dict[str, object] | None:
-    if verdicts is None:
+def _result_json(result: Result, error_reports: tuple[ErrorReport, ...] | None) -> dict[str, object] | None:
+    if error_reports is None:
         return None
-    worst = max(verdicts, key=lambda v: v.ratio, default=None)
-    return {"case": str(result.case), "worst": None if worst is None else _verdict_json(worst)}
+    worst = max(error_reports, key=lambda v: v.ratio, default=None)
+    return {"case": str(result.case), "worst": None if worst is None else _error_report_json(worst)}
 
 
 def _group_json(results: list[Result]) -> dict[str, object]:
-    ours, theirs = max(results, key=lambda r: r.ratio), _their_worst(results)
+    ours, native = max(results, key=lambda r: r.ratio), _their_worst(results)
     return {
         "cases": len(results),
         "passed": all(r.ok for r in results),
         "ratio": _number(ours.ratio),
         "bnkernels": _result_json(ours, ours.ours),
-        "torch": None if theirs is None else _result_json(theirs, theirs.theirs),
+        "torch": None if native is None else _result_json(native, native.native),
     }
 
 
@@ -223,7 +223,7 @@ def _backend_json(backend: Backend) -> dict[str, object]:
                 "case": str(r.case),
                 "command": command(r.case, backend.device),
                 "problems": list(r.problems),
-                "out_of_bounds": [_verdict_json(v) for v in r.ours if not v.ok],
+                "out_of_bounds": [_error_report_json(v) for v in r.ours if not v.ok],
             }
             for r in failed
         ],
@@ -248,6 +248,6 @@ def as_json(tier: str, backends: list[Backend]) -> dict[str, object]:
         "passed": all(b.ok for b in backends),
         "versions": versions(),
         "build": bnkernels.build_info(),
-        "gate": {"K": K, "report_from": REPORT_FROM},
+        "tolerance": {"K": K, "report_from": REPORT_FROM},
         "backends": [_backend_json(b) for b in backends],
     }

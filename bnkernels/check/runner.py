@@ -1,4 +1,4 @@
-"""Runs one case: our layer, torch's beside it, and the promises that the gate does not see."""
+"""Runs one case: our layer, torch's beside it, and the promises that the tolerance does not see."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import bnkernels
 from ..testing import (
     Case,
     Epilogue,
+    ErrorReport,
     Inputs,
     Outputs,
-    Verdict,
     at_the_sum,
     guarded,
     judge_calls,
@@ -40,10 +40,10 @@ class Result:
     """What one case gave. `theirs` is None where torch's layer does not take such input."""
 
     case: Case
-    ours: tuple[Verdict, ...]
-    theirs: tuple[Verdict, ...] | None
+    ours: tuple[ErrorReport, ...]
+    native: tuple[ErrorReport, ...] | None
     problems: tuple[str, ...]
-    """Promises broken beside the gate, in words."""
+    """Promises broken beside the tolerance, in words."""
 
     @property
     def ratio(self) -> float:
@@ -55,8 +55,8 @@ class Result:
         return self.ratio <= 1.0
 
 
-def worst_ratio(verdicts: tuple[Verdict, ...]) -> float:
-    return max((v.ratio for v in verdicts), default=0.0)
+def worst_ratio(error_reports: tuple[ErrorReport, ...]) -> float:
+    return max((v.ratio for v in error_reports), default=0.0)
 
 
 def run_case(case: Case, device: torch.device) -> Result:
@@ -65,23 +65,23 @@ def run_case(case: Case, device: torch.device) -> Result:
     with threads():
         inputs = case.inputs(device)
         epilogue = make_epilogue(case.epilogue, inputs)
-    contestants: list[Outputs] = []
+    providers: list[Outputs] = []
     problems: list[str] = []
     try:
         # The attribute, at every call: a check of this installation is a check of what users call.
         ours, problems = _promises(bnkernels.batch_norm, inputs, epilogue)
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # so that a fault of a kernel is raised here, and not in what comes next
-        contestants.append(ours)
+        providers.append(ours)
     except Exception as error:
         if is_out_of_memory(error):
             raise
         return Result(case, (), None, (f"raised {type(error).__name__}: {error}",))
     with threads():
         with suppress(RuntimeError):
-            contestants.append(call(_torchs, inputs, epilogue))
-        verdicts = _judged(inputs, epilogue, contestants)
-    return Result(case, verdicts[0], verdicts[1] if len(verdicts) > 1 else None, tuple(problems))
+            providers.append(call(_native, inputs, epilogue))
+        error_reports = _judged(inputs, epilogue, providers)
+    return Result(case, error_reports[0], error_reports[1] if len(error_reports) > 1 else None, tuple(problems))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -110,16 +110,16 @@ def call(layer: BatchNorm, inputs: Inputs, epilogue: Epilogue = NO_EPILOGUE) -> 
     return outputs
 
 
-def _torchs(x: Tensor, *rest: Any, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
+def _native(x: Tensor, *rest: Any, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
     y = torch.nn.functional.batch_norm(x, *rest)
     y = y if residual is None else y + residual
     return y if activation is None else torch.relu(y)
 
 
-def _judged(inputs: Inputs, epilogue: Epilogue, contestants: list[Outputs]) -> list[tuple[Verdict, ...]]:
+def _judged(inputs: Inputs, epilogue: Epilogue, providers: list[Outputs]) -> list[tuple[ErrorReport, ...]]:
     if epilogue.is_empty:
-        return [tuple(verdicts) for verdicts in judge_calls(inputs, contestants)]  # one reference for all
-    return [tuple(judge_fused_call(inputs, epilogue, outputs)) for outputs in contestants]
+        return [tuple(error_reports) for error_reports in judge_calls(inputs, providers)]  # one reference for all
+    return [tuple(judge_fused_call(inputs, epilogue, outputs)) for outputs in providers]
 
 
 def _call(layer: BatchNorm, inputs: Inputs, epilogue: Epilogue) -> tuple[Outputs, list[str]]:

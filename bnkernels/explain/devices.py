@@ -29,7 +29,7 @@ DEFAULT = "h200"
 
 @dataclass(frozen=True)
 class Limits:
-    """DeviceLimits of csrc/plan.h; bytes where memory is meant."""
+    """DeviceLimits of csrc/plan/plan.h; bytes where memory is meant."""
 
     multiprocessors: int
     max_threads_per_multiprocessor: int

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from .. import ops
 from ..functional import check_activation
-from . import words
+from . import format as fmt
 from .devices import DEFAULT, Device, at_hand, has_gpu, named
 from .passes import PassPlan, plan_of
-from .subject import NO_EPILOGUE, Epilogue, Subject, subject_of
+from .spec import NO_EPILOGUE, Epilogue, Spec, spec_of
 
 CPU_LINE = "cpu: plans concern CUDA; the CPU backend cuts the work by the problem alone (SIMD level {simd})"
 
@@ -26,7 +26,7 @@ class Explanation:
     device and both passes are None for the CPU, which has no plan. assumed: the device is one that nobody named.
     """
 
-    subject: Subject
+    spec: Spec
     training: bool
     device: Device | None
     assumed: bool
@@ -41,7 +41,7 @@ class Explanation:
     def as_json(self) -> dict[str, Any]:
         """Plain data: every field, and what follows from them."""
         return {
-            "subject": {**asdict(self.subject), "bytes": self.subject.bytes},
+            "spec": {**asdict(self.spec), "bytes": self.spec.bytes},
             "training": self.training,
             "epilogue": asdict(self.epilogue),
             "device": None if self.device is None else asdict(self.device),
@@ -51,10 +51,10 @@ class Explanation:
 
     def __str__(self) -> str:
         mode = "training" if self.training else "inference"
-        title = f"{self.epilogue} in {mode} of {self.subject}: {words.amount(self.subject.bytes)} a tensor"
-        if not self.subject.aligned:
+        title = f"{self.epilogue} in {mode} of {self.spec}: {fmt.amount(self.spec.bytes)} a tensor"
+        if not self.spec.aligned:
             title += ", not on a boundary of 16 bytes"
-        return "\n".join([title, device_text(self.device, self.assumed), *map(words.pass_text, self.passes)])
+        return "\n".join([title, device_text(self.device, self.assumed), *map(fmt.pass_text, self.passes)])
 
 
 def device_text(device: Device | None, assumed: bool) -> str:
@@ -62,7 +62,7 @@ def device_text(device: Device | None, assumed: bool) -> str:
     if device is None:
         return f"on {CPU_LINE.format(simd=ops.build_info()['simd'])}"
     note = "\n(this installation has no GPU to use, and no device was named)" if assumed else ""
-    return f"on {words.device_line(device)}{note}"
+    return f"on {fmt.device_line(device)}{note}"
 
 
 def device_of(device: torch.device | str | None, x: object) -> tuple[Device | None, bool]:
@@ -82,19 +82,19 @@ def device_of(device: torch.device | str | None, x: object) -> tuple[Device | No
     return at_hand(int(number) if number else torch.cuda.current_device() if has_gpu() else 0), False
 
 
-def explain_subject(
-    subject: Subject, device: Device | None, assumed: bool, training: bool, epilogue: Epilogue = NO_EPILOGUE
+def explain_spec(
+    spec: Spec, device: Device | None, assumed: bool, training: bool, epilogue: Epilogue = NO_EPILOGUE
 ) -> Explanation:
     """Of what was parsed already."""
-    if training and subject.outer * subject.inner < 2:
-        raise ValueError(f"expected more than 1 value per channel when training, but got a shape of {subject.shape}")
+    if training and spec.outer * spec.inner < 2:
+        raise ValueError(f"expected more than 1 value per channel when training, but got a shape of {spec.shape}")
     if device is None:
-        return Explanation(subject, training, None, assumed, None, None, epilogue)
+        return Explanation(spec, training, None, assumed, None, None, epilogue)
     mode = "train" if training else "eval"
     forward, backward = (
-        plan_of(subject, f"{direction}_{mode}", device, epilogue) for direction in ("forward", "backward")
+        plan_of(spec, f"{direction}_{mode}", device, epilogue) for direction in ("forward", "backward")
     )
-    return Explanation(subject, training, device, assumed, forward, backward, epilogue)
+    return Explanation(spec, training, device, assumed, forward, backward, epilogue)
 
 
 def explain(
@@ -133,4 +133,4 @@ def explain(
     check_activation(activation)
     found, assumed = device_of(device, x)
     epilogue = Epilogue(residual=residual, relu=activation is not None)
-    return explain_subject(subject_of(x, dtype, layout), found, assumed, training, epilogue)
+    return explain_spec(spec_of(x, dtype, layout), found, assumed, training, epilogue)

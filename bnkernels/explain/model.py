@@ -16,11 +16,11 @@ from torch.nn.parameter import is_lazy
 
 from ..convert import OURS, reason_to_leave
 from ..modules import ForwardMixin
-from . import words
+from . import format as fmt
 from .devices import Device
-from .explanation import Explanation, device_of, device_text, explain_subject
+from .explanation import Explanation, device_of, device_text, explain_spec
 from .passes import PassPlan
-from .subject import Epilogue, subject_of
+from .spec import Epilogue, spec_of
 
 
 @dataclass(frozen=True)
@@ -66,20 +66,20 @@ class ModelExplanation:
         }
 
     def __str__(self) -> str:
-        head = f"{words.count(len(self.layers), 'call')} of BatchNorm layers in training"
+        head = f"{fmt.count(len(self.layers), 'call')} of BatchNorm layers in training"
         rows: list[tuple[str, ...]] = [("layer", "shape", "dtype", "layout", "forward", "backward", "no less than")]
         rows += [_row(layer) for layer in self.layers]
         plans = self._plans()
         if plans:
-            sums = (f"x{self.ratio('forward'):.2f}", f"x{self.ratio('backward'):.2f}", words.duration(self.seconds))
+            sums = (f"x{self.ratio('forward'):.2f}", f"x{self.ratio('backward'):.2f}", fmt.duration(self.seconds))
             rows.append(("all", "", "", "", *sums))
         widths = [max(map(len, column)) for column in zip(*rows)]
         table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
         lines = [head, device_text(self.device, self.assumed), *table]
         if plans:
             lines.append(
-                f"DRAM: floor {words.amount(sum(p.whole_floor.total for p in plans))}, predicted "
-                f"{words.amount(sum(p.whole.total for p in plans))} (x: predicted over floor). "
+                f"DRAM: floor {fmt.amount(sum(p.whole_floor.total for p in plans))}, predicted "
+                f"{fmt.amount(sum(p.whole.total for p in plans))} (x: predicted over floor). "
                 f"{sum(p.launches for p in plans)} launches. Times: bandwidth alone, not measurements."
             )
         return "\n".join(lines)
@@ -87,13 +87,13 @@ class ModelExplanation:
 
 def _row(layer: LayerExplanation) -> tuple[str, ...]:
     explanation = layer.explanation
-    subject = explanation.subject
+    spec = explanation.spec
     cells = [f"{plan.path} x{plan.ratio:.2f}" for plan in explanation.passes] or ["-", "-"]
     times = [plan.seconds for plan in explanation.passes]
     known = [time for time in times if time is not None]
-    time = words.duration(sum(known)) if known else "-"
+    time = fmt.duration(sum(known)) if known else "-"
     name = " + ".join((layer.name or "(model)", *explanation.epilogue.parts))
-    return (name, "x".join(map(str, subject.shape)), subject.dtype, subject.layout, *cells, time)
+    return (name, "x".join(map(str, spec.shape)), spec.dtype, spec.layout, *cells, time)
 
 
 def _empty(tensor: Tensor) -> Tensor:
@@ -210,9 +210,7 @@ def explain_model(
             "bnkernels' own, or that is already"
         )
     layers = tuple(
-        LayerExplanation(
-            call.name, explain_subject(subject_of(call.input, dtype, None), found, assumed, True, call.epilogue)
-        )
+        LayerExplanation(call.name, explain_spec(spec_of(call.input, dtype, None), found, assumed, True, call.epilogue))
         for call in calls
     )
     return ModelExplanation(layers, found, assumed)

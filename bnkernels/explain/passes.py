@@ -1,4 +1,4 @@
-"""The plan of one pass over a device: csrc/plan.h's Plan, and what follows from it."""
+"""The plan of one pass over a device: csrc/plan/plan.h's Plan, and what follows from it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import ops
 from .devices import Device
-from .subject import Epilogue, Subject
+from .spec import Epilogue, Spec
 
 PASSES = {
     "forward_train": "forward in training",
@@ -37,52 +37,53 @@ NOTHING = Traffic(0, 0)
 
 
 @dataclass(frozen=True)
-class Walk:
-    """How an array is cut: slabs of channels, each into chunks."""
+class TilePartition:
+    """How an array is cut: channel tiles of channels, each into splits."""
 
     layout: str
-    slabs: int
-    slab_channels: int
-    chunks: int
-    chunk_size: int
-    lanes: int
-    windows: int
+    channel_tiles: int
+    tile_channels: int
+    splits: int
+    split_size: int
+    threads_c: int
+    row_vectors: int
     step_rows: int
-    step_windows: int
+    step_vectors: int
 
 
 @dataclass(frozen=True)
-class Streaming:
+class TwoPass:
     """The path of several launches, which any device can run."""
 
-    walk: Walk
+    partition: TilePartition
     grid: int
     block: int
-    finish_grid: int
-    finish_block: int
-    finish_lanes: int
+    finalize_grid: int
+    finalize_block: int
+    finalize_threads_c: int
 
 
 @dataclass(frozen=True)
-class Resident:
-    """The path of one launch: groups of `members` blocks keep a slab on chip, each in shared_bytes of its memory."""
+class Persistent:
+    """The path of one launch: groups of `members` blocks keep a channel tile on chip, each in shared_bytes of its
+    memory."""
 
-    walk: Walk
+    partition: TilePartition
     group: str
-    members: int
+    group_size: int
     groups: int
-    kept: int
+    cached_vectors: int
     grid: int
     block: int
     shared_bytes: int
     shared_overhead: int
-    divided: bool
-    join_lanes: int
+    two_shot: bool
+    combine_threads_c: int
 
     @property
     def rounds(self) -> int:
-        """Slabs that a group takes one after the other, at most."""
-        return -(-self.walk.slabs // self.groups)
+        """Channel tiles that a group takes one after the other, at most."""
+        return -(-self.partition.channel_tiles // self.groups)
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,8 @@ class PassPlan:
     name: str
     path: str
     reason: str | None
-    streaming: Streaming
-    resident: Resident | None
+    two_pass: TwoPass
+    persistent: Persistent | None
     floor: Traffic
     predicted: Traffic
     exchanged: Traffic
@@ -117,9 +118,9 @@ class PassPlan:
         return self.predicted + self.more
 
     @property
-    def walk(self) -> Walk:
+    def partition(self) -> TilePartition:
         """Of the path that is taken."""
-        return self.streaming.walk if self.resident is None else self.resident.walk
+        return self.two_pass.partition if self.persistent is None else self.persistent.partition
 
     @property
     def ratio(self) -> float:
@@ -129,17 +130,17 @@ class PassPlan:
     @property
     def launches(self) -> int:
         """Where all results are asked for."""
-        return (1 if self.resident is not None or self.name == "forward_eval" else 3) + self.masked
+        return (1 if self.persistent is not None or self.name == "forward_eval" else 3) + self.masked
 
     @property
     def on_chip(self) -> int:
         """Bytes of shared memory that hold data, of all blocks together."""
-        return 0 if self.resident is None else self.resident.grid * self.resident.shared_bytes
+        return 0 if self.persistent is None else self.persistent.grid * self.persistent.shared_bytes
 
     @property
     def stays(self) -> float:
         """The part of what is read that waits for its second use on chip."""
-        return 0.0 if self.resident is None else 2 - self.predicted.read / self.floor.read
+        return 0.0 if self.persistent is None else 2 - self.predicted.read / self.floor.read
 
     @property
     def seconds(self) -> float | None:
@@ -153,23 +154,23 @@ class PassPlan:
             "whole_predicted_bytes": self.whole.total,
             "ratio": self.ratio,
             "on_chip_bytes": self.on_chip,
-            "rounds": None if self.resident is None else self.resident.rounds,
+            "rounds": None if self.persistent is None else self.persistent.rounds,
             "lower_estimate_seconds": self.seconds,
         }
         return {**asdict(self), **derived}
 
 
-def _forces_streaming() -> bool:
+def _forces_two_pass() -> bool:
     """BNKERNELS_PLAN, as the backend reads it."""
     value = os.environ.get("BNKERNELS_PLAN", "")
-    if value not in ("", "auto", "streaming"):
+    if value not in ("", "auto", "two_pass"):
         raise ValueError(f"BNKERNELS_PLAN={value}: expected auto or streaming")
-    return value == "streaming"
+    return value == "two_pass"
 
 
-def _more(subject: Subject, name: str, epilogue: Epilogue) -> dict[str, Any]:
+def _more(spec: Spec, name: str, epilogue: Epilogue) -> dict[str, Any]:
     """What an epilogue adds to a pass. A ReLU alone moves nothing: the backward knows it from x."""
-    tensor = subject.bytes
+    tensor = spec.bytes
     if not epilogue.residual:
         return {}
     if name.startswith("forward"):
@@ -180,28 +181,28 @@ def _more(subject: Subject, name: str, epilogue: Epilogue) -> dict[str, Any]:
     return {"more_floor": Traffic(0, tensor), "more": Traffic(2 * tensor, tensor), "masked": True}
 
 
-def plan_of(subject: Subject, name: str, device: Device, epilogue: Epilogue) -> PassPlan:
+def plan_of(spec: Spec, name: str, device: Device, epilogue: Epilogue) -> PassPlan:
     """How a device runs a pass over an input, and over what its epilogue needs."""
     raw = ops.plan(
-        subject.outer,
-        subject.channels,
-        subject.inner,
-        subject.dtype,
+        spec.outer,
+        spec.channels,
+        spec.inner,
+        spec.dtype,
         name,
-        subject.aligned,
+        spec.aligned,
         **device.limits.arguments(),
-        force_streaming=_forces_streaming(),
+        force_two_pass=_forces_two_pass(),
     )
-    streaming, resident = raw["streaming"], raw["resident"]
+    two_pass, persistent = raw["two_pass"], raw["persistent"]
     return PassPlan(
         name=name,
         path=raw["path"],
         reason=raw["reason"],
-        streaming=Streaming(**{**streaming, "walk": Walk(**streaming["walk"])}),
-        resident=resident and Resident(**{**resident, "walk": Walk(**resident["walk"])}),
+        two_pass=TwoPass(**{**two_pass, "partition": TilePartition(**two_pass["partition"])}),
+        persistent=persistent and Persistent(**{**persistent, "partition": TilePartition(**persistent["partition"])}),
         floor=Traffic(**raw["floor"]),
         predicted=Traffic(**raw["predicted"]),
         exchanged=Traffic(**raw["exchanged"]),
         bandwidth=device.bandwidth,
-        **_more(subject, name, epilogue),
+        **_more(spec, name, epilogue),
     )

@@ -19,7 +19,7 @@ import torch.utils.checkpoint
 from torch import fx
 
 from ..functional import batch_norm_tracked, fused_batch_norm_tracked
-from ..tracking import checkpoint_contexts
+from ..running_stats import checkpoint_contexts
 from .calls import STATISTICS, norm_call
 
 logger = logging.getLogger("bnkernels")

@@ -1,9 +1,9 @@
-"""What correct means here, and the inputs to see it on: the gate and the one generator that all tests share.
+"""What correct means here, and the inputs to see it on: the tolerance and the one generator that all tests share.
 
     gate       how far an output may lie from the float64 reference
     calls      the inputs and outputs of one call, judged
     epilogue     the same with an addition, a ReLU or both behind it
-    families   adversarial values
+    distributions   adversarial values
     shapes     shapes, each with its reason
     layouts    strides, guard bands, poisoned memory
     cases      named, reproducible cases made of these, and the grids of each tier
@@ -13,10 +13,11 @@ Pure torch: nothing here knows a backend, so that what judges a kernel shares no
 
 from .calls import Inputs, Outputs, judge_call, judge_calls
 from .cases import DTYPE_PAIRS, DTYPES, TIERS, Case, cases, fused_cases
+from .distributions import FAMILIES, GRADS, WEIGHTS, Distribution
 from .epilogue import (
     EPILOGUES,
     Epilogue,
-    assert_range_is_exact,
+    assert_bounds_are_exact,
     at_the_sum,
     behind_relu,
     expect_fused,
@@ -25,22 +26,21 @@ from .epilogue import (
     let_through,
     make_epilogue,
     make_residual,
-    wrongly_gated,
+    wrongly_masked,
 )
-from .families import FAMILIES, GRADS, WEIGHTS, Family
-from .gate import (
+from .layouts import LAYOUTS, Guarded, guarded, lay_out, misaligned, poisoned_allocations, same_bits
+from .tolerance import (
     REPORT_FROM,
     UNIT_ROUNDOFF,
+    ErrorReport,
     Expectation,
     K,
-    Verdict,
     accumulate_roundoff,
     assert_within,
     expect_backward,
     expect_forward,
     judge,
 )
-from .layouts import LAYOUTS, Guarded, guarded, lay_out, misaligned, poisoned_allocations, same_bits
 
 __all__ = [
     "DTYPES",
@@ -54,16 +54,16 @@ __all__ = [
     "UNIT_ROUNDOFF",
     "WEIGHTS",
     "Case",
+    "Distribution",
     "Epilogue",
+    "ErrorReport",
     "Expectation",
-    "Family",
     "Guarded",
     "Inputs",
     "K",
     "Outputs",
-    "Verdict",
     "accumulate_roundoff",
-    "assert_range_is_exact",
+    "assert_bounds_are_exact",
     "assert_within",
     "at_the_sum",
     "behind_relu",
@@ -85,5 +85,5 @@ __all__ = [
     "misaligned",
     "poisoned_allocations",
     "same_bits",
-    "wrongly_gated",
+    "wrongly_masked",
 ]

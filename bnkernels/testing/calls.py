@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .gate import Expectation, Verdict, expect_backward, expect_forward, judge
+from .tolerance import ErrorReport, Expectation, expect_backward, expect_forward, judge
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ _ELEMENTS_AT_ONCE = 1 << 23
 """Channels are judged in blocks of about this many elements, so that memory does not grow with the tensor."""
 
 
-def judge_call(inputs: Inputs, outputs: Outputs, device: torch.device | str = "cpu") -> list[Verdict]:
-    """One verdict for each output that is there, worst first.
+def judge_call(inputs: Inputs, outputs: Outputs, device: torch.device | str = "cpu") -> list[ErrorReport]:
+    """One error report for each output that is there, worst first.
 
     `inputs` must hold the running statistics as they were BEFORE the call. The reference runs on `device`: the CPU,
     unless the tensors are so large that its minutes count.
@@ -56,27 +56,29 @@ def judge_call(inputs: Inputs, outputs: Outputs, device: torch.device | str = "c
     return judge_calls(inputs, [outputs], device)[0]
 
 
-def judge_calls(inputs: Inputs, contestants: list[Outputs], device: torch.device | str = "cpu") -> list[list[Verdict]]:
+def judge_calls(
+    inputs: Inputs, providers: list[Outputs], device: torch.device | str = "cpu"
+) -> list[list[ErrorReport]]:
     """`judge_call` for several outputs of the same inputs, at the price of one reference."""
     channels = inputs.x.shape[1]
     step = max(1, _ELEMENTS_AT_ONCE * channels // max(1, inputs.x.numel()))
-    worst: list[dict[str, Verdict]] = [{} for _ in contestants]
+    worst: list[dict[str, ErrorReport]] = [{} for _ in providers]
     for start in range(0, channels, step):
         block = slice(start, min(start + step, channels))
         expected = _expectations(_slice_inputs(inputs, block, device))
-        for outputs, so_far in zip(contestants, worst):
-            for verdict in _judge_block(expected, _slice_outputs(outputs, block, device)):
-                position = 1 if verdict.quantity in ("y", "dx") else 0
-                index = tuple(i + start if d == position else i for d, i in enumerate(verdict.index))
-                if verdict.quantity not in so_far or verdict.ratio > so_far[verdict.quantity].ratio:
-                    so_far[verdict.quantity] = replace(verdict, index=index)
-    for outputs, so_far in zip(contestants, worst):
+        for outputs, so_far in zip(providers, worst):
+            for error_report in _judge_block(expected, _slice_outputs(outputs, block, device)):
+                position = 1 if error_report.quantity in ("y", "dx") else 0
+                index = tuple(i + start if d == position else i for d, i in enumerate(error_report.index))
+                if error_report.quantity not in so_far or error_report.ratio > so_far[error_report.quantity].ratio:
+                    so_far[error_report.quantity] = replace(error_report, index=index)
+    for outputs, so_far in zip(providers, worst):
         if outputs.num_batches_tracked is not None and inputs.num_batches_tracked is not None:
             got, before = int(outputs.num_batches_tracked), int(inputs.num_batches_tracked)
             after = before + int(inputs.training)
             ratio = 0.0 if got == after else math.inf
-            so_far["num_batches_tracked"] = Verdict("num_batches_tracked", ratio, (), got, after, 0.0, torch.int64)
-    return [sorted(verdicts.values(), key=lambda v: -v.ratio) for verdicts in worst]
+            so_far["num_batches_tracked"] = ErrorReport("num_batches_tracked", ratio, (), got, after, 0.0, torch.int64)
+    return [sorted(error_reports.values(), key=lambda v: -v.ratio) for error_reports in worst]
 
 
 def _expectations(inputs: Inputs) -> dict[str, Expectation]:
@@ -89,13 +91,13 @@ def _expectations(inputs: Inputs) -> dict[str, Expectation]:
     return expected | expect_backward(i.grad, i.x, i.weight, forward.mean, forward.invstd, backward, i.training)
 
 
-def _judge_block(expected: dict[str, Expectation], outputs: Outputs) -> list[Verdict]:
-    verdicts = []
+def _judge_block(expected: dict[str, Expectation], outputs: Outputs) -> list[ErrorReport]:
+    error_reports = []
     for name, expectation in expected.items():
         out = getattr(outputs, name)
         if out is not None:
-            verdicts.append(judge(out, expectation))
-    return verdicts
+            error_reports.append(judge(out, expectation))
+    return error_reports
 
 
 def _slice_inputs(i: Inputs, block: slice, device: torch.device | str) -> Inputs:

@@ -6,8 +6,8 @@ A name is seven fields joined by "/", or eight:
     offset_1e4/8x64x14x14/float16+float32/channels_last/xhat/normal/train
     normal/4x3x5x7/float32/contiguous/normal/normal/eval/add+relu
 
-Values depend on family, shape, seed and the families of gradient and weight; dtype only rounds them and layout only
-moves them, so cases that differ in nothing else hold the same numbers.
+Values depend on family, shape, seed and the distributions of gradient and weight; dtype only rounds them and layout
+only moves them, so cases that differ in nothing else hold the same numbers.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from torch import Tensor
 from .. import reference
 from . import shapes
 from .calls import Inputs
+from .distributions import FAMILIES, GRADS, WEIGHTS
 from .epilogue import EPILOGUES
-from .families import FAMILIES, GRADS, WEIGHTS
 from .layouts import LAYOUTS, lay_out, misaligned
 from .shapes import Shape
 
@@ -51,7 +51,7 @@ DTYPE_PAIRS: tuple[tuple[str, str], ...] = (
 class Case:
     """One call, by the names of its parts. Raises ValueError for a name that is not known or does not fit."""
 
-    family: str
+    distribution: str
     shape: Shape
     dtype: str = "float32"
     parameters: str = ""
@@ -68,7 +68,7 @@ class Case:
         object.__setattr__(self, "parameters", self.parameters or self.dtype)
         object.__setattr__(self, "grad_layout", self.grad_layout or self.layout)
         for field, value, known in (
-            ("family", self.family, FAMILIES),
+            ("distribution", self.distribution, FAMILIES),
             ("dtype", self.dtype, DTYPES),
             ("dtype", self.parameters, DTYPES),
             ("layout", self.layout, LAYOUTS),
@@ -83,8 +83,8 @@ class Case:
             raise ValueError(f"shape {self.shape}: expected (N, C, *) with 2 or more values per channel")
         if (self.dtype, self.parameters) not in DTYPE_PAIRS:
             raise ValueError(f"{self.parameters} parameters do not go with {self.dtype} data")
-        if not FAMILIES[self.family].fits(DTYPES[self.dtype]):
-            raise ValueError(f"{self.dtype} cannot hold the values of {self.family}")
+        if not FAMILIES[self.distribution].fits(DTYPES[self.dtype]):
+            raise ValueError(f"{self.dtype} cannot hold the values of {self.distribution}")
         for layout in (self.layout, self.grad_layout):
             if not LAYOUTS[layout].applies(self.shape):
                 raise ValueError(f"layout {layout} means nothing for shape {self.shape}")
@@ -96,7 +96,7 @@ class Case:
     def __str__(self) -> str:
         return "/".join(
             (
-                self.family,
+                self.distribution,
                 "x".join(map(str, self.shape)),
                 self.dtype if self.parameters == self.dtype else f"{self.dtype}+{self.parameters}",
                 self.layout if self.grad_layout == self.layout else f"{self.layout}+{self.grad_layout}",
@@ -114,7 +114,7 @@ class Case:
         if len(fields) not in (7, 8):
             expected = "family/shape/dtype/layout/gradient/weight/train|eval[/epilogue]"
             raise ValueError(f"a case is {expected}; {name!r} has {len(fields)} fields, not 7 or 8")
-        family, shape, dtype, layout, grad, weight, mode = fields[:7]
+        distribution, shape, dtype, layout, grad, weight, mode = fields[:7]
         epilogue = "".join(fields[7:])
         dtype, _, parameters = dtype.partition("+")
         layout, _, grad_layout = layout.partition("+")
@@ -127,7 +127,19 @@ class Case:
         except ValueError:
             raise ValueError(f"shape or seed is no number in {name!r}") from None
         return Case(
-            *(family, sizes, dtype, parameters, layout, grad_layout, grad, weight, mode == "train", number, epilogue)
+            *(
+                distribution,
+                sizes,
+                dtype,
+                parameters,
+                layout,
+                grad_layout,
+                grad,
+                weight,
+                mode == "train",
+                number,
+                epilogue,
+            )
         )
 
     def inputs(self, device: torch.device | str = "cpu") -> Inputs:
@@ -181,9 +193,9 @@ class Case:
         # A family sees a block as the whole: one_nan and first_1e5 happen once in each.
         for start in range(0, channels, step):
             stop = min(start + step, channels)
-            block = (self.family, str(self.shape), str(start))
+            block = (self.distribution, str(self.shape), str(start))
             z = _normal(stop - start, n, _generator(self.seed, *block))
-            x[start:stop] = _round(FAMILIES[self.family].values(z, dtype), dtype)
+            x[start:stop] = _round(FAMILIES[self.distribution].values(z, dtype), dtype)
             z = _normal(stop - start, n, _generator(self.seed, "grad", *block))
             grad[start:stop] = _round(GRADS[self.grad](z, x[start:stop].double()), dtype)
         return reference.from_channel_rows(x, self.shape), reference.from_channel_rows(grad, self.shape)
@@ -204,7 +216,7 @@ def _normal(rows: int, n: int, generator: torch.Generator) -> Tensor:
 
 
 def _round(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """To `dtype`; what is finite stays finite, so that only the families that mean infinity have one."""
+    """To `dtype`; what is finite stays finite, so that only the distributions that mean infinity have one."""
     limit = torch.finfo(dtype).max
     return torch.where(t.isfinite(), t.clamp(-limit, limit), t).to(dtype)
 
@@ -246,11 +258,11 @@ class _Dealer:
         self._grads = _Deck(list(GRADS), 4)
         self._weights = _Deck(list(WEIGHTS), 5)
         self._dtypes = _Deck(list(DTYPE_PAIRS), 6)
-        self._families = _Deck(list(FAMILIES), 7)
+        self._distributions = _Deck(list(FAMILIES), 7)
 
     def case(
         self,
-        family: str | None = None,
+        distribution: str | None = None,
         dtypes: tuple[str, str] | None = None,
         shape: Shape | None = None,
         layout: str | None = None,
@@ -259,14 +271,14 @@ class _Dealer:
         training: bool = True,
     ) -> Case:
         if dtypes is None:
-            known = FAMILIES[family] if family else None
+            known = FAMILIES[distribution] if distribution else None
             dtypes = self._dtypes.deal(lambda pair: known is None or known.fits(DTYPES[pair[0]]))
         held = DTYPES[dtypes[0]]
-        family = family or self._families.deal(lambda name: FAMILIES[name].fits(held))
+        distribution = distribution or self._distributions.deal(lambda name: FAMILIES[name].fits(held))
         shape = shape or self._shapes.deal()
         sizes = shape
         return Case(
-            family,
+            distribution,
             shape,
             *dtypes,
             layout or self._layouts.deal(lambda name: LAYOUTS[name].applies(sizes)),
@@ -296,11 +308,11 @@ def cases(tier: str = "quick") -> Iterator[Case]:
         return
     for training in (True, False):
         for pair in DTYPE_PAIRS:
-            fitting = [name for name, family in FAMILIES.items() if family.fits(DTYPES[pair[0]])]
-            for family in fitting:
+            fitting = [name for name, distribution in FAMILIES.items() if distribution.fits(DTYPES[pair[0]])]
+            for distribution in fitting:
                 dealt: tuple[Shape | None, ...] = shapes.QUICK if tier == "full" else (None,)
                 for choice in dealt:
-                    yield deal(family, pair, choice, training=training)
+                    yield deal(distribution, pair, choice, training=training)
             for grad in GRADS:
                 yield deal("normal", pair, grad=grad, training=training)
             for weight in WEIGHTS:
@@ -318,7 +330,7 @@ def cases(tier: str = "quick") -> Iterator[Case]:
 def fused_cases(tier: str = "quick") -> Iterator[Case]:
     """Every epilogue in every pair of dtypes, in training and inference, the same in every process.
 
-    quick   some families of each; full: all of them; huge: none, the plain cases have the indices.
+    quick   some distributions of each; full: all of them; huge: none, the plain cases have the indices.
     """
     if tier not in TIERS:
         raise ValueError(f"no tier {tier!r}; there are: {', '.join(TIERS)}")
@@ -328,10 +340,10 @@ def fused_cases(tier: str = "quick") -> Iterator[Case]:
     for training in (True, False):
         for epilogue in EPILOGUES[1:]:
             for pair in DTYPE_PAIRS:
-                fitting = [name for name, family in FAMILIES.items() if family.fits(DTYPES[pair[0]])]
+                fitting = [name for name, distribution in FAMILIES.items() if distribution.fits(DTYPES[pair[0]])]
                 dealt: list[str | None] = [*fitting] if tier == "full" else [None] * _FAMILIES_OF_A_FUSED_CASE
-                for family in dealt:
-                    yield replace(deal(family, pair, training=training), epilogue=epilogue)
+                for distribution in dealt:
+                    yield replace(deal(distribution, pair, training=training), epilogue=epilogue)
 
 
 _FAMILIES_OF_A_FUSED_CASE = 3

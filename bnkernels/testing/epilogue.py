@@ -1,8 +1,8 @@
 """What may follow a normalised value in the same kernel, y = relu(v + residual), and how a call with it is judged.
 
-A ReLU moves no two values apart, so y is held to the gate of v, with what the addition may round on top. The gradients
-are held to the gate behind the forward's own y: whether a value near 0 has passed is the forward's to round, and the
-backward has to know it exactly.
+A ReLU moves no two values apart, so y is held to the tolerance of v, with what the addition may round on top. The
+gradients are held to the tolerance behind the forward's own y: whether a value near 0 has passed is the forward's to
+round, and the backward has to know it exactly.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import reference
 from .calls import Inputs, Outputs, judge_call
-from .gate import Expectation, Verdict, accumulate_roundoff, expect_forward, judge
+from .tolerance import ErrorReport, Expectation, accumulate_roundoff, expect_forward, judge
 
 EPILOGUES = ("", "relu", "add", "add+relu")
 """By the names that cases have for them."""
@@ -34,7 +34,7 @@ class Epilogue:
         return self.residual is None and not self.relu
 
     @property
-    def has_range(self) -> bool:
+    def has_bounds(self) -> bool:
         """Whether the forward leaves the interval of x that the ReLU lets through."""
         return self.relu and self.residual is None
 
@@ -66,14 +66,14 @@ def behind_relu(inputs: Inputs, y: Tensor) -> Inputs:
 
 def judge_fused(
     inputs: Inputs, epilogue: Epilogue, outputs: Outputs, device: torch.device | str = "cpu"
-) -> list[Verdict]:
+) -> list[ErrorReport]:
     """Of the ops: y against the reference with the epilogue; gradients against its backward behind the forward's own y,
     where the backward op knows the ReLU.
 
     `device`: as for judge_call, of the gradients; y is judged where x is.
     """
     assert outputs.y is not None
-    own = behind_relu(inputs, outputs.y) if epilogue.has_range else inputs
+    own = behind_relu(inputs, outputs.y) if epilogue.has_bounds else inputs
     return [judge(outputs.y, expect_fused(inputs, epilogue)), *judge_call(own, replace(outputs, y=None), device)]
 
 
@@ -84,7 +84,7 @@ def at_the_sum(inputs: Inputs, epilogue: Epilogue, y: Tensor) -> Inputs:
 
 def judge_fused_call(
     inputs: Inputs, epilogue: Epilogue, outputs: Outputs, device: torch.device | str = "cpu"
-) -> list[Verdict]:
+) -> list[ErrorReport]:
     """judge_call() of a whole call, which may have an epilogue: gradients are behind its ReLU, whichever op's it is."""
     if epilogue.is_empty:
         return judge_call(inputs, outputs, device)
@@ -100,7 +100,7 @@ def let_through(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     )
 
 
-def wrongly_gated(inputs: Inputs, y: Tensor, low: Tensor, high: Tensor) -> Tensor:
+def wrongly_masked(inputs: Inputs, y: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Where the interval and y = relu(...) disagree: nowhere, if it is right.
 
     A weight of 0 makes y NaN where the deviation overflows, far from the mean on both sides of it: no interval holds
@@ -111,8 +111,8 @@ def wrongly_gated(inputs: Inputs, y: Tensor, low: Tensor, high: Tensor) -> Tenso
     return (let_through(inputs.x, low, high) == (y <= 0)) & ~beyond
 
 
-def assert_range_is_exact(inputs: Inputs, y: Tensor, low: Tensor, high: Tensor, context: object) -> None:
-    wrong = wrongly_gated(inputs, y, low, high)
+def assert_bounds_are_exact(inputs: Inputs, y: Tensor, low: Tensor, high: Tensor, context: object) -> None:
+    wrong = wrongly_masked(inputs, y, low, high)
     assert not wrong.any(), f"{context}: {int(wrong.sum())} elements, the first at {wrong.nonzero()[0].tolist()}"
 
 

@@ -32,7 +32,7 @@ LARGE: tuple[Shape, ...] = (
     (131_071, 3),  # N over 131,070, where torch's own kernels once failed
     (880_803, 1),  # N over 880,801, likewise
     (2, 65_537, 2),  # C over 2^16
-    (1, 3, 250_007),  # the length that the gate was calibrated at
+    (1, 3, 250_007),  # the length that the tolerance was calibrated at
     (2, 64, 112, 112),  # ResNet-50, its first layer
     (4, 256, 28, 28),
     (8, 512, 14, 14),

@@ -8,9 +8,9 @@
 
 #include "layout.h"
 #include "ranks.h"
-#include "relu_ranges.h"
-#include "scalar.h"
+#include "relu_bounds.h"
 #include "schedule.h"
+#include "simd/scalar.h"
 
 namespace bnk::cpu {
 namespace {
@@ -84,9 +84,9 @@ struct MomentsOf {
   const void* x;
   double floor;
 
-  void partials(int64_t block, int64_t chunk, Partial* out) const { layout.moments(x, floor, block, chunk, out); }
+  void partials(int64_t block, int64_t split, Partial* out) const { layout.welford(x, floor, block, split, out); }
   void merge(Partial* into, double before, const Partial& from, double count) const {
-    merge_moments(into, before, from, count);
+    combine_welford(into, before, from, count);
   }
 };
 
@@ -102,7 +102,7 @@ struct TrainForward : MomentsOf {
   double n;
   static constexpr bool has_apply = true;
 
-  void finish(int64_t c, const Partial& total) const {
+  void finalize(int64_t c, const Partial& total) const {
     const double mean = total.first;
     write(args.mean, c, mean);
     write(args.invstd, c, 1 / std::sqrt(total.second / n + args.eps));
@@ -115,8 +115,8 @@ struct TrainForward : MomentsOf {
       write(args.running_var, c, old + factor * (total.second / (n - 1) - old));
     }
   }
-  void apply(int64_t block, int64_t chunk) const {
-    layout.normalize(data_of(args, args.epilogue), affine, block, chunk);
+  void apply(int64_t block, int64_t split) const {
+    layout.normalize(data_of(args, args.epilogue), affine, block, split);
   }
 };
 
@@ -128,22 +128,22 @@ struct Backward {
   double n;
   bool has_apply;
 
-  void partials(int64_t block, int64_t chunk, Partial* out) const {
-    layout.sums(args.grad_y, args.x, {args.mean.data, args.invstd.data, vectors.gate}, block, chunk, out);
+  void partials(int64_t block, int64_t split, Partial* out) const {
+    layout.sums(args.grad_y, args.x, {args.mean.data, args.invstd.data, vectors.relu_bounds}, block, split, out);
   }
   void merge(Partial* into, double, const Partial& from, double) const {
     into->first += from.first;
     into->second += from.second;
   }
-  void finish(int64_t c, const Partial& total) const {
+  void finalize(int64_t c, const Partial& total) const {
     write(args.grad_bias, c, total.first);
     write(args.grad_weight, c, total.second);
     if (!args.training || !has_apply) return;
     write(mean_g, c, total.first / n);
     write(slope, c, read(args.invstd, c) * (total.second / n));
   }
-  void apply(int64_t block, int64_t chunk) const {
-    layout.gradient(args.grad_y, args.x, args.grad_x, vectors, block, chunk);
+  void apply(int64_t block, int64_t split) const {
+    layout.gradient(args.grad_y, args.x, args.grad_x, vectors, block, split);
   }
 };
 
@@ -156,9 +156,9 @@ void normalize_given(const Args& args, const Epilogue& epilogue, int tensors) {
   const AffineVectors affine{args.mean.data, args.invstd.data, weight.data(), bias.data()};
   with_layout(problem, tensors, false, [&](const Layout& layout, int64_t) {
     run_apply(layout, problem.elements(),
-              [&](int64_t block, int64_t chunk) { layout.normalize(data_of(args, epilogue), affine, block, chunk); });
+              [&](int64_t block, int64_t split) { layout.normalize(data_of(args, epilogue), affine, block, split); });
   });
-  write_relu_ranges(epilogue, problem, affine);
+  write_relu_bounds(epilogue, problem, affine);
 }
 
 }  // namespace
@@ -179,7 +179,7 @@ void forward_train(const ForwardTrainArgs& args) {
                             static_cast<double>(problem.elements_per_channel())};
     run(layout, work, problem.elements(), block_bytes);
   });
-  write_relu_ranges(args.epilogue, problem, affine);
+  write_relu_bounds(args.epilogue, problem, affine);
   if (args.num_batches_tracked != nullptr)
     *args.num_batches_tracked = count;  // last: a call that throws counts nothing
 }
@@ -216,7 +216,7 @@ void backward(const BackwardArgs& args) {
     if (has_partials) {
       run(layout, work, problem.elements(), block_bytes);
     } else {
-      run_apply(layout, problem.elements(), [&](int64_t block, int64_t chunk) { work.apply(block, chunk); });
+      run_apply(layout, problem.elements(), [&](int64_t block, int64_t split) { work.apply(block, split); });
     }
   });
 }
@@ -229,7 +229,7 @@ struct StatisticsOfRank : MomentsOf {
   const StatisticsArgs& args;
   static constexpr bool has_apply = false;
 
-  void finish(int64_t c, const Partial& total) const {
+  void finalize(int64_t c, const Partial& total) const {
     args.row[c] = total.first;
     args.row[args.problem.channels + c] = total.second;
   }
@@ -254,15 +254,15 @@ void grad_input(const GradInputArgs& args) {
   Coefficients scale(problem), mean_g(problem), slope(problem);
   for (int64_t c = 0; c < problem.channels; ++c) {
     const double invstd = read(args.invstd, c);
-    const Partial total = join_grad_sums(args.rows, problem.channels, c);
+    const Partial total = combine_grad_sums(args.rows, problem.channels, c);
     write(scale.space(), c, invstd * read_or(args.weight, c, 1));
     write(mean_g.space(), c, total.first / *args.count);
     write(slope.space(), c, invstd * (total.second / *args.count));
   }
   const GradientVectors vectors{args.mean.data, scale.data(), mean_g.data(), slope.data(), {}};
   with_layout(problem, 3, false, [&](const Layout& layout, int64_t) {
-    run_apply(layout, problem.elements(), [&](int64_t block, int64_t chunk) {
-      layout.gradient(args.grad_y, args.x, args.grad_x, vectors, block, chunk);
+    run_apply(layout, problem.elements(), [&](int64_t block, int64_t split) {
+      layout.gradient(args.grad_y, args.x, args.grad_x, vectors, block, split);
     });
   });
 }

@@ -1,8 +1,8 @@
 // The CPU backend's entry points. Arguments were checked by ops.cpp; every pointer is host memory.
 #pragma once
 
-#include "../problem.h"
-#include "../problem_sync.h"
+#include "../core/problem.h"
+#include "../core/problem_sync.h"
 
 namespace bnk::cpu {
 
@@ -12,7 +12,7 @@ void backward(const BackwardArgs& args);
 
 // The steps of a batch on several ranks.
 void statistics(const StatisticsArgs& args);
-void join_statistics(const JoinStatisticsArgs& args);
+void combine_statistics(const CombineStatisticsArgs& args);
 void normalize(const NormalizeArgs& args);
 void grad_sums(const GradSumsArgs& args);
 void grad_input(const GradInputArgs& args);

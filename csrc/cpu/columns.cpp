@@ -7,14 +7,14 @@
 #include <cstring>
 
 #include "layout.h"
-#include "scalar.h"
+#include "simd/scalar.h"
 
 namespace bnk::cpu {
 namespace {
 
 constexpr int64_t kTileRows = 64;    // a tile's float chain
-constexpr int64_t kChunkRows = 128;  // at least, in a chunk
-constexpr int64_t kMaxChunks = 256;
+constexpr int64_t kSplitRows = 128;  // at least, in a chunk
+constexpr int64_t kMaxSplits = 256;
 constexpr int64_t kMinMapRows = 16;   // at least, in a chunk without statistics
 constexpr int64_t kMinColumns = 128;  // of a block: rows of it are still runs of several cache lines
 constexpr int64_t kPiecesPerThread = 4;
@@ -33,36 +33,36 @@ Columns::Columns(const Problem& problem, int tensors, bool has_partials, int thr
   rest_columns_ = problem.outer % fold_ * columns;
   row_columns_ = columns * fold_;
   if (has_partials) {
-    chunk_rows_ = ceil_div(rows_, std::clamp<int64_t>(rows_ / kChunkRows, 1, kMaxChunks));
+    split_rows_ = ceil_div(rows_, std::clamp<int64_t>(rows_ / kSplitRows, 1, kMaxSplits));
   } else {  // as few rows as pay for the vectors by column
-    chunk_rows_ = std::max(kMapBytes / (row_columns_ * size_of(problem.dtype)), plain() ? kMinMapRows : kChunkRows);
+    split_rows_ = std::max(kMapBytes / (row_columns_ * size_of(problem.dtype)), plain() ? kMinMapRows : kSplitRows);
   }
-  chunks_ = ceil_div(rows_, chunk_rows_);
-  tile_rows_ = ceil_div(chunk_rows_, ceil_div(chunk_rows_, kTileRows));
+  splits_ = ceil_div(rows_, split_rows_);
+  tile_rows_ = ceil_div(split_rows_, ceil_div(split_rows_, kTileRows));
   // Whole rows are walked best. Narrower blocks only where there are not pieces enough to occupy the threads.
   int64_t width = kMaxColumns;
-  while (has_partials && width > kMinColumns && ceil_div(row_columns_, width) * chunks_ < kPiecesPerThread * threads)
+  while (has_partials && width > kMinColumns && ceil_div(row_columns_, width) * splits_ < kPiecesPerThread * threads)
     width /= 2;
   block_channels_ = fold_ > 1 ? problem.channels : std::clamp<int64_t>(width / problem.inner, 1, problem.channels);
   block_columns_ = fold_ > 1 ? row_columns_ : block_channels_ * problem.inner;
   blocks_ = ceil_div(problem.channels, block_channels_);
 }
 
-double Columns::count(int64_t chunk) const {
-  const int64_t rows = std::min(chunk_rows_, rows_ - chunk * chunk_rows_) * fold_;
-  const int64_t rest = chunk + 1 == chunks_ ? problem_.outer % fold_ : 0;
+double Columns::count(int64_t split) const {
+  const int64_t rows = std::min(split_rows_, rows_ - split * split_rows_) * fold_;
+  const int64_t rest = split + 1 == splits_ ? problem_.outer % fold_ : 0;
   return static_cast<double>((rows + rest) * problem_.inner);
 }
 
-Columns::Piece Columns::body(int64_t block, int64_t chunk) const {
-  const int64_t row = chunk * chunk_rows_;
+Columns::Piece Columns::body(int64_t block, int64_t split) const {
+  const int64_t row = split * split_rows_;
   const int64_t column = block * block_columns_;
   return {row * row_columns_ + column,
-          {std::min(chunk_rows_, rows_ - row), std::min(block_columns_, row_columns_ - column), row_columns_}};
+          {std::min(split_rows_, rows_ - row), std::min(block_columns_, row_columns_ - column), row_columns_}};
 }
 
-Columns::Piece Columns::rest(int64_t, int64_t chunk) const {  // there is one only where a block is a whole row
-  return {rows_ * row_columns_, {1, chunk + 1 == chunks_ ? rest_columns_ : 0, row_columns_}};
+Columns::Piece Columns::rest(int64_t, int64_t split) const {  // there is one only where a block is a whole row
+  return {rows_ * row_columns_, {1, split + 1 == splits_ ? rest_columns_ : 0, row_columns_}};
 }
 
 // A vector by channel as a vector by column of the block; `space` holds kMaxColumns doubles.
@@ -82,9 +82,9 @@ const void* Columns::by_column(const void* vector, int64_t block, void* space) c
   return space;
 }
 
-GateVectors Columns::by_column(const GateVectors& gate, int64_t block, void* low, void* high) const {
-  if (gate.low == nullptr) return gate;
-  return {by_column(gate.low, block, low), by_column(gate.high, block, high)};
+ReluBoundVectors Columns::by_column(const ReluBoundVectors& relu_bounds, int64_t block, void* low, void* high) const {
+  if (relu_bounds.low == nullptr) return relu_bounds;
+  return {by_column(relu_bounds.low, block, low), by_column(relu_bounds.high, block, high)};
 }
 
 // Calls merge(partial, first, second) over the columns of each channel, in order.
@@ -102,15 +102,15 @@ void Columns::by_channel(int64_t block, const double* first, const double* secon
   }
 }
 
-void Columns::moments(const void* x, double floor, int64_t block, int64_t chunk, Partial* partials) const {
-  const Piece part = body(block, chunk);
+void Columns::welford(const void* x, double floor, int64_t block, int64_t split, Partial* partials) const {
+  const Piece part = body(block, split);
   alignas(64) double mean[kMaxColumns];
   alignas(64) double squares[kMaxColumns];
   std::fill_n(mean, part.tile.length, 0.0);
   std::fill_n(squares, part.tile.length, 0.0);
   for (int64_t row = 0; row < part.tile.rows; row += tile_rows_) {
     const Tile tile{std::min(tile_rows_, part.tile.rows - row), part.tile.length, part.tile.stride};
-    kernels_.column_moments(at(x, part.offset + row * part.tile.stride), tile, floor * static_cast<double>(tile.rows),
+    kernels_.column_welford(at(x, part.offset + row * part.tile.stride), tile, floor * static_cast<double>(tile.rows),
                             row, mean, squares);
   }
   const int64_t channels = last_channel(block) - first_channel(block);
@@ -128,27 +128,27 @@ void Columns::moments(const void* x, double floor, int64_t block, int64_t chunk,
     const double delta = m - p.first;
     p.second += s + rows * (delta * delta);
   });
-  const Piece last = rest(block, chunk);
+  const Piece last = rest(block, split);
   if (last.tile.length == 0) return;
   // One element to a column.
-  kernels_.column_moments(at(x, last.offset), last.tile, 0, 0, mean, squares);
+  kernels_.column_welford(at(x, last.offset), last.tile, 0, 0, mean, squares);
   double before = rows * columns;
   for (int64_t column = 0; column < last.tile.length; column += channels * problem_.inner) {
     for (int64_t i = 0; i < problem_.inner; ++i, before += 1) {
       for (int64_t c = 0; c < channels; ++c) {
-        merge_moments(&partials[c], before, {mean[column + c * problem_.inner + i], 0}, 1);
+        combine_welford(&partials[c], before, {mean[column + c * problem_.inner + i], 0}, 1);
       }
     }
   }
 }
 
-void Columns::sums(const void* g, const void* x, const SumVectors& vectors, int64_t block, int64_t chunk,
+void Columns::sums(const void* g, const void* x, const SumVectors& vectors, int64_t block, int64_t split,
                    Partial* partials) const {
-  const Piece part = body(block, chunk);
-  const Piece last = rest(block, chunk);
+  const Piece part = body(block, split);
+  const Piece last = rest(block, split);
   alignas(64) double space[4][kMaxColumns];
   const SumVectors columns{by_column(vectors.mean, block, space[0]), by_column(vectors.invstd, block, space[1]),
-                           by_column(vectors.gate, block, space[2], space[3])};
+                           by_column(vectors.relu_bounds, block, space[2], space[3])};
   alignas(64) double sum_g[kMaxColumns];
   alignas(64) double sum_gx[kMaxColumns];
   std::fill_n(sum_g, part.tile.length, 0.0);
@@ -168,29 +168,29 @@ void Columns::sums(const void* g, const void* x, const SumVectors& vectors, int6
   });
 }
 
-void Columns::normalize(const NormalizeData& data, const AffineVectors& affine, int64_t block, int64_t chunk) const {
+void Columns::normalize(const NormalizeData& data, const AffineVectors& affine, int64_t block, int64_t split) const {
   alignas(64) double space[4][kMaxColumns];
   const AffineVectors columns{by_column(affine.mean, block, space[0]), by_column(affine.invstd, block, space[1]),
                               by_column(affine.weight, block, space[2]), by_column(affine.bias, block, space[3])};
-  for (const Piece& part : {rest(block, chunk), body(block, chunk)}) {
+  for (const Piece& part : {rest(block, split), body(block, split)}) {
     if (part.tile.length == 0) continue;
-    kernels_.column_normalize(at(data.x, part.offset), at_if_there(data.residual, part.offset), at(data.y, part.offset),
+    kernels_.column_normalize(at(data.x, part.offset), at_or_null(data.residual, part.offset), at(data.y, part.offset),
                               part.tile, columns, data.relu, streamed_, backwards_);
   }
   if (streamed_) kernels_.end_of_stream();
 }
 
 void Columns::gradient(const void* g, const void* x, void* grad_x, const GradientVectors& vectors, int64_t block,
-                       int64_t chunk) const {
+                       int64_t split) const {
   alignas(64) double space[6][kMaxColumns];
   GradientVectors columns{nullptr, by_column(vectors.scale, block, space[0]), nullptr, nullptr,
-                          by_column(vectors.gate, block, space[4], space[5])};
+                          by_column(vectors.relu_bounds, block, space[4], space[5])};
   if (vectors.slope != nullptr) {
     columns.mean = by_column(vectors.mean, block, space[1]);
     columns.mean_g = by_column(vectors.mean_g, block, space[2]);
     columns.slope = by_column(vectors.slope, block, space[3]);
   }
-  for (const Piece& part : {rest(block, chunk), body(block, chunk)}) {
+  for (const Piece& part : {rest(block, split), body(block, split)}) {
     if (part.tile.length == 0) continue;
     kernels_.column_gradient(at(g, part.offset), at(x, part.offset), at(grad_x, part.offset), part.tile, columns,
                              streamed_, backwards_);

@@ -14,7 +14,7 @@
 
 #include <cstdint>
 
-#include "../problem.h"
+#include "../core/problem.h"
 
 namespace bnk::cpu {
 
@@ -41,27 +41,27 @@ struct AffineVectors {
 };
 
 // g stands for 0 in every formula where not low <= x <= high; null: for itself everywhere.
-struct GateVectors {
+struct ReluBoundVectors {
   const void *low, *high;
 };
 
 // sum(g) and sum(g*(x - mean)*invstd).
 struct SumVectors {
   const void *mean, *invstd;
-  GateVectors gate;
+  ReluBoundVectors relu_bounds;
 };
 
 // grad_x = scale*(g - mean_g - (x - mean)*slope), with scale = invstd*weight and slope = invstd*mean(g*xhat), both
 // multiplied in double and rounded once. Inference, slope == nullptr: scale*g; x is read for the gate alone.
 struct GradientVectors {
   const void *mean, *scale, *mean_g, *slope;
-  GateVectors gate;
+  ReluBoundVectors relu_bounds;
 };
 
 struct Kernels {
   // Vectors start with the first of the channels; where there are sums, there are at most kMaxRowChannels of them.
   // `ahead`: elements from this tile to the one that will be read after it, which is asked for while this one is read.
-  void (*row_moments)(const void* x, Tile tile, int64_t ahead, int channels, double floor, Partial* of_tile);
+  void (*row_welford)(const void* x, Tile tile, int64_t ahead, int channels, double floor, Partial* of_tile);
   // `residual`, where there is one, and `relu`: y = relu(v + residual) of what AffineVectors gives.
   void (*row_normalize)(const void* x, const void* residual, void* y, Tile tile, int channels,
                         const AffineVectors& affine, bool relu, bool streamed);
@@ -72,7 +72,7 @@ struct Kernels {
 
   // At most kMaxColumns columns. Vectors start with the first of them.
   // merges the tile into the moments of `before` rows
-  void (*column_moments)(const void* x, Tile tile, double floor, int64_t before, double* mean, double* squares);
+  void (*column_welford)(const void* x, Tile tile, double floor, int64_t before, double* mean, double* squares);
   // `backwards`: results from the tile's end to its beginning.
   void (*column_normalize)(const void* x, const void* residual, void* y, Tile tile, const AffineVectors& affine,
                            bool relu, bool streamed, bool backwards);

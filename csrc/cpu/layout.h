@@ -1,19 +1,19 @@
 // Layout: how a problem is cut, and the arithmetic on one piece of it.
 //
 // A problem is cut into blocks (of neighbouring channels) x chunks (of each channel's elements). A piece is computed by
-// one thread; the statistics of a channel are those of its chunks, merged in pairs. Chunks, and the tiles inside of
+// one thread; the statistics of a channel are those of its chunks, merged in pairs. Splits, and the tiles inside of
 // them, follow from the problem alone: how many threads there are, and how wide a block is, cannot change a bit.
 #pragma once
 
 #include <cstdint>
 
-#include "../problem.h"
+#include "../core/problem.h"
 #include "kernels.h"
 
 namespace bnk::cpu {
 
 // The mean and squares of the union of two sets (Chan, Golub, LeVeque 1983), `before` and `count` elements.
-inline void merge_moments(Partial* into, double before, const Partial& from, double count) {
+inline void combine_welford(Partial* into, double before, const Partial& from, double count) {
   if (before == 0) {
     *into = from;
     return;
@@ -42,7 +42,7 @@ struct NormalizeData {
 class Layout {
  public:
   int64_t blocks() const { return blocks_; }
-  int64_t chunks() const { return chunks_; }
+  int64_t splits() const { return splits_; }
   int64_t first_channel(int64_t block) const { return block * block_channels_; }
   int64_t last_channel(int64_t block) const {  // one past it
     const int64_t last = (block + 1) * block_channels_;
@@ -50,16 +50,16 @@ class Layout {
   }
   int64_t block_channels() const { return block_channels_; }
   // Elements of each channel in a chunk.
-  virtual double count(int64_t chunk) const = 0;
+  virtual double count(int64_t split) const = 0;
 
   // One piece; partials by channel of the block. `floor`: kernels.h, for each element of a sum.
-  virtual void moments(const void* x, double floor, int64_t block, int64_t chunk, Partial* partials) const = 0;
+  virtual void welford(const void* x, double floor, int64_t block, int64_t split, Partial* partials) const = 0;
   virtual void normalize(const NormalizeData& data, const AffineVectors& affine, int64_t block,
-                         int64_t chunk) const = 0;
-  virtual void sums(const void* g, const void* x, const SumVectors& vectors, int64_t block, int64_t chunk,
+                         int64_t split) const = 0;
+  virtual void sums(const void* g, const void* x, const SumVectors& vectors, int64_t block, int64_t split,
                     Partial* partials) const = 0;
   virtual void gradient(const void* g, const void* x, void* grad_x, const GradientVectors& vectors, int64_t block,
-                        int64_t chunk) const = 0;
+                        int64_t split) const = 0;
 
  protected:
   // `tensors`: how many of the problem's size should be in the cache together.
@@ -72,7 +72,7 @@ class Layout {
   const void* at(const void* data, int64_t element) const {
     return static_cast<const char*>(data) + element * size_of(problem_.dtype);
   }
-  const void* at_if_there(const void* data, int64_t element) const {
+  const void* at_or_null(const void* data, int64_t element) const {
     return data == nullptr ? nullptr : at(data, element);
   }
   void* at(void* data, int64_t element) const { return static_cast<char*>(data) + element * size_of(problem_.dtype); }
@@ -80,16 +80,16 @@ class Layout {
   const void* of_channel(const void* vector, int64_t channel) const {
     return static_cast<const char*>(vector) + channel * size_of(accumulate_dtype(problem_.dtype));
   }
-  GateVectors of_channel(const GateVectors& gate, int64_t channel) const {
-    if (gate.low == nullptr) return gate;
-    return {of_channel(gate.low, channel), of_channel(gate.high, channel)};
+  ReluBoundVectors of_channel(const ReluBoundVectors& relu_bounds, int64_t channel) const {
+    if (relu_bounds.low == nullptr) return relu_bounds;
+    return {of_channel(relu_bounds.low, channel), of_channel(relu_bounds.high, channel)};
   }
 
   Problem problem_;
   const Kernels& kernels_;
   bool streamed_;  // results are written past the cache
   int64_t blocks_ = 0;
-  int64_t chunks_ = 0;
+  int64_t splits_ = 0;
   int64_t block_channels_ = 0;
 };
 
@@ -97,13 +97,13 @@ class Layout {
 class Rows final : public Layout {
  public:
   Rows(const Problem& problem, int tensors, bool has_partials);
-  double count(int64_t chunk) const override;
-  void moments(const void* x, double floor, int64_t block, int64_t chunk, Partial* partials) const override;
-  void normalize(const NormalizeData& data, const AffineVectors& affine, int64_t block, int64_t chunk) const override;
-  void sums(const void* g, const void* x, const SumVectors& vectors, int64_t block, int64_t chunk,
+  double count(int64_t split) const override;
+  void welford(const void* x, double floor, int64_t block, int64_t split, Partial* partials) const override;
+  void normalize(const NormalizeData& data, const AffineVectors& affine, int64_t block, int64_t split) const override;
+  void sums(const void* g, const void* x, const SumVectors& vectors, int64_t block, int64_t split,
             Partial* partials) const override;
   void gradient(const void* g, const void* x, void* grad_x, const GradientVectors& vectors, int64_t block,
-                int64_t chunk) const override;
+                int64_t split) const override;
 
  private:
   // What a statistics kernel takes of a chunk in one call: a tile, of all channels of the block or of one.
@@ -114,26 +114,26 @@ class Rows final : public Layout {
     int channel;     // of the block, the first
     int channels;
   };
-  Piece piece(int64_t block, int64_t chunk, int64_t index) const;
-  int64_t pieces(int64_t block, int64_t chunk) const;
-  int64_t to_next(int64_t block, int64_t chunk, int64_t index) const;
+  Piece piece(int64_t block, int64_t split, int64_t index) const;
+  int64_t pieces(int64_t block, int64_t split) const;
+  int64_t to_next(int64_t block, int64_t split, int64_t index) const;
   // Calls write(offset, tile) over a chunk, all channels of the block at once, from its end.
   template <typename F>
-  void over_rows_reversed(int64_t block, int64_t chunk, const F& write) const;
+  void over_rows_reversed(int64_t block, int64_t split, const F& write) const;
   int64_t offset(int64_t block, int64_t tile) const;
   Tile tile_at(int64_t tile) const;
   // Whether a row of the block is several channels of several tiles each.
   bool crossed(int64_t block) const { return segments_ > 1 && channels(block) > 1; }
   int channels(int64_t block) const { return static_cast<int>(last_channel(block) - first_channel(block)); }
   int64_t elements_before(int64_t tile) const;
-  int64_t first_tile(int64_t chunk) const { return chunk * chunk_tiles_; }
-  int64_t last_tile(int64_t chunk) const {
-    const int64_t last = (chunk + 1) * chunk_tiles_;
+  int64_t first_tile(int64_t split) const { return split * split_tiles_; }
+  int64_t last_tile(int64_t split) const {
+    const int64_t last = (split + 1) * split_tiles_;
     return last < tiles_ ? last : tiles_;
   }
 
   int64_t tiles_;        // of a channel
-  int64_t chunk_tiles_;  // tiles of a chunk
+  int64_t split_tiles_;  // tiles of a chunk
   int64_t segments_;     // tiles of a run; 1 where a tile holds whole runs
   int64_t length_;       // elements of a segment
   int64_t tile_rows_;    // runs of a tile
@@ -143,13 +143,13 @@ class Rows final : public Layout {
 class Columns final : public Layout {
  public:
   Columns(const Problem& problem, int tensors, bool has_partials, int threads);
-  double count(int64_t chunk) const override;
-  void moments(const void* x, double floor, int64_t block, int64_t chunk, Partial* partials) const override;
-  void normalize(const NormalizeData& data, const AffineVectors& affine, int64_t block, int64_t chunk) const override;
-  void sums(const void* g, const void* x, const SumVectors& vectors, int64_t block, int64_t chunk,
+  double count(int64_t split) const override;
+  void welford(const void* x, double floor, int64_t block, int64_t split, Partial* partials) const override;
+  void normalize(const NormalizeData& data, const AffineVectors& affine, int64_t block, int64_t split) const override;
+  void sums(const void* g, const void* x, const SumVectors& vectors, int64_t block, int64_t split,
             Partial* partials) const override;
   void gradient(const void* g, const void* x, void* grad_x, const GradientVectors& vectors, int64_t block,
-                int64_t chunk) const override;
+                int64_t split) const override;
 
  private:
   struct Piece {
@@ -157,11 +157,11 @@ class Columns final : public Layout {
     Tile tile;
   };
   // The whole rows of a piece, and what remains of an incomplete row (no columns: none).
-  Piece body(int64_t block, int64_t chunk) const;
-  Piece rest(int64_t block, int64_t chunk) const;
+  Piece body(int64_t block, int64_t split) const;
+  Piece rest(int64_t block, int64_t split) const;
   bool plain() const { return fold_ == 1 && problem_.inner == 1; }  // a column is a channel
   const void* by_column(const void* vector, int64_t block, void* space) const;
-  GateVectors by_column(const GateVectors& gate, int64_t block, void* low, void* high) const;
+  ReluBoundVectors by_column(const ReluBoundVectors& relu_bounds, int64_t block, void* low, void* high) const;
   template <typename Merge>
   void by_channel(int64_t block, const double* first, const double* second, Partial* partials, Merge merge) const;
 
@@ -171,7 +171,7 @@ class Columns final : public Layout {
   int64_t rows_;          // whole rows
   int64_t rest_columns_;  // of the incomplete row after them
   int64_t row_columns_;
-  int64_t chunk_rows_;
+  int64_t split_rows_;
   int64_t tile_rows_;
   int64_t block_columns_;
 };

@@ -4,7 +4,7 @@
 
 #include "backend.h"
 #include "layout.h"
-#include "scalar.h"
+#include "simd/scalar.h"
 
 namespace bnk::cpu {
 namespace {
@@ -17,21 +17,21 @@ void update_running(const PerChannel& running, int64_t channel, double value, do
 
 }  // namespace
 
-Partial join_moments(const RankRows& rows, int64_t channels, int64_t channel, double* count) {
+Partial combine_welford(const RankRows& rows, int64_t channels, int64_t channel, double* count) {
   Partial total{};
   double before = 0;
   for (int64_t rank = 0; rank < rows.ranks; ++rank) {
     const double* row = rows.data + rank * rows.row;
     const double of_rank = row[2 * channels];
     if (of_rank == 0) continue;
-    merge_moments(&total, before, {row[channel], row[channels + channel]}, of_rank);
+    combine_welford(&total, before, {row[channel], row[channels + channel]}, of_rank);
     before += of_rank;
   }
   *count = before;
   return total;
 }
 
-Partial join_grad_sums(const RankRows& rows, int64_t channels, int64_t channel) {
+Partial combine_grad_sums(const RankRows& rows, int64_t channels, int64_t channel) {
   Partial total{};
   for (int64_t rank = 0; rank < rows.ranks; ++rank) {
     const double* row = rows.data + rank * rows.row;
@@ -41,10 +41,10 @@ Partial join_grad_sums(const RankRows& rows, int64_t channels, int64_t channel) 
   return total;
 }
 
-void join_statistics(const JoinStatisticsArgs& args) {
+void combine_statistics(const CombineStatisticsArgs& args) {
   const double factor = args.cumulative ? 1.0 / static_cast<double>(*args.num_batches_tracked) : args.momentum;
   for (int64_t c = 0; c < args.channels; ++c) {
-    const Partial total = join_moments(args.rows, args.channels, c, args.count);
+    const Partial total = combine_welford(args.rows, args.channels, c, args.count);
     const double n = *args.count;
     write(args.mean, c, total.first);
     write(args.invstd, c, n == 0 ? 0 : 1 / std::sqrt(total.second / n + args.eps));

@@ -1,15 +1,15 @@
 // Joining what the ranks of a batch have told (../problem_sync.h), one channel at a time, in the order of the ranks.
 #pragma once
 
-#include "../problem_sync.h"
+#include "../core/problem_sync.h"
 #include "kernels.h"
 
 namespace bnk::cpu {
 
 // A channel's mean and squares about it; `count`: of all its elements, 0 where no rank had any.
-Partial join_moments(const RankRows& rows, int64_t channels, int64_t channel, double* count);
+Partial combine_welford(const RankRows& rows, int64_t channels, int64_t channel, double* count);
 
 // A channel's sums.
-Partial join_grad_sums(const RankRows& rows, int64_t channels, int64_t channel);
+Partial combine_grad_sums(const RankRows& rows, int64_t channels, int64_t channel);
 
 }  // namespace bnk::cpu

@@ -13,8 +13,8 @@ namespace bnk::cpu {
 namespace {
 
 constexpr int64_t kTileBytes = 8192;  // in the arithmetic type: short chains, and its second pass is from the cache
-constexpr int64_t kChunkTiles = 32;   // at least, in a chunk
-constexpr int64_t kMaxChunks = 256;
+constexpr int64_t kSplitTiles = 32;   // at least, in a chunk
+constexpr int64_t kMaxSplits = 256;
 constexpr int64_t kStreamedRunBytes = 4096;
 constexpr int64_t kBlockChannels = 4;       // of a block, unless
 constexpr int64_t kMinStretchBytes = 1024;  // a row of it is shorter: then more, up to kMaxRowChannels
@@ -32,8 +32,8 @@ Rows::Rows(const Problem& problem, int tensors, bool has_partials) : Layout(prob
   if (!has_partials) {
     length_ = std::min(inner, kMapBytes / size_of(problem.dtype));
     segments_ = ceil_div(inner, length_);
-    tile_rows_ = chunk_tiles_ = 1;
-    tiles_ = chunks_ = problem.outer * segments_;
+    tile_rows_ = split_tiles_ = 1;
+    tiles_ = splits_ = problem.outer * segments_;
     block_channels_ = std::clamp<int64_t>(kMapBytes / run_bytes, 1, problem.channels);
     blocks_ = ceil_div(problem.channels, block_channels_);
     return;
@@ -51,10 +51,10 @@ Rows::Rows(const Problem& problem, int tensors, bool has_partials) : Layout(prob
     tile_rows_ = ceil_div(problem.outer, tiles_);  // alike, as each asks for the next in its own shape
     tiles_ = ceil_div(problem.outer, tile_rows_);
   }
-  chunk_tiles_ = std::max(kChunkTiles, ceil_div(tiles_, kMaxChunks));
-  const bool whole_runs = segments_ <= chunk_tiles_;  // in a chunk; a longer run is a block of its own
-  if (whole_runs) chunk_tiles_ = ceil_div(chunk_tiles_, segments_) * segments_;
-  chunks_ = ceil_div(tiles_, chunk_tiles_);
+  split_tiles_ = std::max(kSplitTiles, ceil_div(tiles_, kMaxSplits));
+  const bool whole_runs = segments_ <= split_tiles_;  // in a chunk; a longer run is a block of its own
+  if (whole_runs) split_tiles_ = ceil_div(split_tiles_, segments_) * segments_;
+  splits_ = ceil_div(tiles_, split_tiles_);
   // Powers of two, so that a block begins with a cache line more often.
   block_channels_ = whole_runs ? kBlockChannels : 1;
   while (block_channels_ < kMaxRowChannels && block_channels_ * run_bytes < kMinStretchBytes) block_channels_ *= 2;
@@ -74,41 +74,41 @@ Tile Rows::tile_at(int64_t tile) const {
   return {std::min(tile_rows_, problem_.outer - tile * tile_rows_), problem_.inner, stride};
 }
 
-int64_t Rows::pieces(int64_t block, int64_t chunk) const {
-  return (last_tile(chunk) - first_tile(chunk)) * (crossed(block) ? channels(block) : 1);
+int64_t Rows::pieces(int64_t block, int64_t split) const {
+  return (last_tile(split) - first_tile(split)) * (crossed(block) ? channels(block) : 1);
 }
 
-Rows::Piece Rows::piece(int64_t block, int64_t chunk, int64_t index) const {
-  const int64_t before = elements_before(first_tile(chunk));
+Rows::Piece Rows::piece(int64_t block, int64_t split, int64_t index) const {
+  const int64_t before = elements_before(first_tile(split));
   if (!crossed(block)) {
-    const int64_t tile = first_tile(chunk) + index;
+    const int64_t tile = first_tile(split) + index;
     return {offset(block, tile), tile_at(tile), elements_before(tile) - before, 0, channels(block)};
   }
   // Row by row, channel by channel, tile by tile: a chunk is whole runs here.
   const int64_t row = index / (channels(block) * segments_);
   const int64_t channel = index / segments_ % channels(block);
-  const int64_t tile = first_tile(chunk) + row * segments_ + index % segments_;
+  const int64_t tile = first_tile(split) + row * segments_ + index % segments_;
   return {offset(block, tile) + channel * problem_.inner, tile_at(tile), elements_before(tile) - before,
           static_cast<int>(channel), 1};
 }
 
 // Elements from a piece to the one that the same thread most likely reads after it.
-int64_t Rows::to_next(int64_t block, int64_t chunk, int64_t index) const {
-  const int64_t here = piece(block, chunk, index).offset;
-  if (index + 1 < pieces(block, chunk)) return piece(block, chunk, index + 1).offset - here;
-  return (chunk + 1 < chunks_ ? offset(block, first_tile(chunk + 1)) : offset(block + 1, 0)) - here;
+int64_t Rows::to_next(int64_t block, int64_t split, int64_t index) const {
+  const int64_t here = piece(block, split, index).offset;
+  if (index + 1 < pieces(block, split)) return piece(block, split, index + 1).offset - here;
+  return (split + 1 < splits_ ? offset(block, first_tile(split + 1)) : offset(block + 1, 0)) - here;
 }
 
 template <typename F>
-void Rows::over_rows_reversed(int64_t block, int64_t chunk, const F& write) const {
+void Rows::over_rows_reversed(int64_t block, int64_t split, const F& write) const {
   if (!crossed(block)) {
-    for (int64_t tile = last_tile(chunk) - 1; tile >= first_tile(chunk); --tile) {
+    for (int64_t tile = last_tile(split) - 1; tile >= first_tile(split); --tile) {
       write(offset(block, tile), tile_at(tile));
     }
     return;
   }
   const Tile row{1, problem_.inner, problem_.channels * problem_.inner};
-  for (int64_t tile = last_tile(chunk) - segments_; tile >= first_tile(chunk); tile -= segments_) {
+  for (int64_t tile = last_tile(split) - segments_; tile >= first_tile(split); tile -= segments_) {
     write(offset(block, tile), row);
   }
 }
@@ -118,35 +118,35 @@ int64_t Rows::elements_before(int64_t tile) const {
   return std::min(tile * tile_rows_, problem_.outer) * problem_.inner;
 }
 
-double Rows::count(int64_t chunk) const {
-  return static_cast<double>(elements_before(last_tile(chunk)) - elements_before(first_tile(chunk)));
+double Rows::count(int64_t split) const {
+  return static_cast<double>(elements_before(last_tile(split)) - elements_before(first_tile(split)));
 }
 
-void Rows::moments(const void* x, double floor, int64_t block, int64_t chunk, Partial* partials) const {
-  const int64_t last = pieces(block, chunk);
+void Rows::welford(const void* x, double floor, int64_t block, int64_t split, Partial* partials) const {
+  const int64_t last = pieces(block, split);
   for (int64_t index = 0; index < last; ++index) {
-    const Piece part = piece(block, chunk, index);
+    const Piece part = piece(block, split, index);
     const double count = static_cast<double>(part.tile.rows * part.tile.length);
     Partial of_tile[kMaxRowChannels];
-    kernels_.row_moments(at(x, part.offset), part.tile, to_next(block, chunk, index), part.channels, floor * count,
+    kernels_.row_welford(at(x, part.offset), part.tile, to_next(block, split, index), part.channels, floor * count,
                          of_tile);
     for (int c = 0; c < part.channels; ++c) {
-      merge_moments(&partials[part.channel + c], static_cast<double>(part.before), of_tile[c], count);
+      combine_welford(&partials[part.channel + c], static_cast<double>(part.before), of_tile[c], count);
     }
   }
 }
 
-void Rows::sums(const void* g, const void* x, const SumVectors& vectors, int64_t block, int64_t chunk,
+void Rows::sums(const void* g, const void* x, const SumVectors& vectors, int64_t block, int64_t split,
                 Partial* partials) const {
   std::fill_n(partials, channels(block), Partial{});
-  const int64_t last = pieces(block, chunk);
+  const int64_t last = pieces(block, split);
   for (int64_t index = 0; index < last; ++index) {
-    const Piece part = piece(block, chunk, index);
+    const Piece part = piece(block, split, index);
     const int64_t first = first_channel(block) + part.channel;
     const SumVectors of_piece{of_channel(vectors.mean, first), of_channel(vectors.invstd, first),
-                              of_channel(vectors.gate, first)};
+                              of_channel(vectors.relu_bounds, first)};
     Partial of_tile[kMaxRowChannels];
-    kernels_.row_sums(at(g, part.offset), at(x, part.offset), part.tile, to_next(block, chunk, index), part.channels,
+    kernels_.row_sums(at(g, part.offset), at(x, part.offset), part.tile, to_next(block, split, index), part.channels,
                       of_piece, of_tile);
     for (int c = 0; c < part.channels; ++c) {
       partials[part.channel + c].first += of_tile[c].first;
@@ -155,28 +155,28 @@ void Rows::sums(const void* g, const void* x, const SumVectors& vectors, int64_t
   }
 }
 
-void Rows::normalize(const NormalizeData& data, const AffineVectors& affine, int64_t block, int64_t chunk) const {
+void Rows::normalize(const NormalizeData& data, const AffineVectors& affine, int64_t block, int64_t split) const {
   const int64_t first = first_channel(block);
   const AffineVectors of_block{of_channel(affine.mean, first), of_channel(affine.invstd, first),
                                of_channel(affine.weight, first), of_channel(affine.bias, first)};
-  over_rows_reversed(block, chunk, [&](int64_t offset, const Tile& tile) {
-    kernels_.row_normalize(at(data.x, offset), at_if_there(data.residual, offset), at(data.y, offset), tile,
+  over_rows_reversed(block, split, [&](int64_t offset, const Tile& tile) {
+    kernels_.row_normalize(at(data.x, offset), at_or_null(data.residual, offset), at(data.y, offset), tile,
                            channels(block), of_block, data.relu, streamed_);
   });
   if (streamed_) kernels_.end_of_stream();
 }
 
 void Rows::gradient(const void* g, const void* x, void* grad_x, const GradientVectors& vectors, int64_t block,
-                    int64_t chunk) const {
+                    int64_t split) const {
   const int64_t first = first_channel(block);
   GradientVectors of_block{nullptr, of_channel(vectors.scale, first), nullptr, nullptr,
-                           of_channel(vectors.gate, first)};
+                           of_channel(vectors.relu_bounds, first)};
   if (vectors.slope != nullptr) {
     of_block.mean = of_channel(vectors.mean, first);
     of_block.mean_g = of_channel(vectors.mean_g, first);
     of_block.slope = of_channel(vectors.slope, first);
   }
-  over_rows_reversed(block, chunk, [&](int64_t offset, const Tile& tile) {
+  over_rows_reversed(block, split, [&](int64_t offset, const Tile& tile) {
     kernels_.row_gradient(at(g, offset), at(x, offset), at(grad_x, offset), tile, channels(block), of_block, streamed_);
   });
   if (streamed_) kernels_.end_of_stream();

@@ -53,27 +53,27 @@ struct Merged {
   double count;
 };
 
-// Chunks [first, last) merged in pairs: rounding errors grow with the depth of the tree, not with the number of chunks.
+// Splits [first, last) merged in pairs: rounding errors grow with the depth of the tree, not with the number of chunks.
 // The tree follows from that number alone. leaf(chunk, depth) gives a chunk's partials, which may be overwritten; they are
 // needed until another leaf of the same depth, or of less, is asked for.
 template <typename Work, typename Leaf>
-Merged merge_chunks(const Layout& layout, const Work& work, int64_t channels, int64_t first, int64_t last, int depth,
-                    const Leaf& leaf) {
+Merged combine_splits(const Layout& layout, const Work& work, int64_t channels, int64_t first, int64_t last, int depth,
+                      const Leaf& leaf) {
   if (last - first == 1) return {leaf(first, depth), layout.count(first)};
   int64_t half = 1;
   while (2 * half < last - first) half *= 2;
-  const Merged left = merge_chunks(layout, work, channels, first, first + half, depth, leaf);
-  const Merged right = merge_chunks(layout, work, channels, first + half, last, depth + 1, leaf);
+  const Merged left = combine_splits(layout, work, channels, first, first + half, depth, leaf);
+  const Merged right = combine_splits(layout, work, channels, first + half, last, depth + 1, leaf);
   for (int64_t c = 0; c < channels; ++c) {
     work.merge(&left.partials[c], left.count, right.partials[c], right.count);
   }
   return {left.partials, left.count + right.count};
 }
 
-// Depths that merge_chunks asks leaves for.
-inline int merge_depths(int64_t chunks) {
+// Depths that combine_splits asks leaves for.
+inline int merge_depths(int64_t splits) {
   int depths = 1;
-  for (int64_t merged = 1; merged < chunks; merged *= 2) ++depths;
+  for (int64_t merged = 1; merged < splits; merged *= 2) ++depths;
   return depths;
 }
 
@@ -81,7 +81,7 @@ inline int merge_depths(int64_t chunks) {
 template <typename Apply>
 void run_apply(const Layout& layout, int64_t elements, const Apply& apply) {
   const int64_t blocks = layout.blocks();
-  over_pieces(threads_for(elements), blocks * layout.chunks(),
+  over_pieces(threads_for(elements), blocks * layout.splits(),
               [&](int64_t piece) { apply(piece % blocks, piece / blocks); });
 }
 
@@ -94,49 +94,49 @@ template <typename Work>
 void run(const Layout& layout, const Work& work, int64_t elements, int64_t block_bytes) {
   const int threads = threads_for(elements);
   const int64_t blocks = layout.blocks();
-  const int64_t chunks = layout.chunks();
+  const int64_t splits = layout.splits();
 
   const int64_t rounds = (blocks + threads - 1) / threads;
   const bool balanced = 5 * blocks >= 4 * rounds * threads;
   if (threads == 1 || (balanced && block_bytes * threads <= kCacheBytes)) {
     // Scratch of each thread, padded so that neighbours do not share a cache line.
-    const int64_t scratch = (merge_depths(chunks) * layout.block_channels() + 7) / 8 * 8;
+    const int64_t scratch = (merge_depths(splits) * layout.block_channels() + 7) / 8 * 8;
     const std::unique_ptr<Partial[]> by_thread(new Partial[static_cast<size_t>(scratch * threads)]);
     over_pieces(threads, blocks, [&](int64_t block) {
       const int64_t first = layout.first_channel(block);
       const int64_t channels = layout.last_channel(block) - first;
       Partial* by_depth = by_thread.get() + (threads == 1 || blocks == 1 ? 0 : at::get_thread_num() * scratch);
-      const Merged all = merge_chunks(layout, work, channels, 0, chunks, 0, [&](int64_t chunk, int depth) {
+      const Merged all = combine_splits(layout, work, channels, 0, splits, 0, [&](int64_t split, int depth) {
         Partial* partials = by_depth + depth * channels;
-        work.partials(block, chunk, partials);
+        work.partials(block, split, partials);
         return partials;
       });
-      for (int64_t c = 0; c < channels; ++c) work.finish(first + c, all.partials[c]);
+      for (int64_t c = 0; c < channels; ++c) work.finalize(first + c, all.partials[c]);
       if (!work.has_apply) return;
-      for (int64_t chunk = chunks; chunk-- > 0;) work.apply(block, chunk);
+      for (int64_t split = splits; split-- > 0;) work.apply(block, split);
     });
     return;
   }
 
   const int64_t group = std::clamp<int64_t>(kCacheBytes / block_bytes, 1, blocks);
   const int64_t width = layout.block_channels();
-  const std::unique_ptr<Partial[]> partials(new Partial[static_cast<size_t>(group * chunks * width)]);
+  const std::unique_ptr<Partial[]> partials(new Partial[static_cast<size_t>(group * splits * width)]);
   for (int64_t base = 0; base < blocks; base += group) {
     const int64_t here = std::min(group, blocks - base);
-    over_pieces(threads, here * chunks, [&](int64_t piece) {
-      work.partials(base + piece / chunks, piece % chunks, partials.get() + piece * width);
+    over_pieces(threads, here * splits, [&](int64_t piece) {
+      work.partials(base + piece / splits, piece % splits, partials.get() + piece * width);
     });
-    over_pieces(here * chunks * width < 4096 ? 1 : threads, here, [&](int64_t block) {
-      Partial* of_block = partials.get() + block * chunks * width;
+    over_pieces(here * splits * width < 4096 ? 1 : threads, here, [&](int64_t block) {
+      Partial* of_block = partials.get() + block * splits * width;
       const int64_t first = layout.first_channel(base + block);
       const int64_t channels = layout.last_channel(base + block) - first;
-      const Merged all = merge_chunks(layout, work, channels, 0, chunks, 0,
-                                      [&](int64_t chunk, int) { return of_block + chunk * width; });
-      for (int64_t c = 0; c < channels; ++c) work.finish(first + c, all.partials[c]);
+      const Merged all = combine_splits(layout, work, channels, 0, splits, 0,
+                                        [&](int64_t split, int) { return of_block + split * width; });
+      for (int64_t c = 0; c < channels; ++c) work.finalize(first + c, all.partials[c]);
     });
     if (!work.has_apply) continue;
-    over_pieces_reversed(threads, here * chunks,
-                         [&](int64_t piece) { work.apply(base + piece / chunks, piece % chunks); });
+    over_pieces_reversed(threads, here * splits,
+                         [&](int64_t piece) { work.apply(base + piece / splits, piece % splits); });
   }
 }
 

@@ -8,8 +8,8 @@
 
 #include <string>
 
-#include "../plan.h"
-#include "../problem_sync.h"
+#include "../core/problem_sync.h"
+#include "../plan/plan.h"
 
 namespace bnk::cuda {
 
@@ -34,10 +34,10 @@ cudaError_t forward_train(const ForwardTrainArgs& args, const PlanOptions& optio
 cudaError_t forward_eval(const ForwardEvalArgs& args, cudaStream_t stream);
 cudaError_t backward(const BackwardArgs& args, const PlanOptions& options, cudaStream_t stream, Host& host);
 
-// The steps of a batch on several ranks, on the streaming path.
+// The steps of a batch on several ranks, on the two-pass path.
 namespace sync {
 cudaError_t statistics(const StatisticsArgs& args, cudaStream_t stream, Host& host);
-cudaError_t join_statistics(const JoinStatisticsArgs& args, cudaStream_t stream);
+cudaError_t combine_statistics(const CombineStatisticsArgs& args, cudaStream_t stream);
 cudaError_t normalize(const NormalizeArgs& args, cudaStream_t stream);
 cudaError_t grad_sums(const GradSumsArgs& args, cudaStream_t stream, Host& host);
 cudaError_t grad_input(const GradInputArgs& args, cudaStream_t stream, Host& host);

@@ -1,3 +1,0 @@
-// The translation unit of the Python module, which reads pybind11's headers once (aten_unit.cpp).
-#include "binding.cpp"
-#include "binding_plan.cpp"

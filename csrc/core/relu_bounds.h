@@ -1,0 +1,111 @@
+// The x that a ReLU behind BatchNorm lets through, as an interval.
+//
+// y = ((x - mean)*invstd)*weight + bias is made of operations that round, and each is monotone in its operand: as x rises,
+// y never falls (weight >= 0), or never rises. So {x : y > 0} is an interval with one end open to infinity, and the backward
+// knows the forward's ReLU from two values of a channel: it reads neither y nor a mask, and computes y not again. The other
+// end is found by halving the floating-point numbers, with the forward's own arithmetic: no rounding can tell the two apart.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(__CUDACC__)
+#define BNK_HOST_DEVICE __host__ __device__ inline
+#else
+#define BNK_HOST_DEVICE inline
+#endif
+
+namespace bnk {
+
+template <typename opmath_t>
+struct ReluBounds {
+  opmath_t low;
+  opmath_t high;
+};
+
+namespace relu_bounds_detail {
+
+template <typename opmath_t>
+struct KeyOf;
+template <>
+struct KeyOf<float> {
+  using type = int32_t;
+  using Unsigned = uint32_t;
+};
+template <>
+struct KeyOf<double> {
+  using type = int64_t;
+  using Unsigned = uint64_t;
+};
+
+// Floating-point numbers as integers of the same order, and back. It is its own inverse on the bits.
+template <typename Key>
+BNK_HOST_DEVICE Key ordered(Key bits) {
+  constexpr Key kAllButSign = std::numeric_limits<Key>::max();
+  return bits < 0 ? bits ^ kAllButSign : bits;
+}
+
+template <typename opmath_t>
+BNK_HOST_DEVICE typename KeyOf<opmath_t>::type key_of(opmath_t value) {
+  typename KeyOf<opmath_t>::type bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return ordered(bits);
+}
+
+template <typename opmath_t>
+BNK_HOST_DEVICE opmath_t value_of(typename KeyOf<opmath_t>::type key) {
+  const auto bits = ordered(key);
+  opmath_t value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// How far from an estimate, in numbers, an end usually lies.
+inline constexpr int kNear = 8;
+
+// The least value that passes, where every one above it does too; infinity, which always passes, where no other does.
+template <typename opmath_t, typename Passes>
+BNK_HOST_DEVICE opmath_t first_passing(opmath_t estimate, const Passes& passes) {
+  using Key = typename KeyOf<opmath_t>::type;
+  using Unsigned = typename KeyOf<opmath_t>::Unsigned;
+  constexpr opmath_t kLargest = std::numeric_limits<opmath_t>::max();
+  constexpr opmath_t kInfinity = std::numeric_limits<opmath_t>::infinity();
+  if (passes(-kLargest)) return passes(-kInfinity) ? -kInfinity : -kLargest;
+  if (!passes(kLargest)) return kInfinity;
+  Key last = key_of(-kLargest);  // that is known not to pass
+  Key first = key_of(kLargest);  // that is known to
+  const auto probe = [&](Key key) { (passes(value_of<opmath_t>(key)) ? first : last) = key; };
+  if (estimate > -kLargest && estimate < kLargest) {
+    const Key near = key_of(estimate);
+    const Key below = near > last + kNear ? near - kNear : last;
+    const Key above = near < first - kNear ? near + kNear : first;
+    if (below > last) probe(below);
+    if (above < first && above > last) probe(above);
+  }
+  for (;;) {
+    const Unsigned between = static_cast<Unsigned>(first) - static_cast<Unsigned>(last);
+    if (between <= 1) return value_of<opmath_t>(first);
+    probe(static_cast<Key>(static_cast<Unsigned>(last) + between / 2));
+  }
+}
+
+}  // namespace relu_bounds_detail
+
+// passes(x): whether the forward's y of x is not 0 or less; NaN passes, as in torch. All in the forward's arithmetic.
+template <typename opmath_t, typename Passes>
+BNK_HOST_DEVICE ReluBounds<opmath_t> relu_bounds(opmath_t mean, opmath_t invstd, opmath_t weight, opmath_t bias,
+                                                 const Passes& passes) {
+  constexpr opmath_t kInfinity = std::numeric_limits<opmath_t>::infinity();
+  // All finite values are alike then, and an infinite one is taken for one of them. The mean stands for all: far from it the
+  // deviation may overflow, and 0 times that is no number.
+  if (weight == 0 || invstd == 0) return {passes(mean) ? -kInfinity : kInfinity, kInfinity};
+  const opmath_t estimate = mean - bias / weight / invstd;
+  if (weight < 0) {
+    const opmath_t first = relu_bounds_detail::first_passing(-estimate, [&](opmath_t x) { return passes(-x); });
+    return {-kInfinity, -first};
+  }
+  return {relu_bounds_detail::first_passing(estimate, passes), kInfinity};
+}
+
+}  // namespace bnk

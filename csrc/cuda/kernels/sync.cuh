@@ -1,0 +1,87 @@
+// A batch that lies on several ranks: what one rank tells the others, and how it joins what they told.
+//
+//   finalize_welford     joins a channel's partials (statistics.cuh) into this rank's row
+//   combine_statistics    joins the rows of all ranks, and writes what they become (statistics_results.cuh)
+//   combine_grad_sums     joins the rows of the backward into the two means that grad_input_kernel takes
+//
+// A rank's row of the backward is left by finalize_grad_sums. Ranks are joined in their order by one thread a channel.
+#pragma once
+
+#include "../../core/problem_sync.h"
+#include "../device/partials.cuh"
+#include "../device/statistics_results.cuh"
+#include "../device/sums.cuh"
+
+namespace bnk {
+
+struct FinalizeWelfordParams {
+  Finalize finalize;
+  const double* partial;  // WelfordData
+  double count;           // of each channel
+  double* row;            // statistics_row()
+};
+
+static BNK_KERNEL(kMaxBlockThreads, 1) finalize_welford(FinalizeWelfordParams params) {
+  BNK_SHARED(WelfordData, slots, (kReduceSlots<1, kWarpThreads>));
+  const int64_t channels = params.finalize.channels;
+  if (block_rank() == 0 && thread_rank() == 0) store(params.row + 2 * channels, params.count);
+  finalize_channels<WelfordData>(params.finalize, params.partial, slots, [&](int64_t channel, const WelfordData& all) {
+    store(params.row + channel, all.mean);
+    store(params.row + channels + channel, all.m2);
+  });
+}
+
+struct CombineStatisticsParams {
+  int64_t channels;
+  RankRows rows;
+  const int64_t* num_batches_tracked;  // read if cumulative
+  StatisticsResults results;
+  double* count;
+};
+
+BNK_DEVICE WelfordData welford_of_ranks(const RankRows& rows, int64_t channels, int64_t channel) {
+  WelfordData all{};
+  for (int64_t rank = 0; rank < rows.ranks; ++rank) {
+    const double* row = rows.data + rank * rows.row;
+    combine(all, {load(row + 2 * channels), load(row + channel), load(row + channels + channel)});
+  }
+  return all;
+}
+
+static BNK_KERNEL(kMaxBlockThreads, 1) combine_statistics(CombineStatisticsParams params) {
+  const int64_t batches = params.results.cumulative ? load(params.num_batches_tracked) : 0;
+  const int64_t threads = static_cast<int64_t>(grid_blocks()) * block_threads();
+  for (int64_t channel = static_cast<int64_t>(block_rank()) * block_threads() + thread_rank();
+       channel < params.channels; channel += threads) {
+    const WelfordData all = welford_of_ranks(params.rows, params.channels, channel);
+    if (channel == 0) store(params.count, all.count);
+    if (all.count == 0) {
+      write(params.results.mean, channel, 0);
+      write(params.results.invstd, channel, 0);
+    } else if (all.count == 1) {
+      write(params.results.mean, channel, all.mean);
+      write(params.results.invstd, channel, invstd_of(params.results, all));
+    } else {
+      write_statistics(params.results, channel, all, running_factor(params.results, batches));
+    }
+  }
+}
+
+struct CombineGradSumsParams {
+  RankRows rows;
+  const double* count;
+  double* means;  // out: a row of the C means of g, and the C of g*xhat
+};
+
+static BNK_KERNEL(kMaxBlockThreads, 1) combine_grad_sums(CombineGradSumsParams params) {
+  const double count = load(params.count);
+  const int64_t sums = params.rows.row;
+  const int64_t threads = static_cast<int64_t>(grid_blocks()) * block_threads();
+  for (int64_t i = static_cast<int64_t>(block_rank()) * block_threads() + thread_rank(); i < sums; i += threads) {
+    double total = 0;
+    for (int64_t rank = 0; rank < params.rows.ranks; ++rank) total += load(params.rows.data + rank * sums + i);
+    store(params.means + i, total / count);
+  }
+}
+
+}  // namespace bnk

@@ -1,0 +1,225 @@
+#include "dispatch.h"
+
+#include <c10/util/Exception.h>
+
+#include "../cpu/backend.h"
+
+#ifdef BNK_WITH_CUDA
+#include <ATen/ops/from_blob.h>
+#include <c10/cuda/CUDACachingAllocator.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAFunctions.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include <cstdlib>
+#include <exception>
+#include <map>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "../cuda/backend.h"
+#include "../cuda/launch/barrier_workspace.h"
+#endif
+
+namespace bnk {
+
+#ifdef BNK_WITH_CUDA
+namespace {
+
+// BNKERNELS_PLAN=two_pass takes the two-pass path for everything; read once.
+PlanOptions plan_options() {
+  static const PlanOptions options = [] {
+    const char* value = std::getenv("BNKERNELS_PLAN");
+    const std::string text = value == nullptr ? "" : value;
+    TORCH_CHECK(text.empty() || text == "auto" || text == "streaming", "BNKERNELS_PLAN=", text,
+                ": expected auto or streaming");
+    return PlanOptions{.force_two_pass = text == "streaming"};
+  }();
+  return options;
+}
+
+// A stream of the current device on which nothing is ever captured. torch's own streams may be capturing.
+cudaStream_t stream_for_allocations() {
+  static std::mutex mutex;
+  static std::map<c10::DeviceIndex, cudaStream_t> streams;
+  const std::lock_guard<std::mutex> lock(mutex);
+  cudaStream_t& stream = streams[c10::cuda::current_device()];
+  if (stream == nullptr) C10_CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  return stream;
+}
+
+// Memory from torch's caching allocator: it frees what it caches when the device has nothing left.
+class TorchHost final : public cuda::Host {
+ public:
+  // On the current stream, so that it is reused without a synchronization.
+  void* scratch(int64_t bytes) override {
+    if (bytes == 0) return nullptr;
+    cached_.push_back(c10::cuda::CUDACachingAllocator::get()->allocate(static_cast<size_t>(bytes)));
+    return cached_.back().get();
+  }
+
+  // On a stream and a thread of its own. The allocator takes memory from a graph's or a user's pool while the current
+  // stream captures, or while the calling thread allocates to that pool (torch.cuda.use_mem_pool, warm-ups of
+  // torch.compile's CUDA graphs); this memory outlives both. Other calls that a capture forbids are allowed to a thread
+  // in relaxed mode.
+  void* zeros(int64_t bytes) override {
+    void* memory = nullptr;
+    std::exception_ptr error;
+    std::thread([&, device = c10::cuda::current_device()] {
+      try {
+        const c10::cuda::CUDAGuard guard(device);
+        const c10::cuda::CUDAStreamCaptureModeGuard mode(cudaStreamCaptureModeRelaxed);
+        const cudaStream_t stream = stream_for_allocations();
+        memory = c10::cuda::CUDACachingAllocator::raw_alloc_with_stream(static_cast<size_t>(bytes), stream);
+        C10_CUDA_CHECK(cudaMemsetAsync(memory, 0, static_cast<size_t>(bytes), stream));
+        C10_CUDA_CHECK(cudaStreamSynchronize(stream));
+      } catch (...) {
+        error = std::current_exception();
+        if (memory != nullptr) c10::cuda::CUDACachingAllocator::raw_delete(memory);
+      }
+    }).join();
+    if (error) std::rethrow_exception(error);
+    return memory;
+  }
+
+  void warn(const std::string& message) override { TORCH_WARN(message); }
+
+ private:
+  std::vector<c10::DataPtr> cached_;
+};
+
+}  // namespace
+#else
+namespace {
+
+[[noreturn]] void no_cuda(const char* wanted) {
+  TORCH_CHECK(false, "bnkernels was built for the CPU only, but ", wanted,
+              ". Build it again where torch.version.cuda is set and nvcc is on PATH (FORCE_CUDA=1 makes a build fail "
+              "that would leave CUDA out)");
+}
+
+constexpr const char* kInputOnCuda = "the input is on a CUDA device";
+
+}  // namespace
+#endif
+
+void run_forward_train(const ForwardTrainArgs& args, const at::Tensor& x) {
+  if (x.is_cpu()) return cpu::forward_train(args);
+#ifdef BNK_WITH_CUDA
+  const c10::cuda::CUDAGuard guard(x.device());
+  TorchHost host;
+  C10_CUDA_CHECK(cuda::forward_train(args, plan_options(), c10::cuda::getCurrentCUDAStream(), host));
+#else
+  no_cuda(kInputOnCuda);
+#endif
+}
+
+void run_forward_eval(const ForwardEvalArgs& args, const at::Tensor& x) {
+  if (x.is_cpu()) return cpu::forward_eval(args);
+#ifdef BNK_WITH_CUDA
+  const c10::cuda::CUDAGuard guard(x.device());
+  C10_CUDA_CHECK(cuda::forward_eval(args, c10::cuda::getCurrentCUDAStream()));
+#else
+  no_cuda(kInputOnCuda);
+#endif
+}
+
+void run_backward(const BackwardArgs& args, const at::Tensor& x) {
+  if (x.is_cpu()) return cpu::backward(args);
+#ifdef BNK_WITH_CUDA
+  const c10::cuda::CUDAGuard guard(x.device());
+  TorchHost host;
+  C10_CUDA_CHECK(cuda::backward(args, plan_options(), c10::cuda::getCurrentCUDAStream(), host));
+#else
+  no_cuda(kInputOnCuda);
+#endif
+}
+
+void run_statistics(const StatisticsArgs& args, const at::Tensor& beside) {
+  if (beside.is_cpu()) return cpu::statistics(args);
+#ifdef BNK_WITH_CUDA
+  const c10::cuda::CUDAGuard guard(beside.device());
+  TorchHost host;
+  C10_CUDA_CHECK(cuda::sync::statistics(args, c10::cuda::getCurrentCUDAStream(), host));
+#else
+  no_cuda(kInputOnCuda);
+#endif
+}
+
+void run_combine_statistics(const CombineStatisticsArgs& args, const at::Tensor& beside) {
+  if (beside.is_cpu()) return cpu::combine_statistics(args);
+#ifdef BNK_WITH_CUDA
+  const c10::cuda::CUDAGuard guard(beside.device());
+  C10_CUDA_CHECK(cuda::sync::combine_statistics(args, c10::cuda::getCurrentCUDAStream()));
+#else
+  no_cuda(kInputOnCuda);
+#endif
+}
+
+void run_normalize(const NormalizeArgs& args, const at::Tensor& beside) {
+  if (beside.is_cpu()) return cpu::normalize(args);
+#ifdef BNK_WITH_CUDA
+  const c10::cuda::CUDAGuard guard(beside.device());
+  C10_CUDA_CHECK(cuda::sync::normalize(args, c10::cuda::getCurrentCUDAStream()));
+#else
+  no_cuda(kInputOnCuda);
+#endif
+}
+
+void run_grad_sums(const GradSumsArgs& args, const at::Tensor& beside) {
+  if (beside.is_cpu()) return cpu::grad_sums(args);
+#ifdef BNK_WITH_CUDA
+  const c10::cuda::CUDAGuard guard(beside.device());
+  TorchHost host;
+  C10_CUDA_CHECK(cuda::sync::grad_sums(args, c10::cuda::getCurrentCUDAStream(), host));
+#else
+  no_cuda(kInputOnCuda);
+#endif
+}
+
+void run_grad_input(const GradInputArgs& args, const at::Tensor& beside) {
+  if (beside.is_cpu()) return cpu::grad_input(args);
+#ifdef BNK_WITH_CUDA
+  const c10::cuda::CUDAGuard guard(beside.device());
+  TorchHost host;
+  C10_CUDA_CHECK(cuda::sync::grad_input(args, c10::cuda::getCurrentCUDAStream(), host));
+#else
+  no_cuda(kInputOnCuda);
+#endif
+}
+
+DeviceLimits device_limits(int device) {
+#ifdef BNK_WITH_CUDA
+  const int count = c10::cuda::device_count();
+  TORCH_CHECK(device >= 0 && device < count, "expected a CUDA device below ", count, ", but got ", device,
+              count == 0 ? ": this machine has none that torch can use" : "");
+  const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
+  DeviceLimits limits;
+  C10_CUDA_CHECK(cuda::current_device_limits(&limits));
+  return limits;
+#else
+  (void)device;
+  no_cuda("the limits of a CUDA device were asked for");
+#endif
+}
+
+std::vector<at::Tensor> barrier_workspace(int device) {
+#ifdef BNK_WITH_CUDA
+  std::vector<at::Tensor> all;
+  const auto options = at::TensorOptions(at::kInt).device(at::kCUDA, static_cast<c10::DeviceIndex>(device));
+  constexpr int64_t kInts = kBarrierWordBytes / static_cast<int64_t>(sizeof(int));
+  for (const auto& [memory, count] : cuda::barrier_workspaces(device)) {
+    all.push_back(at::from_blob(memory, {count, kBarrierWords, kInts}, options).select(2, 0));
+  }
+  return all;
+#else
+  (void)device;
+  no_cuda("the barrier workspace of a CUDA device was asked for");
+#endif
+}
+
+}  // namespace bnk
