@@ -136,7 +136,7 @@ def demoted(one: Chosen, inputs: Inputs) -> list[Kind]:
     """Of the kinds, those that did not run: where fewer blocks fit than the plan expects, as under a tool that adds to
     the kernels' registers, the two-pass path takes their place. It has several launches, the others have one."""
     i = inputs
-    _, mean, invstd = ops.forward_train(i.x, i.weight, i.bias, None, None, None, 0.0, i.eps)
+    _, mean, invstd, _ = ops.forward_train(i.x, i.weight, i.bias, None, None, None, 0.0, i.eps)
     calls: dict[str, Callable[[], object]] = {
         "forward_train": lambda: ops.forward_train(i.x, i.weight, i.bias, None, None, None, 0.0, i.eps),
         "backward_train": lambda: ops.backward(i.grad, i.x, i.weight, mean, invstd, True, True, True, True),

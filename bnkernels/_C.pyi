@@ -11,8 +11,10 @@ def forward_train(
     num_batches_tracked: Tensor | None,
     momentum: float | None,
     eps: float,
+    residual: Tensor | None = None,
+    relu: bool = False,
     /,
-) -> tuple[Tensor, Tensor, Tensor]: ...
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]: ...
 def forward_eval(
     x: Tensor,
     weight: Tensor | None,
@@ -20,8 +22,10 @@ def forward_eval(
     running_mean: Tensor | None,  # None raises
     running_var: Tensor | None,
     eps: float,
+    residual: Tensor | None = None,
+    relu: bool = False,
     /,
-) -> tuple[Tensor, Tensor, Tensor]: ...
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]: ...
 def backward(
     grad: Tensor,
     x: Tensor,
@@ -32,43 +36,7 @@ def backward(
     need_input: bool,
     need_weight: bool,
     need_bias: bool,
-    /,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]: ...
-def fused_forward_train(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
-    eps: float,
-    relu: bool,
-    /,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
-def fused_forward_eval(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,  # None raises
-    running_var: Tensor | None,
-    eps: float,
-    relu: bool,
-    /,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
-def relu_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
-    relu_range: Tensor,
-    training: bool,
-    need_input: bool,
-    need_weight: bool,
-    need_bias: bool,
+    relu_bounds: Tensor | None = None,
     /,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]: ...
 def empty_cache() -> int: ...

@@ -7,6 +7,7 @@ compiled code. A call that mixes real and meta tensors comes here too.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -140,9 +141,12 @@ def _train_fake(
     num_batches_tracked: Tensor | None,
     momentum: float | None,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    residual: Tensor | None = None,
+    relu: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check(x, num_batches_tracked, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
-    return _like(x), _statistic(x), _statistic(x)
+    _check_residual(residual, x)
+    return _like(x), _statistic(x), _statistic(x), _relu_bounds(x, residual, relu)
 
 
 @torch.library.register_fake("bnkernels::batch_norm_train_functional")
@@ -153,20 +157,28 @@ def _train_functional_fake(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
-    momentum: float | None,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _check(x, num_batches_tracked, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
-    mean, invstd = _statistic(x), _statistic(x)
-    return _like(x), mean, invstd, *_updated(mean, running_mean, running_var, num_batches_tracked)
+    *rest: Any,
+    **options: Any,
+) -> tuple[Tensor, ...]:
+    buffers = (running_mean, running_var, num_batches_tracked)
+    results = _train_fake(x, weight, bias, *buffers, *rest, **options)
+    return *results, *_updated(results[1], *buffers)
 
 
 @torch.library.register_fake("bnkernels::batch_norm_eval")
 def _eval_fake(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor, running_var: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    residual: Tensor | None = None,
+    relu: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check(x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
-    return _like(x), _statistic(x), _statistic(x)
+    _check_residual(residual, x)
+    return _like(x), _statistic(x), _statistic(x), _relu_bounds(x, residual, relu)
 
 
 @torch.library.register_fake("bnkernels::batch_norm_backward")
@@ -180,79 +192,16 @@ def _backward_fake(
     need_input: bool,
     need_weight: bool,
     need_bias: bool,
+    relu_bounds: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_grad(grad, x)
     _check(x, weight=weight, mean=mean, invstd=invstd)
+    if relu_bounds is not None:
+        _check_relu_bounds(relu_bounds, x)
     return _like(x) if need_input else x.new_empty(0), *_parameter_grads(x, weight, mean, need_weight, need_bias)
 
 
-@torch.library.register_fake("bnkernels::batch_norm_fused_train")
-def _fused_train_fake(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
-    eps: float,
-    relu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check_residual(residual, x)
-    plain = _train_fake(x, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps)
-    return *plain, _relu_bounds(x, residual, relu)
-
-
-@torch.library.register_fake("bnkernels::batch_norm_fused_train_functional")
-def _fused_train_functional_fake(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
-    eps: float,
-    relu: bool,
-) -> tuple[Tensor, ...]:
-    _check_residual(residual, x)
-    y, mean, invstd, *updated = _train_functional_fake(
-        x, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps
-    )
-    return y, mean, invstd, _relu_bounds(x, residual, relu), *updated
-
-
-@torch.library.register_fake("bnkernels::batch_norm_fused_eval")
-def _fused_eval_fake(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    eps: float,
-    relu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check_residual(residual, x)
-    return *_eval_fake(x, weight, bias, running_mean, running_var, eps), _relu_bounds(x, residual, relu)
-
-
-@torch.library.register_fake("bnkernels::batch_norm_relu_backward")
-def _relu_backward_fake(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
-    relu_bounds: Tensor,
-    training: bool,
-    need_input: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    results = _backward_fake(grad, x, weight, mean, invstd, training, need_input, need_weight, need_bias)
+def _check_relu_bounds(relu_bounds: Tensor, x: Tensor) -> None:
     torch._check(
         relu_bounds.dim() == 2 and relu_bounds.shape[0] == 2 and relu_bounds.shape[1] == x.shape[1],
         lambda: f"batch_norm backward: expected a relu_bounds of shape [2, {x.shape[1]}], but got {relu_bounds.shape}",
@@ -262,7 +211,6 @@ def _relu_backward_fake(
             f"batch_norm backward: expected a relu_bounds of dtype {_statistic_dtype(x.dtype)} on {x.device}, but got "
             f"{relu_bounds.dtype} on {relu_bounds.device}"
         )
-    return results
 
 
 @torch.library.register_fake("bnkernels::sync_batch_norm_statistics")

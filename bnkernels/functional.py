@@ -79,9 +79,7 @@ def batch_norm(
         name_the_cause(input=input)
     if input.dim() < 2:
         return with_epilogue(_without_channels(input, running_mean, running_var, weight, bias), residual, activation)
-    if residual is None and activation is None:
-        return batch_norm_tracked(input, weight, bias, running_mean, running_var, None, training, momentum, eps)
-    return fused_batch_norm_tracked(
+    return batch_norm_tracked(
         input, weight, bias, running_mean, running_var, None, training, momentum, eps, residual, activation
     )
 
@@ -96,12 +94,14 @@ def batch_norm_tracked(
     training: bool,
     momentum: float | None,
     eps: float,
+    residual: Tensor | None = None,
+    activation: str | None = None,
 ) -> Tensor:
     """What the modules call: batch_norm() that also counts the batches; momentum None averages over all of them."""
-    if has_torch_function_unary(input):
+    if has_torch_function_unary(input) or (residual is not None and has_torch_function_unary(residual)):
         result: Tensor = handle_torch_function(
             batch_norm_tracked,
-            (input,),
+            (input, residual),
             input,
             weight,
             bias,
@@ -111,57 +111,23 @@ def batch_norm_tracked(
             training,
             momentum,
             eps,
-        )
-        return result
-    _check_call(running_mean, running_var, training, eps)
-    try:
-        return autograd.batch_norm(
-            input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps
-        )
-    except UNNAMED:
-        name_the_cause(input=input, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
-        raise
-
-
-def fused_batch_norm_tracked(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    residual: Tensor | None,
-    activation: str | None,
-) -> Tensor:
-    """What the modules call where there is an epilogue: batch_norm_tracked() with a residual, an activation or both."""
-    buffers = (running_mean, running_var, num_batches_tracked)
-    if has_torch_function_variadic(input, residual):
-        result: Tensor = handle_torch_function(
-            fused_batch_norm_tracked,
-            (input, residual),
-            input,
-            weight,
-            bias,
-            *buffers,
-            training,
-            momentum,
-            eps,
             residual,
             activation,
         )
         return result
+    # The ops check the rest, in torch's words. They cannot be given None here, and they write numbers in another way.
+    if not training and (running_mean is None or running_var is None):
+        missing = "running_mean" if running_mean is None else "running_var"
+        raise RuntimeError(f"{missing} must be defined in evaluation mode")
+    if eps <= 0.0 and (training or eps < 0.0):
+        wanted = "positive during training" if training else "non-negative"
+        raise ValueError(f"batch_norm eps must be {wanted}, but got {eps}")
+    spec = (running_mean, running_var, num_batches_tracked, training, momentum, eps)
     try:
         if residual is not None and not _fits(residual, input):
             check_residual(residual, input, activation)
-            y = batch_norm_tracked(input, weight, bias, *buffers, training, momentum, eps)
-            return with_epilogue(y, residual, activation)
-        _check_call(running_mean, running_var, training, eps)
-        return autograd.fused_batch_norm(
-            input, weight, bias, *buffers, training, momentum, eps, residual, activation is not None
-        )
+            return with_epilogue(autograd.batch_norm(input, weight, bias, spec), residual, activation)
+        return autograd.batch_norm(input, weight, bias, spec, residual, activation is not None)
     except UNNAMED:
         name_the_cause(
             input=input,
@@ -195,16 +161,6 @@ def check_activation(activation: str | None) -> None:
     """Raises ValueError for a name that is not one of an activation."""
     if activation not in (None, "relu"):
         raise ValueError(f"activation must be None or 'relu', but got {activation!r}")
-
-
-def _check_call(running_mean: Tensor | None, running_var: Tensor | None, training: bool, eps: float) -> None:
-    # The ops check the rest, in torch's words. They cannot be given None here, and they write numbers in another way.
-    if not training and (running_mean is None or running_var is None):
-        missing = "running_mean" if running_mean is None else "running_var"
-        raise RuntimeError(f"{missing} must be defined in evaluation mode")
-    if eps <= 0.0 and (training or eps < 0.0):
-        wanted = "positive during training" if training else "non-negative"
-        raise ValueError(f"batch_norm eps must be {wanted}, but got {eps}")
 
 
 def sync_batch_norm_tracked(

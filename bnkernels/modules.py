@@ -19,7 +19,7 @@ from torch.fx import Proxy
 from torch.jit import is_scripting, is_tracing  # type: ignore[attr-defined]
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .functional import batch_norm_tracked, fused_batch_norm_tracked, with_epilogue
+from .functional import batch_norm_tracked, with_epilogue
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -63,11 +63,7 @@ class ForwardMixin(_BatchNorm):
             training = running_mean is None and running_var is None
         if momentum is None and num_batches_tracked is None:
             momentum = 0.0  # there is nothing to average by, and torch leaves the statistics as they are
-        if residual is None and activation is None:
-            return batch_norm_tracked(
-                input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, self.eps
-            )
-        return fused_batch_norm_tracked(
+        return batch_norm_tracked(
             input,
             weight,
             bias,

@@ -1,13 +1,12 @@
 """The compiled library: loads it and names its ops. fakes.py describes them to torch's tracers.
 
-The only file that knows how Python reaches C++. Two doors lead to the same kernels and the same argument checks:
+The only file that knows how Python reaches C++. Two entry points lead to the same kernels and argument checks:
 
     forward_train, forward_eval, backward            pybind functions, for eager: the cheaper call
     train_functional, eval_op, backward_op           the registered ops torch.ops.bnkernels.*, for tracing
 
-fused_*: the same with an addition, a ReLU or both behind the normalisation. relu_backward*: the backward of one with a
-ReLU and no addition, from the relu_bounds that its forward returned. The steps of a batch that lies on several ranks
-have registered ops alone: beside a collective a call costs nothing.
+Both take an epilogue: a residual to add, a ReLU, or both. The steps of a batch that lies on several ranks have
+registered ops alone: next to a collective the cost of a call does not matter.
 
 The pybind functions go through torch's dispatcher as well, so that dispatch modes and tensor subclasses see them.
 """
@@ -102,9 +101,6 @@ try:
     forward_train = _C.forward_train
     forward_eval = _C.forward_eval
     backward = _C.backward
-    fused_forward_train = _C.fused_forward_train
-    fused_forward_eval = _C.fused_forward_eval
-    relu_backward = _C.relu_backward
     _empty_cache = _C.empty_cache
 
     # How the CUDA kernels would run a pass, by arithmetic alone, and the limits of a CUDA device that this depends on
@@ -117,10 +113,6 @@ try:
     train_functional = torch.ops.bnkernels.batch_norm_train_functional.default
     eval_op = torch.ops.bnkernels.batch_norm_eval.default
     backward_op = torch.ops.bnkernels.batch_norm_backward.default
-    fused_train_op = torch.ops.bnkernels.batch_norm_fused_train.default
-    fused_train_functional = torch.ops.bnkernels.batch_norm_fused_train_functional.default
-    fused_eval_op = torch.ops.bnkernels.batch_norm_fused_eval.default
-    relu_backward_op = torch.ops.bnkernels.batch_norm_relu_backward.default
 
     # torch's own: grad where another tensor is above a threshold.
     threshold_backward = torch.ops.aten.threshold_backward.default

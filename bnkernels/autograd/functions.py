@@ -1,20 +1,25 @@
-"""The autograd.Functions of batch_norm. What they compute is in the ops (kernels) and in formulas.py (the rest).
+"""The autograd.Functions of y = relu(batch_norm(x) + residual), where the residual and the ReLU are optional.
 
-    Eager            backward through the kernels: the way of ordinary training
-    Transformable    with jvp and vmap, for torch.func and for forward mode
+    Eager            backward through the kernels: ordinary training
+    Transformable    batch_norm alone, with jvp and vmap, for torch.func and for forward mode
     Traced           of ops without side effects, for torch.compile and torch.export
     Backward         the backward kernel, as a function that is differentiable in its turn
+
+What they compute is in the ops (kernels) and in formulas.py (the rest).
 
 Why three of one thing: torch.func requires the setup_context form, whose arguments torch binds with inspect.signature()
 on every call, which takes longer than a small BatchNorm does (23 us against 3 us, on empty functions of these
 arguments); and torch.compile traces no function that has a jvp.
 
 Saved are x, the weight and the statistics of *this* forward, 2C values. The running statistics are not read again, so
-an eval forward that is followed by a train forward still has its own gradient.
+an eval forward that is followed by a train forward still has its own gradient. A ReLU without a residual adds its
+bounds, 2C values: the backward kernel compares x with them, so neither y nor a mask is saved or read. With a residual y
+is saved, as torch's ReLU does, and the ReLU's backward is torch's own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,54 +45,86 @@ def is_traced() -> bool:
     return is_compiling() or TracingContext.try_get() is not None
 
 
+Spec = tuple["Tensor | None", "Tensor | None", "Tensor | None", bool, "float | None", float]
+"""(running_mean, running_var, num_batches_tracked, training, momentum, eps)"""
+
+
 def batch_norm(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
+    spec: Spec,
+    residual: Tensor | None = None,
+    relu: bool = False,
 ) -> Tensor:
-    """y of batch_norm, differentiable in x, weight and bias; if training, the buffers that are there are updated.
+    """relu(batch_norm(x) + residual), differentiable in x, weight, bias and residual.
 
-    x is (N, C, *), the others (C,) or None, num_batches_tracked one int64; dtypes as the ops take them.
-    Inference needs running_mean and running_var. momentum None averages over all batches: it needs num_batches_tracked.
+    In training the buffers of `spec` that are not None are updated.
+
+    x is (N, C, *), residual like x; the others are (C,) or None, num_batches_tracked one int64; dtypes as the ops take
+    them. Inference needs running_mean and running_var. momentum None averages over all batches: it needs
+    num_batches_tracked.
     """
+    running_mean, running_var, num_batches_tracked, training, momentum, eps = spec
     grad_enabled = is_grad_enabled()
     if grad_enabled and (
         (running_mean is not None and running_mean.requires_grad)
         or (running_var is not None and running_var.requires_grad)
     ):
         raise RuntimeError("batch_norm is not differentiable with respect to running_mean and running_var.")
+    transformed = transforms_active() or forward_ad._current_level >= 0
+    if (residual is not None or relu) and (transformed or is_in_onnx_export()):
+        y = batch_norm(x, weight, bias, spec)
+        y = y if residual is None else y + residual
+        return torch.relu(y) if relu else y
     if is_traced():
-        traced = _traced
         if is_in_onnx_export():
-            traced = _exported_to_onnx
-        elif transforms_active():
+            return _exported_to_onnx(x, weight, bias, spec)
+        if transforms_active():
             # A compiler drops the backward of a Function in a transform of torch.func (torch 2.13: zeros, silently).
-            traced = formulas.forward
-        return traced(x, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps)
-    if transforms_active() or forward_ad._current_level >= 0:
-        outputs: tuple[Tensor, ...] = Transformable.apply(
-            x, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps
-        )
+            return formulas.forward(x, weight, bias, *spec)
+        return _traced(x, weight, bias, spec, residual, relu)
+    if transformed:
+        outputs: tuple[Tensor, ...] = Transformable.apply(x, weight, bias, *spec)
         return outputs[0]
     if grad_enabled and (
-        x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
     ):
-        rest = (running_mean, running_var, num_batches_tracked, training, momentum, eps)
-        y: Tensor = _apply_eager(x, weight, bias, rest)
-        return y
+        result: Tensor = _apply_eager(x, weight, bias, (*spec, relu), residual)
+        return result
     if training:
-        return ops.forward_train(x, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps)[0]
-    return ops.forward_eval(x, weight, bias, running_mean, running_var, eps)[0]
+        return ops.forward_train(
+            x, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, residual, relu
+        )[0]
+    return ops.forward_eval(x, weight, bias, running_mean, running_var, eps, residual, relu)[0]
+
+
+def _run(
+    train: Callable[..., Any],
+    evaluate: Callable[..., Any],
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    relu: bool,
+) -> Any:
+    """What the forward op of the mode returns: (y, mean, invstd, relu_bounds, ...)."""
+    if training:
+        return train(x, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, residual, relu)
+    return evaluate(x, weight, bias, running_mean, running_var, eps, residual, relu)
 
 
 class Eager(Function):
-    """(x, weight, bias, (running_mean, running_var, num_batches_tracked, training, momentum, eps)) -> y
+    """(x, weight, bias, (*spec, relu)) -> y, or with a fifth argument, the residual.
 
     What has no gradient is in one tuple, which autograd does not look into: every argument of its own costs time.
     """
@@ -98,70 +135,87 @@ class Eager(Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        rest: tuple[Tensor | None, Tensor | None, Tensor | None, bool, float | None, float],
+        rest: tuple[Any, ...],
+        residual: Tensor | None = None,
     ) -> Tensor:
-        running_mean, running_var, num_batches_tracked, training, momentum, eps = rest
+        running_mean, running_var, num_batches_tracked, training, momentum, eps, relu = rest
         if training:
-            y, mean, invstd = ops.forward_train(
-                x, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps
+            y, mean, invstd, bounds = ops.forward_train(
+                x, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, residual, relu
             )
         else:
-            y, mean, invstd = ops.forward_eval(x, weight, bias, running_mean, running_var, eps)
-        ctx.save_for_backward(x, weight, mean, invstd)
-        ctx.call = (training, eps)
+            y, mean, invstd, bounds = ops.forward_eval(x, weight, bias, running_mean, running_var, eps, residual, relu)
+        if relu:
+            ctx.save_for_backward(x, weight, mean, invstd, bounds if residual is None else y)
+        else:
+            ctx.save_for_backward(x, weight, mean, invstd)
+        ctx.call = (training, eps, relu)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, invstd = ctx.saved_tensors
-        training, eps = ctx.call
-        need_input, need_weight, need_bias, _ = ctx.needs_input_grad
+        x, weight, mean, invstd, *passed = ctx.saved_tensors
+        training, eps, relu = ctx.call
+        need_input, need_weight, need_bias, _, *need_residual = ctx.needs_input_grad
         # Where there is no weight, autograd itself casts the bias's gradient to the bias's dtype.
-        if is_grad_enabled() or transforms_active() or forward_ad._current_level >= 0:
-            grads = Backward.apply(grad, x, weight, mean, invstd, training, eps, need_input, need_weight, need_bias)
-        else:
-            grads = ops.backward(grad, x, weight, mean, invstd, training, need_input, need_weight, need_bias)
-        return *grads, None
+        again = is_grad_enabled() or transforms_active() or forward_ad._current_level >= 0
+        bounds = None
+        if relu:
+            if need_residual:
+                grad = ops.threshold_backward(grad, passed[0], 0)
+            elif again:
+                grad = formulas.passed_by_relu(grad, x, passed[0])
+            else:
+                bounds = passed[0]
+        grads: tuple[Tensor | None, ...] = (None, None, None)
+        if need_input or need_weight or need_bias:
+            if again:
+                grads = Backward.apply(grad, x, weight, mean, invstd, training, eps, need_input, need_weight, need_bias)
+            else:
+                grads = ops.backward(
+                    grad, x, weight, mean, invstd, training, need_input, need_weight, need_bias, bounds
+                )
+        return *grads, None, *(grad if need else None for need in need_residual)
 
 
-def _apply_eager_in_c(x: Tensor, weight: Tensor | None, bias: Tensor | None, rest: tuple[Any, ...]) -> Any:
+def _apply_eager_in_c(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, rest: tuple[Any, ...], residual: Tensor | None
+) -> Any:
     """Eager.apply() for a torch whose own is Python: it looks for transforms, of which batch_norm() has found none.
 
     What is left of it to do is to unwrap tensors that have outlived the transform they come from.
     """
+    last = () if residual is None else (_unwrap_if_dead(residual),)
     return super(Function, Eager).apply(
         _unwrap_if_dead(x),
         None if weight is None else _unwrap_if_dead(weight),
         None if bias is None else _unwrap_if_dead(bias),
         rest,
+        *last,
     )
 
 
+def _apply_eager_itself(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, rest: tuple[Any, ...], residual: Tensor | None
+) -> Any:
+    return Eager.apply(x, weight, bias, rest, *(() if residual is None else (residual,)))
+
+
 _unwrap_if_dead = torch._C._functorch.unwrap_if_dead
-_apply_eager = _apply_eager_in_c if isinstance(Function.__dict__["apply"], classmethod) else Eager.apply
+_apply_eager = _apply_eager_in_c if isinstance(Function.__dict__["apply"], classmethod) else _apply_eager_itself
 
 
 class Transformable(Function):
-    """(x, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps) -> (y, mean, invstd)
+    """(x, weight, bias, *spec) -> (y, mean, invstd)
 
     mean and invstd are what y was made with; they have no gradient of their own.
     """
 
     @staticmethod
-    def forward(
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        num_batches_tracked: Tensor | None,
-        training: bool,
-        momentum: float | None,
-        eps: float,
-    ) -> tuple[Tensor, ...]:
-        if training:
-            return ops.forward_train(x, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps)
-        return ops.forward_eval(x, weight, bias, running_mean, running_var, eps)
+    def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, *spec: Any) -> tuple[Tensor, ...]:
+        rest = (*spec, False)  # no ReLU
+        outputs: tuple[Tensor, ...] = _run(ops.forward_train, ops.forward_eval, x, weight, bias, None, *rest)
+        return outputs[:3]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -192,73 +246,55 @@ class Transformable(Function):
 
 
 def _traced(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: Spec, residual: Tensor | None, relu: bool
 ) -> Tensor:
     """batch_norm() for a compiler: the new statistics are results, and writing them back is an operation it sees."""
-    buffers = (running_mean, running_var, num_batches_tracked)
-    outputs: tuple[Tensor, ...] = Traced.apply(x, weight, bias, *buffers, training, momentum, eps)
-    for buffer, updated in zip(buffers, outputs[3:]):
+    outputs: tuple[Tensor, ...] = Traced.apply(x, weight, bias, residual, *spec, relu)
+    for buffer, updated in zip(spec[:3], outputs[4:]):
         if buffer is not None:
             buffer.copy_(updated)
     return outputs[0]
 
 
-def _exported_to_onnx(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-) -> Tensor:
+def _exported_to_onnx(x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: Spec) -> Tensor:
     """batch_norm() for ONNX: its own BatchNormalization, as which it knows torch's operator; in training, formulas."""
+    running_mean, running_var, _, training, _, eps = spec
     if training:
-        buffers = (running_mean, running_var, num_batches_tracked)
-        return formulas.forward(x, weight, bias, *buffers, training, momentum, eps)
+        return formulas.forward(x, weight, bias, *spec)
     return torch.nn.functional.batch_norm(x, running_mean, running_var, weight, bias, eps=eps)
 
 
 class Traced(Function):
-    """Arguments as Transformable's -> (y, mean, invstd), and in training the buffers as they are to be afterwards."""
+    """(x, weight, bias, residual, *spec, relu) -> (y, mean, invstd, relu_bounds), and in training the new buffers."""
 
     @staticmethod
     def forward(
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        num_batches_tracked: Tensor | None,
-        training: bool,
-        momentum: float | None,
-        eps: float,
+        x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, *rest: Any
     ) -> tuple[Tensor, ...]:
-        if training:
-            return ops.train_functional(x, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps)
-        return ops.eval_op(x, weight, bias, running_mean, running_var, eps)
+        outputs: tuple[Tensor, ...] = _run(ops.train_functional, ops.eval_op, x, weight, bias, residual, *rest)
+        return outputs
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*inputs[:2], *output[1:3])
-        ctx.training = inputs[6]
+        x, weight, _, residual, *_, ctx.training, _, _, ctx.relu = inputs
+        y, mean, invstd, bounds = output[:4]
+        ctx.adds = residual is not None
+        ctx.save_for_backward(x, weight, mean, invstd, None if not ctx.relu else y if ctx.adds else bounds)
         ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[:3]
-        grads = ops.backward_op(grad, *ctx.saved_tensors, ctx.training, *needs)
-        return *(g if need else None for g, need in zip(grads, needs)), None, None, None, None, None, None
+        x, weight, mean, invstd, passed = ctx.saved_tensors
+        *needs, need_residual = ctx.needs_input_grad[:4]
+        if ctx.relu and ctx.adds:
+            grad = ops.threshold_backward(grad, passed, 0)
+        bounds = passed if ctx.relu and not ctx.adds else None
+        grads = ops.backward_op(grad, x, weight, mean, invstd, ctx.training, *needs, bounds)
+        return (
+            *(g if need else None for g, need in zip(grads, needs)),
+            grad if need_residual else None,
+            *(None,) * 7,
+        )
 
 
 class Backward(Function):

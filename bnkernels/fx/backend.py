@@ -18,7 +18,7 @@ import torch
 import torch.utils.checkpoint
 from torch import fx
 
-from ..functional import batch_norm_tracked, fused_batch_norm_tracked
+from ..functional import batch_norm_tracked
 from ..running_stats import checkpoint_contexts
 from .calls import STATISTICS, norm_call
 
@@ -126,8 +126,7 @@ def register() -> None:
     """Makes the layers one node of captured graphs, and the backends known by name."""
     from torch._dynamo.backends import registry
 
-    for function in (batch_norm_tracked, fused_batch_norm_tracked):
-        torch.compiler.allow_in_graph(function)
+    torch.compiler.allow_in_graph(batch_norm_tracked)
     for name, backend in BACKENDS.items():
         # Known already: as an entry point, which torch loads and registers itself.
         if name not in registry._BACKENDS:

@@ -10,13 +10,12 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
-from ..functional import batch_norm_tracked, fused_batch_norm_tracked
+from ..functional import batch_norm_tracked
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 PLAIN = ("input", "weight", "bias", *STATISTICS, "training", "momentum", "eps")
 _SIGNATURES: dict[Any, tuple[str, ...]] = {
-    batch_norm_tracked: PLAIN,
-    fused_batch_norm_tracked: (*PLAIN, "residual", "activation"),
+    batch_norm_tracked: (*PLAIN, "residual", "activation"),
     F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
 }
 _DEFAULTS = {**dict.fromkeys(("weight", "bias", *STATISTICS, "residual", "activation")), "training": False}
@@ -31,7 +30,7 @@ _ADD_IN_PLACE = {operator.iadd, "add_", "__iadd__"}
 
 @dataclass(frozen=True)
 class NormCall:
-    """One call of a BatchNorm, with its arguments by the names of fused_batch_norm_tracked()."""
+    """One call of a BatchNorm, with its arguments by the names of batch_norm_tracked()."""
 
     node: fx.Node
     arguments: dict[str, Any]

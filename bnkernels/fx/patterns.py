@@ -16,7 +16,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ..functional import fused_batch_norm_tracked
+from ..functional import batch_norm_tracked
 from .calls import PLAIN, STATISTICS, NormCall, adds_in_place, describe, is_relu, norm_call, operands
 from .memory import MemoryOf, fake, is_barrier, overlap
 
@@ -43,7 +43,7 @@ class Match:
         arguments = [self.call.arguments[name] for name in PLAIN]
         activation = "relu" if self.relu is not None else self.call.arguments["activation"]
         with graph.inserting_before(self.before):
-            fused = graph.call_function(fused_batch_norm_tracked, (*arguments, self.residual, activation))
+            fused = graph.call_function(batch_norm_tracked, (*arguments, self.residual, activation))
         fused.meta = {**replaced[0].meta, "nn_module_stack": self.call.node.meta.get("nn_module_stack", {})}
         replaced[0].replace_all_uses_with(fused)
         for node in replaced:

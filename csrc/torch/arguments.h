@@ -69,7 +69,7 @@ void check_updated(const Vector& running_mean, const Vector& running_var, const 
 // The saved statistics of a forward: C elements of accumulate_dtype on the device of x.
 Vector saved_statistic(const at::Tensor& given, const char* name, const Input& input);
 
-// The relu_bounds of a forward (ops_calls.h), dense.
+// The relu_bounds of a forward (ops.h), dense.
 at::Tensor saved_relu_bounds(const at::Tensor& given, const Input& input);
 
 // int64, one element, on the device of the input.

@@ -3,7 +3,5 @@
 #include "arguments.cpp"
 #include "dispatch.cpp"
 #include "ops.cpp"
-#include "ops_calls.cpp"
-#include "ops_fused.cpp"
 #include "ops_sync.cpp"
 #include "result_memory.cpp"

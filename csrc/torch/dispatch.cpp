@@ -92,7 +92,21 @@ class TorchHost final : public cuda::Host {
   std::vector<c10::DataPtr> cached_;
 };
 
+template <typename Call>
+void run_on_cuda(const at::Tensor& x, const Call& call) {
+  const c10::cuda::CUDAGuard guard(x.device());
+  TorchHost host;
+  C10_CUDA_CHECK(call(cuda::Context{c10::cuda::getCurrentCUDAStream(), plan_options(), host}));
+}
+
 }  // namespace
+
+#define BNK_RUN(Args, function)                                                                  \
+  void run(const Args& args, const at::Tensor& x) {                                              \
+    if (x.is_cpu()) return cpu::function(args);                                                  \
+    run_on_cuda(x, [&](const cuda::Context& context) { return cuda::function(args, context); }); \
+  }
+
 #else
 namespace {
 
@@ -102,95 +116,26 @@ namespace {
               "that would leave CUDA out)");
 }
 
-constexpr const char* kInputOnCuda = "the input is on a CUDA device";
-
 }  // namespace
+
+#define BNK_RUN(Args, function)                     \
+  void run(const Args& args, const at::Tensor& x) { \
+    if (x.is_cpu()) return cpu::function(args);     \
+    no_cuda("the input is on a CUDA device");       \
+  }
+
 #endif
 
-void run_forward_train(const ForwardTrainArgs& args, const at::Tensor& x) {
-  if (x.is_cpu()) return cpu::forward_train(args);
-#ifdef BNK_WITH_CUDA
-  const c10::cuda::CUDAGuard guard(x.device());
-  TorchHost host;
-  C10_CUDA_CHECK(cuda::forward_train(args, plan_options(), c10::cuda::getCurrentCUDAStream(), host));
-#else
-  no_cuda(kInputOnCuda);
-#endif
-}
+BNK_RUN(ForwardTrainArgs, forward_train)
+BNK_RUN(ForwardEvalArgs, forward_eval)
+BNK_RUN(BackwardArgs, backward)
+BNK_RUN(StatisticsArgs, statistics)
+BNK_RUN(CombineStatisticsArgs, combine_statistics)
+BNK_RUN(NormalizeArgs, normalize)
+BNK_RUN(GradSumsArgs, grad_sums)
+BNK_RUN(GradInputArgs, grad_input)
 
-void run_forward_eval(const ForwardEvalArgs& args, const at::Tensor& x) {
-  if (x.is_cpu()) return cpu::forward_eval(args);
-#ifdef BNK_WITH_CUDA
-  const c10::cuda::CUDAGuard guard(x.device());
-  C10_CUDA_CHECK(cuda::forward_eval(args, c10::cuda::getCurrentCUDAStream()));
-#else
-  no_cuda(kInputOnCuda);
-#endif
-}
-
-void run_backward(const BackwardArgs& args, const at::Tensor& x) {
-  if (x.is_cpu()) return cpu::backward(args);
-#ifdef BNK_WITH_CUDA
-  const c10::cuda::CUDAGuard guard(x.device());
-  TorchHost host;
-  C10_CUDA_CHECK(cuda::backward(args, plan_options(), c10::cuda::getCurrentCUDAStream(), host));
-#else
-  no_cuda(kInputOnCuda);
-#endif
-}
-
-void run_statistics(const StatisticsArgs& args, const at::Tensor& beside) {
-  if (beside.is_cpu()) return cpu::statistics(args);
-#ifdef BNK_WITH_CUDA
-  const c10::cuda::CUDAGuard guard(beside.device());
-  TorchHost host;
-  C10_CUDA_CHECK(cuda::sync::statistics(args, c10::cuda::getCurrentCUDAStream(), host));
-#else
-  no_cuda(kInputOnCuda);
-#endif
-}
-
-void run_combine_statistics(const CombineStatisticsArgs& args, const at::Tensor& beside) {
-  if (beside.is_cpu()) return cpu::combine_statistics(args);
-#ifdef BNK_WITH_CUDA
-  const c10::cuda::CUDAGuard guard(beside.device());
-  C10_CUDA_CHECK(cuda::sync::combine_statistics(args, c10::cuda::getCurrentCUDAStream()));
-#else
-  no_cuda(kInputOnCuda);
-#endif
-}
-
-void run_normalize(const NormalizeArgs& args, const at::Tensor& beside) {
-  if (beside.is_cpu()) return cpu::normalize(args);
-#ifdef BNK_WITH_CUDA
-  const c10::cuda::CUDAGuard guard(beside.device());
-  C10_CUDA_CHECK(cuda::sync::normalize(args, c10::cuda::getCurrentCUDAStream()));
-#else
-  no_cuda(kInputOnCuda);
-#endif
-}
-
-void run_grad_sums(const GradSumsArgs& args, const at::Tensor& beside) {
-  if (beside.is_cpu()) return cpu::grad_sums(args);
-#ifdef BNK_WITH_CUDA
-  const c10::cuda::CUDAGuard guard(beside.device());
-  TorchHost host;
-  C10_CUDA_CHECK(cuda::sync::grad_sums(args, c10::cuda::getCurrentCUDAStream(), host));
-#else
-  no_cuda(kInputOnCuda);
-#endif
-}
-
-void run_grad_input(const GradInputArgs& args, const at::Tensor& beside) {
-  if (beside.is_cpu()) return cpu::grad_input(args);
-#ifdef BNK_WITH_CUDA
-  const c10::cuda::CUDAGuard guard(beside.device());
-  TorchHost host;
-  C10_CUDA_CHECK(cuda::sync::grad_input(args, c10::cuda::getCurrentCUDAStream(), host));
-#else
-  no_cuda(kInputOnCuda);
-#endif
-}
+#undef BNK_RUN
 
 DeviceLimits device_limits(int device) {
 #ifdef BNK_WITH_CUDA

@@ -1,5 +1,8 @@
-// The ops, called from C++ through torch's dispatcher, so that whatever stands before the kernels (fake tensors,
-// torch.func transforms, dispatch modes, the profiler) sees the call.
+// The kernels of the registered ops: they check arguments, allocate results and run on the device of x.
+//
+// Shapes: x, residual, grad (N, C, *); weight, bias, running_mean, running_var, mean, invstd (C,). See README for the
+// dtypes. Call an op through torch's dispatcher (bindings.cpp), so that fake tensors, torch.func, dispatch modes and the
+// profiler see the call.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -11,34 +14,24 @@ namespace bnk {
 
 using OptionalTensor = std::optional<at::Tensor>;
 using ThreeTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
-
-ThreeTensors batch_norm_train(const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
-                              const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                              const OptionalTensor& num_batches_tracked, std::optional<double> momentum, double eps);
-
-ThreeTensors batch_norm_eval(const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
-                             const at::Tensor& running_mean, const at::Tensor& running_var, double eps);
-
-// Gradients that are not needed come as tensors of size 0.
-ThreeTensors batch_norm_backward(const at::Tensor& grad, const at::Tensor& x, const OptionalTensor& weight,
-                                 const at::Tensor& mean, const at::Tensor& invstd, bool training, bool need_input,
-                                 bool need_weight, bool need_bias);
-
-// The same with y = relu(batch_norm(x) + residual), each part if it is there. The fourth result is the forward's
-// relu_bounds (ops_calls.h), or a tensor of size 0.
 using FourTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-FourTensors batch_norm_fused_train(const at::Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
-                                   const OptionalTensor& bias, const OptionalTensor& running_mean,
-                                   const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
-                                   std::optional<double> momentum, double eps, bool relu);
+// (y, mean, invstd, relu_bounds) of y = relu(batch_norm(x) + residual), where the residual and the ReLU are optional.
+// relu_bounds (2, C): the least and the greatest x of each channel with y > 0, of mean's dtype. Only a ReLU without a
+// residual has them; otherwise of size 0. Updates the running statistics and the count that are given.
+FourTensors batch_norm_train(const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                             const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                             const OptionalTensor& num_batches_tracked, std::optional<double> momentum, double eps,
+                             const OptionalTensor& residual, bool relu);
 
-FourTensors batch_norm_fused_eval(const at::Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
-                                  const OptionalTensor& bias, const at::Tensor& running_mean,
-                                  const at::Tensor& running_var, double eps, bool relu);
+FourTensors batch_norm_eval(const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                            const at::Tensor& running_mean, const at::Tensor& running_var, double eps,
+                            const OptionalTensor& residual, bool relu);
 
-ThreeTensors batch_norm_relu_backward(const at::Tensor& grad, const at::Tensor& x, const OptionalTensor& weight,
-                                      const at::Tensor& mean, const at::Tensor& invstd, const at::Tensor& relu_bounds,
-                                      bool training, bool need_input, bool need_weight, bool need_bias);
+// (grad_x, grad_weight, grad_bias); those that are not needed are of size 0. relu_bounds: as the forward returned them,
+// if it ended with a ReLU; grad is then the gradient of the ReLU's result.
+ThreeTensors batch_norm_backward(const at::Tensor& grad, const at::Tensor& x, const OptionalTensor& weight,
+                                 const at::Tensor& mean, const at::Tensor& invstd, bool training, bool need_input,
+                                 bool need_weight, bool need_bias, const OptionalTensor& relu_bounds);
 
 }  // namespace bnk

@@ -1,7 +1,6 @@
 // What the ops have in common: their tags, how they are found, and what they allocate their results with.
 #pragma once
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 
 #include <tuple>
@@ -21,14 +20,12 @@ inline at::TensorOptions statistic_options(const Input& input) {
   return input.tensor.options().dtype(to_scalar_type(accumulate_dtype(input.problem.dtype)));
 }
 
-inline PerChannel pointer_to(const at::Tensor& statistic, const Input& input) {
-  return {statistic.data_ptr(), accumulate_dtype(input.problem.dtype)};
+inline at::Tensor empty_statistic(int64_t size, const Input& input) {
+  return empty_vector(size, accumulate_dtype(input.problem.dtype), input.tensor);
 }
 
-// The op of that name, to be called through the dispatcher.
-template <typename Signature>
-auto find_op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+inline PerChannel pointer_to(const at::Tensor& statistic, const Input& input) {
+  return {statistic.data_ptr(), accumulate_dtype(input.problem.dtype)};
 }
 
 // What a result is written to: of the input's shape and dtype, dense in its memory format, whatever the strides of its

@@ -24,8 +24,8 @@ at::Tensor statistics(const at::Tensor& x, double eps) {
   const int64_t size = statistics_row(input.problem.channels);
   if (input.problem.elements() == 0) return at::zeros({size}, row_options(x));
   const at::Tensor row = at::empty({size}, row_options(x));
-  run_statistics(
-      {
+  run(
+      StatisticsArgs{
           .problem = input.problem,
           .x = input.tensor.const_data_ptr(),
           .eps = eps,
@@ -63,8 +63,8 @@ ThreeTensors combine(const at::Tensor& rows, const OptionalTensor& running_mean,
   const at::Tensor count = at::empty({1}, rows.options());
   // By an operation of its own: on a GPU no block may count while another one reads.
   if (counts) count_batch(*num_batches_tracked);
-  run_combine_statistics(
-      {
+  run(
+      CombineStatisticsArgs{
           .channels = channels,
           .rows = {dense.const_data_ptr<double>(), dense.size(0), dense.size(1)},
           .num_batches_tracked = counts ? num_batches_tracked->const_data_ptr<int64_t>() : nullptr,
@@ -103,8 +103,8 @@ at::Tensor normalize(const at::Tensor& x, const OptionalTensor& weight, const Op
   const Vector combined_invstd = saved_statistic(invstd, "invstd", input);
   const at::Tensor y = empty_result(input);
   if (input.problem.elements() == 0) return y;
-  run_normalize(
-      {
+  run(
+      NormalizeArgs{
           .problem = input.problem,
           .x = input.tensor.const_data_ptr(),
           .y = y.data_ptr(),
@@ -138,8 +138,8 @@ ThreeTensors grad_sums(const at::Tensor& grad, const at::Tensor& x, const Option
   const at::Tensor grad_weight = at::empty({weights}, parameter_options);
   const at::Tensor grad_bias = at::empty({biases}, parameter_options);
   const Dtype parameter = to_dtype(grad_bias.scalar_type());
-  run_grad_sums(
-      {
+  run(
+      GradSumsArgs{
           .problem = input.problem,
           .grad_y = grad_y.const_data_ptr(),
           .x = input.tensor.const_data_ptr(),
@@ -166,8 +166,8 @@ at::Tensor grad_input(const at::Tensor& grad, const at::Tensor& x, const Optiona
               " and dtype ", count.scalar_type(), " on ", count.device());
   const at::Tensor grad_x = empty_result(input);
   if (input.problem.elements() == 0) return grad_x;
-  run_grad_input(
-      {
+  run(
+      GradInputArgs{
           .problem = input.problem,
           .grad_y = grad_y.const_data_ptr(),
           .x = input.tensor.const_data_ptr(),

@@ -2,6 +2,7 @@
 
 #include <ATen/Context.h>
 #include <ATen/EmptyTensor.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
@@ -10,6 +11,7 @@
 #include <new>
 
 #include "../cpu/result_cache.h"
+#include "arguments.h"
 
 namespace bnk {
 namespace {
@@ -57,6 +59,12 @@ at::Tensor empty_result_like(const at::Tensor& x) {
   static ResultAllocator& allocator = *new ResultAllocator;  // never destroyed: results may outlive all that is static
   return at::detail::empty_generic(x.sizes(), &allocator, c10::DispatchKeySet(c10::DispatchKey::CPU), x.scalar_type(),
                                    format);
+}
+
+at::Tensor empty_vector(int64_t size, Dtype dtype, const at::Tensor& x) {
+  const at::ScalarType type = to_scalar_type(dtype);
+  if (!x.is_cpu() || fills_fresh_memory()) return at::empty({size}, x.options().dtype(type));
+  return at::detail::empty_cpu({size}, type);
 }
 
 }  // namespace bnk

@@ -205,11 +205,11 @@ def test_errors_of_the_ops() -> None:
         (x.to("meta"), "expected a residual of .* on cpu"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            ops.fused_forward_train(x, wrong, *vectors, 0.1, 1e-5, True)
-    _, mean, invstd, relu_bounds = ops.fused_forward_train(x, None, *vectors, 0.1, 1e-5, True)
+            ops.forward_train(x, *vectors, 0.1, 1e-5, wrong, True)
+    _, mean, invstd, relu_bounds = ops.forward_train(x, *vectors, 0.1, 1e-5, None, True)
     for wrong in (relu_bounds[:1], relu_bounds.double(), relu_bounds[:, :2], relu_bounds[0]):
         with pytest.raises(RuntimeError, match=r"expected a relu_bounds of shape \[2, 3\] and dtype Float"):
-            ops.relu_backward(x, x, None, mean, invstd, wrong, True, True, True, True)
+            ops.backward(x, x, None, mean, invstd, True, True, True, True, wrong)
 
 
 def test_what_is_kept_for_the_backward(device: str) -> None:
@@ -267,18 +267,18 @@ def test_numbers(case: testing.Case, device: str) -> None:
         residual = None if epilogue.residual is None else epilogue.residual.to(device)
         if i.training:
             buffers = (i.running_mean, i.running_var, i.num_batches_tracked)
-            y, mean, invstd, relu_bounds = ops.fused_forward_train(
-                i.x, residual, i.weight, i.bias, *buffers, i.momentum, i.eps, epilogue.relu
+            y, mean, invstd, relu_bounds = ops.forward_train(
+                i.x, i.weight, i.bias, *buffers, i.momentum, i.eps, residual, epilogue.relu
             )
         else:
-            y, mean, invstd, relu_bounds = ops.fused_forward_eval(
-                i.x, residual, i.weight, i.bias, i.running_mean, i.running_var, i.eps, epilogue.relu
+            y, mean, invstd, relu_bounds = ops.forward_eval(
+                i.x, i.weight, i.bias, i.running_mean, i.running_var, i.eps, residual, epilogue.relu
             )
         outputs = testing.Outputs(y.cpu(), mean.cpu(), invstd.cpu())
         if epilogue.has_bounds:
             testing.assert_bounds_are_exact(inputs, y.cpu(), *relu_bounds.cpu(), str(case))
             needs = (True, i.weight is not None, True)
-            dx, dweight, dbias = ops.relu_backward(i.grad, i.x, i.weight, mean, invstd, relu_bounds, i.training, *needs)
+            dx, dweight, dbias = ops.backward(i.grad, i.x, i.weight, mean, invstd, i.training, *needs, relu_bounds)
             outputs = dataclasses.replace(
                 outputs, dx=dx.cpu(), dweight=None if dweight is None else dweight.cpu(), dbias=dbias.cpu()
             )
@@ -332,14 +332,14 @@ def test_compiled(training: bool, channels_last: bool, device: str) -> None:
 def test_opcheck(adds: bool, relu: bool, dtype: torch.dtype, layout: str, device: str) -> None:
     """Schemas, fakes and tracing of the fused ops."""
     x = testing.lay_out(torch.randn(SHAPE, device=device).to(dtype), layout)
-    for op in (ops.fused_train_op, ops.fused_train_functional):
+    for op in (ops.train_op, ops.train_functional):
         torch.library.opcheck(op, fused_arguments(x, adds, relu))
-    torch.library.opcheck(ops.fused_eval_op, fused_arguments(x, adds, relu, training=False))
+    torch.library.opcheck(ops.eval_op, fused_arguments(x, adds, relu, training=False))
     if adds:
         return
-    _, mean, invstd, relu_bounds = ops.fused_eval_op(*fused_arguments(x, adds, relu, training=False))
+    _, mean, invstd, relu_bounds = ops.eval_op(*fused_arguments(x, adds, relu, training=False))
     torch.library.opcheck(
-        ops.relu_backward_op, (torch.randn_like(x), x, None, mean, invstd, relu_bounds, True, True, True, True)
+        ops.backward_op, (torch.randn_like(x), x, None, mean, invstd, True, True, True, True, relu_bounds)
     )
 
 

@@ -131,10 +131,12 @@ def test_plain_formula(shape: tuple[int, ...], momentum: float | None, training:
     arguments = [torch.rand(3, device=device, dtype=torch.float64) + 0.5 for _ in range(4)]
     x = torch.randn(shape, device=device, dtype=torch.float64)
     results = []
-    for f in (formulas.forward, functions.batch_norm):
+    for formula in (True, False):
         tensors = [t.clone() for t in (x, *arguments)]
         count = torch.tensor(2, device=device)
-        y = f(*tensors, count, training, momentum, 1e-3)
+        x_, weight, bias, mean, var = tensors
+        spec = (mean, var, count, training, momentum, 1e-3)
+        y = formulas.forward(x_, weight, bias, *spec) if formula else functions.batch_norm(x_, weight, bias, spec)
         results.append([y, *tensors, count])
     torch.testing.assert_close(*results)
 

@@ -21,16 +21,16 @@ DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 def relu_backward_arguments(x: Tensor) -> tuple[Any, ...]:
     grad, x, weight, mean, invstd, *flags = backward_arguments(x).values()
-    return grad, x, weight, mean, invstd, torch.stack([mean, mean + 1]), *flags
+    return grad, x, weight, mean, invstd, *flags, torch.stack([mean, mean + 1])
 
 
 OPS: dict[str, tuple[Any, Callable[[Tensor], Sequence[Any]]]] = {
     **{name: (op, lambda x, make=make: [*make(x).values()]) for name, (op, make) in OPS.items()},
     **{f"sync_{name}": (op, lambda x, make=make: [*make(x).values()]) for name, (op, make) in SYNC_OPS.items()},
-    "fused_train": (ops.fused_train_op, lambda x: fused_arguments(x, True, True)),
-    "fused_train_functional": (ops.fused_train_functional, lambda x: fused_arguments(x, True, True)),
-    "fused_eval": (ops.fused_eval_op, lambda x: fused_arguments(x, True, True, training=False)),
-    "relu_backward": (ops.relu_backward_op, relu_backward_arguments),
+    "fused_train": (ops.train_op, lambda x: fused_arguments(x, True, True)),
+    "fused_train_functional": (ops.train_functional, lambda x: fused_arguments(x, True, True)),
+    "fused_eval": (ops.eval_op, lambda x: fused_arguments(x, True, True, training=False)),
+    "relu_backward": (ops.backward_op, relu_backward_arguments),
 }
 
 

@@ -28,9 +28,11 @@ def run(i: Inputs) -> Outputs:
         None if t is None else t.clone() for t in (i.running_mean, i.running_var, i.num_batches_tracked)
     )
     if i.training:
-        y, mean, invstd = ops.forward_train(i.x, i.weight, i.bias, running_mean, running_var, count, i.momentum, i.eps)
+        y, mean, invstd, _ = ops.forward_train(
+            i.x, i.weight, i.bias, running_mean, running_var, count, i.momentum, i.eps
+        )
     else:
-        y, mean, invstd = ops.forward_eval(i.x, i.weight, i.bias, running_mean, running_var, i.eps)
+        y, mean, invstd, _ = ops.forward_eval(i.x, i.weight, i.bias, running_mean, running_var, i.eps)
     need_weight = i.weight is not None
     dx, dweight, dbias = ops.backward(i.grad, i.x, i.weight, mean, invstd, i.training, True, need_weight, need_weight)
     return Outputs(y, mean, invstd, running_mean, running_var, count, dx, dweight, dbias)
@@ -85,7 +87,7 @@ def assert_conversions_exact() -> None:
         x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
         x = x.reshape(1, 1, -1)
         one, zero = torch.ones(1), torch.zeros(1)
-        y, _, _ = ops.forward_eval(x, None, None, zero, 0.75 * one, 0.25)  # invstd is exactly 1
+        y, *_ = ops.forward_eval(x, None, None, zero, 0.75 * one, 0.25)  # invstd is exactly 1
         assert torch.equal(y.isnan(), x.isnan())
         assert torch.equal(y.nan_to_num(0.0), x.nan_to_num(0.0)), f"{dtype} in runs"
 
@@ -97,7 +99,7 @@ def assert_conversions_exact() -> None:
         wide = wide[wide.isfinite()]
         ones = torch.ones(2, wide.numel(), dtype=dtype)
         zeros = torch.zeros_like(wide)
-        y, _, _ = ops.forward_eval(ones, wide, None, zeros, zeros + 0.75, 0.25)
+        y, *_ = ops.forward_eval(ones, wide, None, zeros, zeros + 0.75, 0.25)
         assert torch.equal(y[0], wide.to(dtype)), f"{dtype} in columns"
         assert torch.equal(y[1], wide.to(dtype)), f"{dtype} in columns"
 
@@ -124,7 +126,7 @@ def assert_nan_stays_nan() -> None:
                 (one, zero, some, one),
                 (one, zero, zero, some),
             ):
-                y, _, _ = ops.forward_eval(x, weight, bias, mean, var, 1e-5)
+                y, *_ = ops.forward_eval(x, weight, bias, mean, var, 1e-5)
                 assert torch.equal(y.isnan(), where), f"y, {dtype}, {shape}"
             of_weight = one.to(dtype)
             dx, dweight, dbias = ops.backward(x, x, of_weight, some, one, True, True, True, True)
@@ -133,7 +135,7 @@ def assert_nan_stays_nan() -> None:
             assert dweight.dtype == dtype and torch.equal(dweight.isnan(), expected), f"dweight, {dtype}, {shape}"
             assert dbias.isfinite().all()
         for value in nan:  # one channel is a run of any length, also one shorter than a vector
-            y, _, _ = ops.forward_eval(torch.ones(5, 1, 3, dtype=dtype), None, value[None], zero[:1], one[:1], 1e-5)
+            y, *_ = ops.forward_eval(torch.ones(5, 1, 3, dtype=dtype), None, value[None], zero[:1], one[:1], 1e-5)
             assert y.isnan().all(), f"{dtype}, one channel"
 
 
@@ -388,7 +390,7 @@ def test_16_bit_parameters_are_rounded_once(dtype: torch.dtype) -> None:
 def test_outputs_that_are_not_wanted_change_nothing_in_the_others() -> None:
     inputs = Case("offset_1e2", (5, 9, 35), "float32").inputs()
     assert inputs.weight is not None
-    _, mean, invstd = ops.forward_train(inputs.x, inputs.weight, inputs.bias, None, None, None, 0.1, 1e-5)
+    _, mean, invstd, _ = ops.forward_train(inputs.x, inputs.weight, inputs.bias, None, None, None, 0.1, 1e-5)
     for training in (True, False):
         whole = ops.backward(inputs.grad, inputs.x, inputs.weight, mean, invstd, training, True, True, True)
         for mask in range(1, 8):

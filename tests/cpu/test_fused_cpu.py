@@ -46,20 +46,20 @@ def name_of(value: object) -> str:
     return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def fused(i: Inputs, residual: Tensor | None, relu: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def fused(i: Inputs, residual: Tensor | None, relu: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """y, mean, invstd and relu_bounds; the running statistics of the inputs stay as they are."""
     if i.training:
         buffers = [None if t is None else t.clone() for t in (i.running_mean, i.running_var, i.num_batches_tracked)]
-        return ops.fused_forward_train(i.x, residual, i.weight, i.bias, *buffers, i.momentum, i.eps, relu)
+        return ops.forward_train(i.x, i.weight, i.bias, *buffers, i.momentum, i.eps, residual, relu)
     assert i.running_mean is not None and i.running_var is not None
-    return ops.fused_forward_eval(i.x, residual, i.weight, i.bias, i.running_mean, i.running_var, i.eps, relu)
+    return ops.forward_eval(i.x, i.weight, i.bias, i.running_mean, i.running_var, i.eps, residual, relu)
 
 
 def plain(i: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     if i.training:
-        return ops.forward_train(i.x, i.weight, i.bias, None, None, None, i.momentum, i.eps)
+        return ops.forward_train(i.x, i.weight, i.bias, None, None, None, i.momentum, i.eps)[:3]
     assert i.running_mean is not None and i.running_var is not None
-    return ops.forward_eval(i.x, i.weight, i.bias, i.running_mean, i.running_var, i.eps)
+    return ops.forward_eval(i.x, i.weight, i.bias, i.running_mean, i.running_var, i.eps)[:3]
 
 
 def assert_same_values(a: Tensor, b: Tensor, what: str) -> None:
@@ -71,10 +71,7 @@ def backward(i: Inputs, mean: Tensor, invstd: Tensor, relu_bounds: Tensor | None
     """All gradients, and that of x alone, which needs no sums in inference. relu_bounds None: no ReLU."""
     found = []
     for wanted in ((True, i.weight is not None, True), (True, False, False)):
-        if relu_bounds is None:
-            results = ops.backward(grad, i.x, i.weight, mean, invstd, i.training, *wanted)
-        else:
-            results = ops.relu_backward(grad, i.x, i.weight, mean, invstd, relu_bounds, i.training, *wanted)
+        results = ops.backward(grad, i.x, i.weight, mean, invstd, i.training, *wanted, relu_bounds)
         found += [t for t in results if t is not None]
     return found
 
@@ -106,7 +103,7 @@ def check(i: Inputs, context: str) -> None:
             parts = plain_y + residual if adds else plain_y
             assert_same_values(y, torch.relu(parts) if relu else parts, what)
         if adds:
-            assert relu_bounds.numel() == 0, what
+            assert relu_bounds is None, what
             continue
         assert not wrongly_masked(i, y, *relu_bounds).any(), what
         masked = torch.empty_like(i.x).copy_(i.grad.where(let_through(i.x, *relu_bounds), 0))
@@ -160,8 +157,8 @@ def test_forward_and_backward_are_within_the_gate() -> None:
             if adds:
                 continue
             need = i.weight is not None
-            dx, dweight, dbias = ops.relu_backward(
-                i.grad, i.x, i.weight, mean, invstd, relu_bounds, i.training, True, need, need
+            dx, dweight, dbias = ops.backward(
+                i.grad, i.x, i.weight, mean, invstd, i.training, True, need, need, relu_bounds
             )
             masked = replace(i, grad=i.grad.where(~(y <= 0), 0))
             assert_within(judge_call(masked, Outputs(dx=dx, dweight=dweight, dbias=dbias)), str(case))

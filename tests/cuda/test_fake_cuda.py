@@ -249,7 +249,7 @@ assert layer.num_batches_tracked.item() == 1
 
 def test_a_device_that_holds_less() -> None:
     """Fewer blocks beside each other than the limits let the plan expect: no launch that the device refuses, or that
-    would wait for blocks which cannot start, but the streaming path, and fewer clusters."""
+    would wait for blocks which cannot start, but the two-pass path, and fewer clusters."""
     code = """
 import fake_cuda
 fake_cuda.attach()
@@ -258,8 +258,10 @@ import bnkernels as bnk
 from launches import launches
 for shape, kernels in (
     ((4096, 16), ["statistics_kernel", "finalize_statistics", "normalize_kernel"]),  # a grid group
-    ((16, 64, 14, 14), ["persistent_forward_kernel"]),  # clusters
+    ((64, 16, 32, 32), ["persistent_forward_kernel"]),  # clusters
 ):
+    plan = bnk.explain(shape, device="cuda").passes[0].persistent
+    assert plan.group == ("grid" if len(shape) == 2 else "cluster") and plan.groups * plan.group_size > 8
     x = torch.randn(shape).cuda()
     layer = (bnk.BatchNorm1d if len(shape) == 2 else bnk.BatchNorm2d)(shape[1]).cuda()
     native = torch.nn.BatchNorm1d(shape[1]).cuda()

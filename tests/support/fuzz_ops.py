@@ -60,10 +60,6 @@ ENTRY_POINTS: dict[str, tuple[Callable[..., Any], ...]] = {
     "train_functional": (ops.train_functional,),
     "eval": (ops.eval_op, ops.forward_eval),
     "backward": (ops.backward_op, ops.backward),
-    "fused_train": (ops.fused_train_op, ops.fused_forward_train),
-    "fused_train_functional": (ops.fused_train_functional,),
-    "fused_eval": (ops.fused_eval_op, ops.fused_forward_eval),
-    "relu_backward": (ops.relu_backward_op, ops.relu_backward),
     "sync_statistics": (ops.sync_statistics,),
     "sync_combine": (ops.sync_combine,),
     "sync_combine_functional": (ops.sync_combine_functional,),
@@ -71,7 +67,7 @@ ENTRY_POINTS: dict[str, tuple[Callable[..., Any], ...]] = {
     "sync_grad_sums": (ops.sync_grad_sums,),
     "sync_grad_input": (ops.sync_grad_input,),
 }
-IN_PLACE = ("train", "fused_train", "sync_combine")
+IN_PLACE = ("train", "sync_combine")
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -237,27 +233,25 @@ def fuzz_call(rng: random.Random, call: Caller, case: Case, given: Inputs) -> No
     i = arranged(rng, given)
     epilogue = testing.make_epilogue(case.epilogue, given)
     residual = None if epilogue.residual is None else arrange_data(rng, epilogue.residual)
-    fused = not epilogue.is_empty or rng.random() < 0.1
-    prefix, functional = "fused_" * fused, rng.random() < 0.3
-    head: Arguments = {"x": i.x, **({"residual": residual} if fused else {}), "weight": i.weight, "bias": i.bias}
-    tail: Arguments = {"eps": i.eps, **({"relu": epilogue.relu} if fused else {})}
+    named, functional = not epilogue.is_empty or rng.random() < 0.3, rng.random() < 0.3
+    head: Arguments = {"x": i.x, "weight": i.weight, "bias": i.bias}
+    tail: Arguments = {"eps": i.eps, **({"residual": residual, "relu": epilogue.relu} if named else {})}
     running: Arguments = {"running_mean": i.running_mean, "running_var": i.running_var}
     if i.training:
-        name = f"{prefix}train{'_functional' * functional}"
+        name = f"train{'_functional' * functional}"
         counted: Arguments = {"num_batches_tracked": i.num_batches_tracked, "momentum": i.momentum}
         results = call(name, **head, **running, **counted, **tail)
         buffers = results[-3:] if functional else (i.running_mean, i.running_var, i.num_batches_tracked)
         after = {n: t if getattr(i, n) is not None else None for n, t in zip(BUFFERS, buffers)}
     else:
-        results, after = call(f"{prefix}eval", **head, **running, **tail), {}
+        results, after = call("eval", **head, **running, **tail), {}
     y, mean, invstd = results[:3]
     assert y is not None and mean is not None and invstd is not None
     saved = {"mean": arrange_read(rng, mean), "invstd": arrange_read(rng, invstd)}
     needs = {f"need_{n}": rng.random() < 0.8 for n in ("input", "weight", "bias")}
     gradient: Arguments = {"grad": i.grad, "x": i.x, "weight": i.weight, **saved}
     if epilogue.has_bounds:
-        tolerance: Arguments = {"relu_bounds": results[3]}
-        grads = call("relu_backward", **gradient, **tolerance, training=i.training, **needs)
+        grads = call("backward", **gradient, training=i.training, **needs, relu_bounds=results[3])
         assert results[3] is not None
         low, high = results[3].cpu()
         testing.assert_bounds_are_exact(on_cpu(given), y.cpu(), low, high, case)
@@ -328,7 +322,7 @@ def fuzz_little(rng: random.Random, call: Caller, case: Case, given: Inputs) -> 
     else:
         before = {n: None if t is None else t.clone() for n, t in (running | counted).items() if n in BUFFERS}
         results = call(name, **arguments)
-        after = dict(zip(BUFFERS, results[3:])) if name != "train" else arguments
+        after = dict(zip(BUFFERS, results[4:])) if name != "train" else arguments
         assert results[0] is not None and results[0].shape == x.shape
         for n in ("running_mean", "running_var"):
             assert before[n] is None or same_bits(after[n], before[n]), f"{name} of {tuple(x.shape)}: {n} has changed"

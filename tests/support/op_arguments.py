@@ -103,4 +103,4 @@ def fused_arguments(x: Tensor, adds: bool, relu: bool, training: bool = True) ->
     on: dict[str, Any] = {"device": x.device, "dtype": torch.float64 if x.dtype == torch.float64 else torch.float32}
     vectors = (torch.randn(c, **on), torch.randn(c, **on), torch.randn(c, **on), torch.rand(c, **on) + 0.5)
     count = (torch.tensor(3, device=x.device), 0.1) if training else ()
-    return (x, torch.randn_like(x) if adds else None, *vectors, *count, 1e-5, relu)
+    return (x, *vectors, *count, 1e-5, torch.randn_like(x) if adds else None, relu)

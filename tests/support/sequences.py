@@ -30,7 +30,7 @@ from torch import Tensor
 
 from bnkernels import ops
 from bnkernels.explain.devices import Limits
-from bnkernels.functional import batch_norm_tracked, fused_batch_norm_tracked
+from bnkernels.functional import batch_norm_tracked
 from bnkernels.testing import (
     EPILOGUES,
     LAYOUTS,
@@ -82,10 +82,7 @@ class Layer:
         x, weight, bias, residual = (leaves.get(name) for name in names)
         assert x is not None
         args = (x, weight, bias, *self.statistics, True, self.momentum, i.eps)
-        if epilogue.is_empty:
-            y = batch_norm_tracked(*args)
-        else:
-            y = fused_batch_norm_tracked(*args, residual, "relu" if epilogue.relu else None)
+        y = batch_norm_tracked(*args, residual, "relu" if epilogue.relu else None)
         results = {"y": y.detach()}
         if self.backward:
             results |= zip(leaves, torch.autograd.grad(y, list(leaves.values()), i.grad))

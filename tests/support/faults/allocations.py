@@ -64,14 +64,15 @@ def of_input(x: Tensor, strided: bool) -> Iterator[tuple[str, Call, Arguments]]:
         return torch.rand(channels, 2).to(x.dtype)[:, 0] if strided else torch.rand(channels).to(x.dtype)
 
     head: Arguments = {"x": x, "weight": vector(), "bias": vector()}
-    fused: Arguments = {"x": x, "residual": torch.randn_like(x), "weight": vector(), "bias": vector()}
+    added: Arguments = {"residual": torch.randn_like(x), "relu": True}
+    relu: Arguments = {"residual": None, "relu": True}
     running: Arguments = {"running_mean": vector(), "running_var": vector() + 0.5}
     counted: Arguments = {"num_batches_tracked": torch.tensor(3), "momentum": None}
     eps: Arguments = {"eps": 1e-5}
     saved: Arguments = {"mean": torch.rand(channels), "invstd": torch.rand(channels) + 0.5}
     needs = {"training": True, "need_input": True, "need_weight": True, "need_bias": True}
     grad: Arguments = {"grad": torch.randn(x.shape).to(x.dtype), "x": x, "weight": head["weight"], **saved}
-    tolerance: Arguments = {"relu_bounds": torch.stack((torch.zeros(channels), torch.ones(channels)))}
+    bounds: Arguments = {"relu_bounds": torch.stack((torch.zeros(channels), torch.ones(channels)))}
     rows = torch.rand(3, 2 * channels + 1, dtype=torch.float64)
     sums = torch.rand(3, 2 * channels, dtype=torch.float64)
     yield "train", ops.forward_train, head | running | counted | eps
@@ -79,10 +80,10 @@ def of_input(x: Tensor, strided: bool) -> Iterator[tuple[str, Call, Arguments]]:
     yield "train_functional", ops.train_functional, head | running | counted | eps
     yield "eval", ops.forward_eval, head | running | eps
     yield "backward", ops.backward, grad | needs
-    yield "train, relu", ops.fused_forward_train, fused | {"residual": None} | running | counted | eps | {"relu": True}
-    yield "train, add + relu", ops.fused_forward_train, fused | running | counted | eps | {"relu": True}
-    yield "eval, add + relu", ops.fused_forward_eval, fused | running | eps | {"relu": True}
-    yield "relu_backward", ops.relu_backward, grad | tolerance | needs
+    yield "train, relu", ops.forward_train, head | running | counted | eps | relu
+    yield "train, add + relu", ops.forward_train, head | running | counted | eps | added
+    yield "eval, add + relu", ops.forward_eval, head | running | eps | added
+    yield "backward, relu", ops.backward, grad | needs | bounds
     yield "sync_statistics", ops.sync_statistics, {"x": x} | eps
     yield "sync_combine", ops.sync_combine, {"rows": rows} | running | counted | eps | {"dtype": x.dtype}
     yield "sync_normalize", ops.sync_normalize, head | saved

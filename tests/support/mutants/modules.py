@@ -94,8 +94,8 @@ MUTANTS: list[Mutant] = [
     mutant(
         "batch_norm: no activation behind a residual that torch adds",
         "functional.py",
-        "        return with_epilogue(y, residual, activation)\n",
-        "        return with_epilogue(y, residual, None)\n",
+        "            return with_epilogue(autograd.batch_norm(input, weight, bias, spec), residual, activation)\n",
+        "            return with_epilogue(autograd.batch_norm(input, weight, bias, spec), residual, None)\n",
         FUSED,
     ),
     mutant(

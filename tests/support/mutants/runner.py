@@ -38,7 +38,7 @@ class Tree:
     """A copy of the repository with a build of its own. What was built in an earlier run is used again."""
 
     def __init__(self, root: Path, source: Path = ROOT) -> None:
-        self.root = root
+        self.root = root.resolve()  # its tests run there
         self.source = source
         self._extension: Build | None = None  # what is built: EXTENSION, FAKE_CUDA, or nothing that can be used
         self._passing: set[tuple[Build, tuple[str, ...]]] = set()
