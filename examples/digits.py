@@ -1,22 +1,21 @@
-"""A small residual network trained on real images three times, side by side: what bnkernels changes, and what it gains.
+"""Train a small residual network on real images with nn.BatchNorm2d, converted and fused, and compare the three.
 
     python examples/digits.py                  # or: make demo
 
-The three start from the same weights, see the same batches in the same order, and take each step in turns:
+The three networks start from the same weights, see the same batches in the same order, and alternate step by step:
 
 - with nn.BatchNorm2d,
-- after `bnk.convert`, which puts bnkernels' layers in its place,
-- after `bnk.fuse` as well, which makes each ReLU, or addition and ReLU, part of the BatchNorm before it.
+- after `bnk.convert`, which replaces its layers by bnkernels' layers,
+- after `bnk.fuse` as well, which fuses each ReLU, or addition and ReLU, into the BatchNorm before it.
 
-In float64 they go through the same training: what separates them is rounding near 1e-16, so that the losses of the
-first steps agree to about as much. In float32, as one would train, rounding near 1e-7 moves activations across the kink
-of a ReLU, and within an epoch they are different networks, as two runs that sum in another order always are. They must
-be equally good.
+In float64 the trainings are the same up to rounding near 1e-16, and the losses of the first steps agree to about that.
+In float32, the usual dtype, rounding near 1e-7 moves activations across the kink of a ReLU, and within an epoch the
+networks differ, as those of any two runs with different orders of summation. Their accuracies must be equally high.
 
 The network is the ResNet for CIFAR-10 of He et al. 2015 with 14 layers; the images are scikit-learn's handwritten
-digits (1,797 scans of 8x8 pixels, from the UCI repository, which the package contains). Prints how the training went
-and what a step costs, writes a plot, and exits with 1 unless every claim above held and all reach 97% on images not
-trained on.
+digits (1,797 scans of 8x8 pixels, from the UCI repository, which the package contains). Prints the progress
+of the training and the cost of a step, writes a plot, and exits with 1 unless every claim above holds and all networks
+reach 97% on images not trained on.
 """
 
 from __future__ import annotations
@@ -46,10 +45,10 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 REQUIRED_ACCURACY = 0.97
-# How far apart they may be, relative to the largest magnitude. In float64: the losses of all steps, and the gradients
-# of the first. In float32: the first loss. In both: what a trained network computes once it is converted and fused.
+# Tolerances, relative to the largest magnitude. In float64: the losses of all steps, and the gradients of the first. In
+# float32: the first loss. In both: the outputs of a trained network after it is converted and fused.
 AGREEMENT = {torch.float64: 1e-9, torch.float32: 1e-5}
-# Convolutions in float64 are slow, and what a wrong layer computes shows in the first step.
+# Convolutions in float64 are slow, and a wrong layer is visible in the first step.
 FLOAT64_EPOCHS = 1
 
 NN, CONVERTED, FUSED = "nn.BatchNorm2d", "converted", "fused"
@@ -62,7 +61,7 @@ COLOURS = {NN: "#f0a030", CONVERTED: "#204080", FUSED: "#c03060"}
 
 
 class Block(nn.Module):
-    """The basic residual block of He et al. 2015: two 3x3 convolutions beside a shortcut."""
+    """The basic residual block of He et al. 2015: two 3x3 convolutions and a shortcut."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -124,7 +123,7 @@ def load(device: torch.device, dtype: torch.dtype, seed: int) -> tuple[Images, I
 
 
 def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image moved by up to one pixel in each direction, what is uncovered filled with the background."""
+    """Each image moved by up to one pixel in each direction and filled up with the background."""
     count, _, height, width = images.shape
     down, right = torch.randint(3, (2, count, 1), generator=generator).to(images.device)
     rows = down + torch.arange(height, device=images.device)
@@ -132,13 +131,13 @@ def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
     padded = F.pad(images, (1, 1, 1, 1), value=float(images.min()))
     each = torch.arange(count, device=images.device)
     moved = padded[each[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-    # With one channel it is contiguous() already, but convolutions would take its strides for channels_last.
+    # One channel is always contiguous(), but convolutions would take the strides of the permute for channels_last.
     return moved.clone(memory_format=torch.contiguous_format)
 
 
 @dataclass
 class Run:
-    """One of the three networks, its optimizer, and what was seen of it."""
+    """One of the three networks, its optimizer, and its losses, times and accuracies."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -187,12 +186,12 @@ def gradient_difference(a: nn.Module, b: nn.Module) -> float:
 
 
 def largest(values: Iterable[float]) -> float:
-    """NaN where one of them is."""
+    """The largest value; NaN if any is NaN."""
     return float(np.max(list(values)))
 
 
 class Race:
-    """The three networks trained in one dtype, step by step in turns, and how far apart their first gradients were."""
+    """The three networks in one dtype, trained in alternating steps, and the difference of their first gradients."""
 
     def __init__(self, dtype: torch.dtype, args: argparse.Namespace) -> None:
         self.dtype = dtype
@@ -214,22 +213,22 @@ class Race:
         return str(self.dtype).removeprefix("torch.")
 
     @property
-    def ours(self) -> list[Run]:
+    def bnkernels_runs(self) -> list[Run]:
         return [self.runs[CONVERTED], self.runs[FUSED]]
 
     def step(self, images: Tensor, labels: Tensor) -> None:
         order = list(self.runs.values())
-        turn = len(order[0].seconds) % len(order)  # each is first as often as any other
+        turn = len(order[0].seconds) % len(order)  # every network goes first equally often
         for run in order[turn:] + order[:turn]:
             run.step(images, labels)
         if len(order[0].seconds) == 1:
-            native = self.runs[NN].model
-            self.first_gradients = largest(gradient_difference(run.model, native) for run in self.ours)
+            baseline = self.runs[NN].model
+            self.first_gradients = largest(gradient_difference(run.model, baseline) for run in self.bnkernels_runs)
 
     def loss_differences(self, run: Run) -> list[float]:
-        """Of each step, from the network with nn.BatchNorm2d, relative to that one's largest loss."""
-        native = self.runs[NN].step_losses
-        return [abs(a - b) / max(native) for a, b in zip(run.step_losses, native)]
+        """The difference of each step's loss from nn.BatchNorm2d's, relative to the latter's largest loss."""
+        baseline = self.runs[NN].step_losses
+        return [abs(a - b) / max(baseline) for a, b in zip(run.step_losses, baseline)]
 
 
 NAMES = " | ".join(f"{name:>9}" for name in VARIANTS)
@@ -244,7 +243,7 @@ def row(race: Race) -> str:
 
 
 def train(dtype: torch.dtype, args: argparse.Namespace) -> Race:
-    """Trains the three and prints a row an epoch."""
+    """Trains the three networks and prints one row per epoch."""
     race = Race(dtype, args)
     data, test, steps = race.data, race.test, race.steps_per_epoch
     epochs = min(args.epochs, FLOAT64_EPOCHS) if dtype == torch.float64 else args.epochs
@@ -253,8 +252,8 @@ def train(dtype: torch.dtype, args: argparse.Namespace) -> Race:
     for epoch in range(1, epochs + 1):
         order = torch.randperm(len(data), generator=generator).split(args.batch_size)[:steps]
         for chosen in tqdm(order, desc=f"{race.name}, epoch {epoch}/{epochs}", leave=False, disable=None):
-            there = chosen.to(args.device)
-            race.step(shifted(data.images[there], generator), data.labels[there])
+            indices = chosen.to(args.device)
+            race.step(shifted(data.images[indices], generator), data.labels[indices])
         for run in race.runs.values():
             run.finish_epoch(test, steps)
         tqdm.write(row(race))
@@ -262,23 +261,24 @@ def train(dtype: torch.dtype, args: argparse.Namespace) -> Race:
 
 
 def checks(race: Race) -> Iterator[tuple[bool, str, str]]:
-    """What must hold after a race: whether it does, what it is, and what was measured."""
+    """The conditions after a race: whether each holds, its description, and the measured value."""
     allowed = AGREEMENT[race.dtype]
-    native = race.runs[NN]
-    layers = [module for run in race.ours for module in run.model.modules() if isinstance(module, nn.BatchNorm2d)]
+    baseline = race.runs[NN]
+    modules = [module for run in race.bnkernels_runs for module in run.model.modules()]
+    layers = [module for module in modules if isinstance(module, nn.BatchNorm2d)]
     all_converted = all(type(layer) is bnk.BatchNorm2d for layer in layers)
     yield all_converted, "every layer converted", f"{len(layers)} in two networks"
-    differences = [race.loss_differences(run) for run in race.ours]
+    differences = [race.loss_differences(run) for run in race.bnkernels_runs]
     if race.dtype == torch.float64:
         yield race.first_gradients <= allowed, "the first gradients agree", f"{race.first_gradients:.1e}"
         apart = largest(value for each in differences for value in each)
-        yield apart <= allowed, f"the losses of all {len(native.seconds)} steps agree", f"{apart:.1e}"
+        yield apart <= allowed, f"the losses of all {len(baseline.seconds)} steps agree", f"{apart:.1e}"
     else:
         apart = largest(each[0] for each in differences)
         yield apart <= allowed, "the first losses agree", f"{apart:.1e}"
     for name in (CONVERTED, FUSED):
-        model = VARIANTS[name](copy.deepcopy(native.model)).eval()
-        after = relative_difference(model(race.test.images).detach(), native.logits(race.test.images))
+        model = VARIANTS[name](copy.deepcopy(baseline.model)).eval()
+        after = relative_difference(model(race.test.images).detach(), baseline.logits(race.test.images))
         yield after <= allowed, f"the network trained with nn.BatchNorm2d, {name}, computes the same", f"{after:.1e}"
     if race.dtype == torch.float32:
         worst = min(run.accuracies[-1] for run in race.runs.values())
@@ -286,41 +286,41 @@ def checks(race: Race) -> Iterator[tuple[bool, str, str]]:
 
 
 def saved_bytes(model: nn.Module, batch: Images) -> tuple[int, int]:
-    """What autograd keeps of one forward for its backward, and how much of that is inputs of convolutions, in bytes.
+    """Bytes that autograd saves in one forward for its backward, and the part that is inputs of convolutions.
 
-    Counted are distinct storages, so that a tensor which two operations keep counts once. Parameters, buffers and the
-    batch itself are left out, as they would stay anyway.
+    Distinct storages are counted, so a tensor that two operations save counts once. Parameters, buffers and the batch
+    are left out, as they stay alive in any case.
     """
     inputs: set[int] = set()
-    # A copy is not fused, so that hooks see its tensors; the convolutions' inputs are as large.
+    # A copy is not fused, so hooks see its tensors; the convolutions' inputs have the same size.
     eager = copy.deepcopy(model)
     for module in eager.modules():
         if isinstance(module, nn.Conv2d):
             module.register_forward_pre_hook(lambda _, args: inputs.add(args[0].untyped_storage().data_ptr()))
     of_convolutions = sum(size for address, size in saved_storages(eager, batch).items() if address in inputs)
     state = copy.deepcopy(model.state_dict())
-    model(batch.images)  # what is captured at a first call is captured without hooks
+    model(batch.images)  # the first call captures the graph; capture must not see the hooks
     total = sum(saved_storages(model, batch).values())
     model.load_state_dict(state)  # the forward has updated the running statistics
     return total, of_convolutions
 
 
 def saved_storages(model: nn.Module, batch: Images) -> dict[int, int]:
-    """The addresses and bytes of the storages that autograd keeps of one forward."""
-    anyway = [*model.parameters(), *model.buffers(), batch.images, batch.labels]
-    left_out = {tensor.untyped_storage().data_ptr() for tensor in anyway}
-    kept: dict[int, torch.UntypedStorage] = {}  # alive until the end, so that no address is used twice
+    """The addresses and sizes in bytes of the storages that autograd saves in one forward."""
+    persistent = [*model.parameters(), *model.buffers(), batch.images, batch.labels]
+    left_out = {tensor.untyped_storage().data_ptr() for tensor in persistent}
+    saved: dict[int, torch.UntypedStorage] = {}  # keeps them alive, so that no address is reused
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in left_out:
-            kept[storage.data_ptr()] = storage
+            saved[storage.data_ptr()] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = F.cross_entropy(model(batch.images), batch.labels)
     del loss
-    return {address: storage.nbytes() for address, storage in kept.items()}
+    return {address: storage.nbytes() for address, storage in saved.items()}
 
 
 def quartiles(values: list[float], form: str) -> str:
@@ -332,22 +332,22 @@ def table(race: Race, saved: dict[str, tuple[int, int]]) -> str:
     rows = [["", "ms a step", "times as fast as nn", "saved for backward", "of it inputs of convolutions"]]
     for name, run in race.runs.items():
         milliseconds = quartiles([1000 * seconds for seconds in run.seconds], ".1f")
-        in_the_same_turn = [native / ours for native, ours in zip(race.runs[NN].seconds, run.seconds)]
-        speedup = "" if name == NN else quartiles(in_the_same_turn, ".2f")
+        step_ratios = [baseline / run_seconds for baseline, run_seconds in zip(race.runs[NN].seconds, run.seconds)]
+        speedup = "" if name == NN else quartiles(step_ratios, ".2f")
         rows.append([name, milliseconds, speedup, *(f"{count / 1e6:.2f} MB" for count in saved[name])])
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join(" | ".join(f"{cell:<{width}}" for cell, width in zip(line, widths)).rstrip() for line in rows)
 
 
 ABOUT_THE_TABLE = """\
-Times: medians with quartiles, of steps taken in turns (forward, backward and optimizer, convolutions included).
-Saved: distinct storages that autograd keeps from forward to backward, without parameters, buffers and the batch itself.
-Fusing a ReLU spares its result where nothing else keeps it. A convolution keeps its input, whatever layer made it, and
-a ReLU that follows an addition keeps its result fused as well: in a residual network fusing spares no memory."""
+Times: medians with quartiles of alternating steps (forward, backward and optimizer, convolutions included).
+Saved: distinct storages that autograd saves from forward to backward, without parameters, buffers and the batch.
+Fusing a ReLU saves the memory of its output if nothing else saves that output. A convolution saves its input, and a
+fused addition and ReLU save their output, so fusing saves no memory in a residual network."""
 
 
 def draw_curves(axes: Axes, race: Race, values: dict[str, list[float]], label: str) -> None:
-    """One over the other where they agree: the first is the widest."""
+    """Equal curves overlap, so the first is the widest."""
     for width, (name, curve) in zip((6, 3, 1.2), values.items()):
         epochs = range(1, len(curve) + 1)
         axes.plot(epochs, curve, color=COLOURS[name], linewidth=width, marker="o", markersize=width + 2, label=name)
@@ -357,7 +357,7 @@ def draw_curves(axes: Axes, race: Race, values: dict[str, list[float]], label: s
 
 def draw_differences(axes: Axes, race: Race) -> None:
     for size, (name, run) in zip((9, 4), list(race.runs.items())[1:]):
-        differences = [value or math.nan for value in race.loss_differences(run)]  # 0 has no place on this axis
+        differences = [value or math.nan for value in race.loss_differences(run)]  # a log axis has no 0
         axes.plot(range(1, len(differences) + 1), differences, "o", color=COLOURS[name], markersize=size, label=name)
     axes.axhline(AGREEMENT[race.dtype], color="grey", linestyle="--", label="allowed")
     axes.set(yscale="log", xlabel="training step (no point: no difference)", ylabel="relative to the largest loss")
@@ -370,7 +370,7 @@ def draw_times(axes: Axes, race: Race, saved: dict[str, tuple[int, int]]) -> Non
     for box, median, colour in zip(boxes["boxes"], boxes["medians"], COLOURS.values()):
         box.set(facecolor=colour, alpha=0.6)
         median.set(color="black")
-    labels = [f"{name}\n{total / 1e6:.2f} MB kept\nfor backward" for name, (total, _) in saved.items()]
+    labels = [f"{name}\n{total / 1e6:.2f} MB saved\nfor backward" for name, (total, _) in saved.items()]
     axes.set_xticks(range(1, len(labels) + 1), labels)
     axes.set(ylabel="ms", ylim=(0, None), title=f"{race.name}: time of a step (median, quartiles, 5% and 95%)")
 
@@ -410,7 +410,7 @@ def main(argv: list[str] | None = None) -> int:
     print("bnkernels on", args.device)
     for name, value in bnk.build_info().items():
         print(f"  {name:9} {value}")
-    # TF32 would round what the layers give to ten bits, and so make large differences of small ones.
+    # TF32 would round the convolutions' inputs to ten bits and amplify small differences.
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         float64, float32 = (train(dtype, args) for dtype in AGREEMENT)
         results = [(race.name, check) for race in (float64, float32) for check in checks(race)]

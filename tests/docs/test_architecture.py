@@ -1,6 +1,6 @@
-"""Who may know whom (docs/architecture.md): each file includes and imports only what stands below it.
+"""The dependency rules of docs/architecture.md: each file includes and imports only the layers below its own.
 
-A new file must be given its place here, or its test fails: a file that belongs nowhere is how layers dissolve.
+The test of a new file fails until the file has a layer here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 PACKAGE = ROOT / "bnkernels"
 
-MAX_LINES = 500  # a file longer than this holds two things
+MAX_LINES = 500  # split a longer file
 
 STANDARD = re.compile(r"^<[a-z_]+>$|^<std(int|def|io|lib)\.h>$|^<(imm|emm)intrin\.h>$")
 TORCH = re.compile(r"^[<\"](torch|ATen|c10|pybind11)/")
@@ -27,43 +27,42 @@ CUDA_RUNTIME = re.compile(r"^<cuda(_runtime|_runtime_api)?\.h>$")
 
 @dataclass(frozen=True)
 class Module:
-    """A part of csrc/: which parts it may include, and which headers from outside beside the standard library's."""
+    """A module of csrc/: the modules it may include, and external headers in addition to the standard library's."""
 
     below: frozenset[str]
     outside: tuple[re.Pattern[str], ...] = ()
 
 
 MODULES = {
-    # What is computed: plain data, and arithmetic for any compiler.
+    # The problem: plain data, and arithmetic for any compiler.
     "core": Module(frozenset()),
-    # How: every tuning number.
+    # The plan: every tuning number.
     "plan": Module(frozenset({"core"})),
     # The only access to the hardware. Its host twin is in tests/support/simt.
     "cuda/ptx": Module(frozenset({"core", "plan"}), (CUDA_TYPES,)),
-    # Device code is also compiled by the host's compiler: no torch, no CUDA runtime, no CUB.
+    # The host's compiler compiles device code too: no torch, no CUDA runtime, no CUB.
     "cuda/device": Module(frozenset({"core", "plan", "cuda/ptx"})),
     "cuda/kernels": Module(frozenset({"core", "plan", "cuda/ptx", "cuda/device"})),
-    # Launch sequences over any executor: CUDA's, or the host's in tests/support/simt.
+    # Launch sequences over any executor: CUDA's, or that of tests/support/simt.
     "cuda/launch": Module(
         frozenset({"core", "plan", "cuda/ptx", "cuda/device", "cuda/kernels", "cuda"}), (CUDA_RUNTIME, CUDA_TYPES)
     ),
-    # The entry points of the CUDA backend, which take a stream and know no torch.
+    # The entry points of the CUDA backend take a stream and do not depend on torch.
     "cuda": Module(frozenset({"core", "plan", "cuda/launch"}), (CUDA_RUNTIME,)),
-    # The CPU backend sees at::parallel_for of torch; of the system, its memory and what a fork() leaves.
+    # The CPU backend uses at::parallel_for of torch, and the system's memory mapping and fork handlers.
     "cpu": Module(frozenset({"core"}), (re.compile(r"^<(ATen/Parallel|sys/mman|pthread)\.h>$"),)),
-    # Tensors are checked here and become raw pointers.
+    # Checks tensors and converts them to raw pointers.
     "torch": Module(frozenset({"core", "plan", "cuda", "cuda/launch", "cpu"}), (TORCH,)),
 }
 
-# ptx.cuh picks its body by compiler; the host's lies with the tests.
+# ptx.cuh selects its implementation by compiler; the host's is in tests/support/simt.
 HOST_BODY = ("csrc/cuda/ptx.cuh", '"simt/primitives_host.h"')
 
-# Python, lowest first: a module may import those above it in this list. `reference` is the truth and knows nobody.
+# Python, lowest layer first: a module may import those before it in this list. `reference` imports nothing.
 LAYERS = (
     "reference",
     "testing",
-    "fakes",
-    "ops",
+    "_ops",
     "ranks",
     "formulas",
     "autograd",
@@ -110,7 +109,7 @@ def includes(path: Path) -> list[str]:
 
 
 def violations(path: Path) -> Iterator[str]:
-    """What a file of csrc/ includes and must not."""
+    """Includes of a file of csrc/ that its module must not have."""
     own = module_of_csrc(path)
     assert own is not None
     for include in includes(path):
@@ -130,14 +129,14 @@ def violations(path: Path) -> Iterator[str]:
                 continue
             module = module_of_csrc(target)
             if module != own and module not in MODULES[own].below:
-                yield f"{include}: {own} must not know {module}"
+                yield f"{include}: {own} must not include {module}"
         elif not any(pattern.match(include) for pattern in MODULES[own].outside):
-            yield f"{include}: {own} must not know this header"
+            yield f"{include}: {own} must not include this header"
 
 
 @pytest.mark.parametrize("path", native_files(), ids=name_of)
 def test_native_includes(path: Path) -> None:
-    assert module_of_csrc(path) is not None, f"{name_of(path)} belongs to no module: add it to MODULES, or move it"
+    assert module_of_csrc(path) is not None, f"{name_of(path)} has no module: add its folder to MODULES, or move it"
     assert list(violations(path)) == []
 
 
@@ -159,7 +158,7 @@ def test_native_includes(path: Path) -> None:
     ],
 )
 def test_the_check_of_includes_finds(file: str, include: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check itself: each forbidden include is found when planted."""
+    """The check itself finds each planted include that is forbidden."""
     for existing in ("plan/plan.h", "cpu/backend.h", file):
         (tmp_path / existing).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / existing).touch()
@@ -175,7 +174,7 @@ def module_of(path: Path) -> str:
 
 
 def imported(tree: ast.Module, path: Path) -> set[str]:
-    """The package's modules that a file imports, anywhere in it; `_C` among them."""
+    """The package's modules, including `_C`, that a file imports anywhere."""
     inside = path.relative_to(PACKAGE).parent.parts
     found: set[str] = set()
     for node in ast.walk(tree):
@@ -199,7 +198,7 @@ def is_ours(module: str) -> bool:
 
 
 def names_ops(tree: ast.Module) -> bool:
-    """Whether the code says torch.ops, in either way of importing it."""
+    """Whether the code names torch.ops, however it is imported."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and node.attr == "ops":
             if isinstance(node.value, ast.Name) and node.value.id == "torch":
@@ -219,16 +218,16 @@ def test_python_imports(path: Path) -> None:
     own = module_of(path)
     assert own in LAYERS, f"{name_of(path)} has no layer: add it to LAYERS"
     allowed = APART.get(own, frozenset(LAYERS[: LAYERS.index(own)])) | {own}
-    if own == "ops":
+    if own == "_ops":
         allowed |= {"_C"}
     assert imported(ast.parse(path.read_text()), path) - allowed == set()
 
 
-@pytest.mark.parametrize("path", [path for path in python_files() if path.name != "ops.py"], ids=name_of)
+@pytest.mark.parametrize("path", [path for path in python_files() if path.parent.name != "_ops"], ids=name_of)
 def test_only_ops_names_the_extension(path: Path) -> None:
     tree = ast.parse(path.read_text())
-    assert not names_ops(tree), "torch.ops is named in bnkernels/ops.py only"
-    assert "_C" not in imported(tree, path), "_C is imported in bnkernels/ops.py only"
+    assert not names_ops(tree), "torch.ops is named in bnkernels/_ops only"
+    assert "_C" not in imported(tree, path), "_C is imported in bnkernels/_ops only"
 
 
 @pytest.mark.parametrize(
@@ -236,9 +235,9 @@ def test_only_ops_names_the_extension(path: Path) -> None:
     [
         ("import bnkernels", {"__init__"}),
         ("import bnkernels._C", {"_C"}),
-        ("from . import _C, ops", {"_C", "ops"}),
+        ("from . import _C, _ops", {"_C", "_ops"}),
         ("from ._C import forward_train", {"_C"}),
-        ("def f():\n    from bnkernels.ops import backward", {"ops"}),
+        ("def f():\n    from bnkernels._ops import backward", {"_ops"}),
         ("from .reference import x", {"reference"}),
         ("from . import __version__", {"__init__"}),
         ("import torch", set()),
@@ -257,7 +256,7 @@ def test_the_check_of_ops_finds(code: str) -> None:
 
 def source_files() -> list[Path]:
     found = native_files() + python_files()
-    for folder in ("tests", "bench", "examples"):
+    for folder in ("tests", "bench", "examples", "studies"):
         found += [path for path in (ROOT / folder).rglob("*") if path.suffix in {".py", ".h", ".cpp", ".cuh", ".cu"}]
     return sorted(found)
 
@@ -265,4 +264,4 @@ def source_files() -> list[Path]:
 @pytest.mark.parametrize("path", source_files(), ids=name_of)
 def test_length(path: Path) -> None:
     lines = len(path.read_text().splitlines())
-    assert lines <= MAX_LINES, f"{lines} lines: this file holds more than one thing"
+    assert lines <= MAX_LINES, f"{lines} lines, more than {MAX_LINES}: split the file"

@@ -1,4 +1,4 @@
-"""The study of time to accuracy: its ghosts are what the paper says, its measures give what is known beforehand."""
+"""The study of time to accuracy: ghost batch normalisation as in the paper, and measures with known results."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-pytest.importorskip("studies")
+pytest.importorskip("study_runs")
 
-import cifar_style_speedrun as study
-import speedrun_networks as networks
-from studies import quick
+from study_runs import quick
+
+from studies import cifar_style_speedrun as study
+from studies import speedrun_networks as networks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -32,13 +33,13 @@ def ghost(virtual_batch: int) -> networks.GhostBatchNorm2d:
 
 def activations(count: int) -> Tensor:
     generator = torch.Generator().manual_seed(1)
-    # Each image with a mean of its own, so that the statistics of virtual batches are well apart.
-    own = torch.randn(count, 3, 1, 1, generator=generator, dtype=torch.float64)
-    return own + torch.randn(count, 3, 4, 4, generator=generator, dtype=torch.float64)
+    # Each image has its own mean, so that the statistics of virtual batches differ clearly.
+    offset = torch.randn(count, 3, 1, 1, generator=generator, dtype=torch.float64)
+    return offset + torch.randn(count, 3, 4, 4, generator=generator, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("count", [24, 20], ids=["whole", "last one smaller"])
-def test_ghosts_normalise_each_virtual_batch_by_itself(count: int) -> None:
+def test_ghosts_normalise_each_virtual_batch_separately(count: int) -> None:
     """Outputs and all gradients are those of torch's batch_norm, virtual batch by virtual batch."""
     layer, x = ghost(8), activations(count)
     leaves = [x.clone().requires_grad_(), *(p.detach().clone().requires_grad_() for p in layer.parameters())]
@@ -47,16 +48,16 @@ def test_ghosts_normalise_each_virtual_batch_by_itself(count: int) -> None:
     y = layer(x)
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
-    ours = torch.autograd.grad((y**2 * weights).sum(), [x, *layer.parameters()])
-    native = torch.autograd.grad((expected**2 * weights).sum(), leaves)
-    for a, b in zip(ours, native):
+    gradients = torch.autograd.grad((y**2 * weights).sum(), [x, *layer.parameters()])
+    expected_gradients = torch.autograd.grad((expected**2 * weights).sum(), leaves)
+    for a, b in zip(gradients, expected_gradients):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
     whole = F.batch_norm(x, None, None, *layer.parameters(), training=True)
-    assert (y - whole).abs().max() > 0.1  # which the batch as a whole would not have given
+    assert (y - whole).abs().max() > 0.1  # unlike the statistics of the whole batch
 
 
-def test_running_statistics_follow_one_virtual_batch_after_the_other() -> None:
-    """(1 - p)^n r + sum_i p (1 - p)^(n - i) m_i, in means as in unbiased variances."""
+def test_each_virtual_batch_updates_the_running_statistics() -> None:
+    """(1 - p)^n r + sum_i p (1 - p)^(n - i) m_i, for means and unbiased variances."""
     layer, x, p = ghost(8), activations(24), networks.GHOST_MOMENTUM
     layer(x)
     parts = [part.transpose(0, 1).flatten(1) for part in x.split(8)]
@@ -67,13 +68,13 @@ def test_running_statistics_follow_one_virtual_batch_after_the_other() -> None:
     assert int(layer.bn.num_batches_tracked) == 3
 
 
-def test_all_forget_as_much_in_a_step() -> None:
-    kept = 1 - networks.MOMENTUM
-    assert kept == pytest.approx((1 - networks.GHOST_MOMENTUM) ** (study.BATCH / study.VIRTUAL))
+def test_all_decay_equally_in_a_step() -> None:
+    decay = 1 - networks.MOMENTUM
+    assert decay == pytest.approx((1 - networks.GHOST_MOMENTUM) ** (study.BATCH / study.VIRTUAL))
 
 
 def test_one_virtual_batch_is_batchnorm() -> None:
-    """And in evaluation any number of them."""
+    """In evaluation, any number of virtual batches is BatchNorm."""
     layer, plain, x = ghost(24), networks.bnk.BatchNorm2d(3).double(), activations(24)
     plain.load_state_dict(layer.bn.state_dict())
     assert torch.equal(layer(x), plain(x))
@@ -84,12 +85,12 @@ def test_one_virtual_batch_is_batchnorm() -> None:
 
 
 def test_halves_share_no_image() -> None:
-    """And the mean and the deviation are those of the half that is trained on."""
+    """The mean and the deviation are those of the training half."""
     data, test = study.halves(CPU, 0)
     assert len(data) + len(test) == 1797 and abs(len(data) - len(test)) == 1
     assert data.images.mean().abs() < 1e-5 and abs(data.images.std() - 1) < 1e-5
     numbered = torch.cat([data.images, test.images]).flatten(1)
-    assert len(numbered.unique(dim=0)) == 1797  # no scan is there twice, so none is in both
+    assert len(numbered.unique(dim=0)) == 1797  # no scan occurs twice, so none is in both halves
     other, _ = study.halves(CPU, 1)
     assert not torch.equal(other.labels, data.labels)
 
@@ -107,29 +108,29 @@ def test_batches_pass_over_all_images() -> None:
 def test_moved_images() -> None:
     images = torch.zeros(1, 1, 8, 8)
     images[0, 0, 3, 4] = 1
-    places = [tuple(view[0, 0].nonzero()[0].tolist()) for view in study.moved(images)]
+    places = [tuple(view[0, 0].nonzero()[0].tolist()) for view in study.shifted_views(images)]
     assert places == [(3, 4), (4, 4), (2, 4), (3, 5), (3, 3)]
 
 
 def test_images_are_laid_out_as_the_kind_says() -> None:
-    """Of one channel, they are contiguous in both ways: what a convolution goes by are the strides."""
+    """Images of one channel are contiguous in both layouts: convolutions choose by the strides."""
     for layout, strides in ((torch.contiguous_format, (64, 64, 8, 1)), (torch.channels_last, (64, 1, 8, 1))):
         for images in (torch.zeros(4, 8, 8, 1).permute(0, 3, 1, 2), torch.zeros(4, 1, 8, 8)):
-            assert study.laid_out(images, layout).stride() == strides
-    original = study.network(study.TORCHS)
+            assert study.to_layout(images, layout).stride() == strides
+    original = study.network(study.TORCH_NORM)
     for kind in study.KINDS:
         runner = study.Runner(study.model_of(kind, original), kind.layout, 0.1, 1)
-        after = runner.model.get_submodule("0.0")(study.laid_out(torch.zeros(4, 1, 8, 8), kind.layout))
+        after = runner.model.get_submodule("0.0")(study.to_layout(torch.zeros(4, 1, 8, 8), kind.layout))
         assert after.is_contiguous(memory_format=kind.layout)
 
 
 def test_all_start_from_the_same_weights() -> None:
-    original = study.network(study.TORCHS)
-    ours, ghosts = {networks.bnk.BatchNorm2d}, {networks.bnk.BatchNorm2d, networks.GhostBatchNorm2d}
+    original = study.network(study.TORCH_NORM)
+    converted, ghosts = {networks.bnk.BatchNorm2d}, {networks.bnk.BatchNorm2d, networks.GhostBatchNorm2d}
     layers = {
         "nn.BatchNorm2d": {nn.BatchNorm2d},
-        "converted": ours,
-        "fused": ours,
+        "converted": converted,
+        "fused": converted,
         "ghost": ghosts,
         "fused + ghost": ghosts,
     }
@@ -144,15 +145,15 @@ def test_all_start_from_the_same_weights() -> None:
 
 
 def runner(accuracies: list[float], seconds: float) -> study.Runner:
-    """Tested after every second step, of so many seconds each."""
+    """A runner tested after every second step; each step takes `seconds`."""
     made = study.Runner(nn.Linear(1, 1), torch.contiguous_format, 0.1, 10)
-    made.accuracies, made.looked = accuracies, [2 * (i + 1) for i in range(len(accuracies))]
+    made.accuracies, made.tested_at = accuracies, [2 * (i + 1) for i in range(len(accuracies))]
     made.seconds = [seconds] * (2 * len(accuracies))
     return made
 
 
 def test_time_to_accuracy() -> None:
-    """Steps and their time until a test first finds the target; what comes after does not matter."""
+    """Steps and time until the first test at the target accuracy; later tests do not matter."""
     early, late, never = runner([0.5, 0.97, 0.9], 2.0), runner([0.5, 0.6, 0.98], 1.0), runner([0.1, 0.2], 1.0)
     assert (early.steps_needed, early.seconds_needed) == (4, 8.0)
     assert (late.steps_needed, late.seconds_needed) == (6, 6.0)
@@ -170,16 +171,16 @@ def test_time_to_accuracy() -> None:
 def test_warming_leaves_the_network_as_it_is() -> None:
     data, _ = study.halves(CPU, 0)
     (batch,) = study.batches(data, 64, 1, 0)
-    made = study.Runner(study.network(study.OURS_IN_SMALL_BATCHES), torch.channels_last, 0.1, 1)
+    made = study.Runner(study.network(study.SMALL_BATCH_NORM), torch.channels_last, 0.1, 1)
     before = {name: value.clone() for name, value in made.model.state_dict().items()}
-    made.warm(batch)
+    made.warm_up(batch)
     assert all(torch.equal(value, before[name]) for name, value in made.model.state_dict().items())
     assert all(parameter.grad is None for parameter in made.model.parameters()) and not made.seconds
 
 
 @pytest.mark.slow
 def test_a_wrong_layer_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With another eps in the converted layers the first losses do not agree, as they do in the test below."""
+    """With another eps in the converted layers the first losses disagree; in the test below they agree."""
     convert = networks.bnk.convert
 
     def convert_wrongly(model: nn.Module) -> nn.Module:
@@ -195,10 +196,10 @@ def test_a_wrong_layer_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_a_quick_run_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """And in two steps nothing comes to the target: the exit code says so."""
+    """No network reaches the target in two steps, so the exit code is 1."""
     code = study.main(quick(tmp_path))
     printed = capsys.readouterr().out
-    assert code == 1 and "NEWS" in printed
+    assert code == 1 and "REGRESSION" in printed
     assert "holds (1 of 1 seeds): Converted, the network computes the same" in printed
     assert (tmp_path / "cifar_style_speedrun.png").read_bytes().startswith(b"\x89PNG")
     report = (tmp_path / "cifar_style_speedrun.md").read_text()

@@ -1,4 +1,4 @@
-"""The demo runs, checks what it claims, and draws its plot."""
+"""The demo runs, checks its claims, and draws its plot."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("studies")
+pytest.importorskip("study_runs")
 
-import digits
+from examples import digits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,7 +39,7 @@ def test_trains_above_the_required_accuracy(tmp_path: Path, capsys: pytest.Captu
 
 @pytest.mark.slow
 def test_one_epoch_agrees_but_is_not_accurate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The exit code tells: one epoch cannot reach the accuracy, everything else holds. The table is whole."""
+    """One epoch cannot reach the accuracy, so the exit code is 1; all other checks pass. The table is complete."""
     code, plot = run(tmp_path, "--epochs", "1")
     printed = capsys.readouterr().out
     assert code == 1
@@ -61,7 +61,7 @@ def test_one_epoch_agrees_but_is_not_accurate(tmp_path: Path, capsys: pytest.Cap
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")
 def test_make_demo_installs_the_extra_along_with_torch() -> None:
-    """make reads the line of pyproject.toml."""
+    """make reads the dependencies from pyproject.toml."""
     tomllib = pytest.importorskip("tomllib")
     root = Path(digits.__file__).resolve().parent.parent
     extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
@@ -78,12 +78,9 @@ def small(after: nn.Module) -> nn.Module:
 
 
 def test_saved_bytes_are_those_of_distinct_tensors() -> None:
-    """With a ReLU whose result only the ReLU keeps, and one whose result a convolution keeps as well."""
+    """With a ReLU output that only the ReLU saves, and one that a convolution saves as well."""
     batch = digits.Images(torch.randn(8, 1, 6, 6), torch.arange(8) % 4)
-    activation, ranges = (
-        4 * 8 * 4 * 6 * 6,
-        4 * 2 * 4,
-    )  # float32; for each channel the interval that the ReLU lets through
+    activation, bounds = 4 * 8 * 4 * 6 * 6, 4 * 2 * 4  # bytes in float32; two ReLU bounds per channel
     for end, by_convolutions in (nn.AdaptiveAvgPool2d(1), 0), (nn.Conv2d(4, 4, 6, bias=False), activation):
         model = small(end)
         state = copy.deepcopy(model.state_dict())
@@ -91,10 +88,10 @@ def test_saved_bytes_are_those_of_distinct_tensors() -> None:
             name: digits.saved_bytes(change(copy.deepcopy(model)), batch) for name, change in digits.VARIANTS.items()
         }
         assert {inputs for _, inputs in found.values()} == {by_convolutions}
-        native, converted, fused = (total for total, _ in found.values())
-        assert 0 <= native - 2 * activation < 1000  # the statistics, and what the loss keeps
-        assert converted == native
-        assert fused == native + ranges - (0 if by_convolutions else activation)
+        baseline, converted, fused = (total for total, _ in found.values())
+        assert 0 <= baseline - 2 * activation < 1000  # the statistics, and the tensors that the loss saves
+        assert converted == baseline
+        assert fused == baseline + bounds - (0 if by_convolutions else activation)
         digits.saved_bytes(model, batch)
         torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
 
@@ -103,7 +100,7 @@ def test_saved_bytes_are_those_of_distinct_tensors() -> None:
 def test_a_wrong_layer_is_noticed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """eps set wrong in the converted layers: the first step no longer agrees."""
+    """With a wrong eps in the converted layers the first step disagrees."""
     convert = digits.bnk.convert
 
     def convert_wrongly(model: digits.nn.Module) -> digits.nn.Module:
@@ -120,8 +117,8 @@ def test_a_wrong_layer_is_noticed(
     assert "FAIL float32: the first losses agree" in printed
 
 
-def test_a_loss_that_is_no_number_is_noticed() -> None:
-    """Behind one that agrees: the largest of the differences must not pass over it."""
+def test_nan_loss_is_noticed() -> None:
+    """A NaN loss after one that agrees: the largest difference must propagate it."""
     race = digits.Race(torch.float64, argparse.Namespace(device=torch.device("cpu"), seed=0, batch_size=8, epochs=1))
     for start in (0, 8):
         race.step(race.data.images[start : start + 8], race.data.labels[start : start + 8])

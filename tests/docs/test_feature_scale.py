@@ -1,4 +1,4 @@
-"""The study of features of different scale measures what it says."""
+"""The study of features of different scale: its measures agree with known results."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("studies")
+pytest.importorskip("study_runs")
 
-import feature_scale as study
-from studies import quick
+from study_runs import quick
 from torch import nn
+
+from studies import feature_scale as study
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_progress_with_batchnorm_is_that_of_a_quadratic() -> None:
-    """Uncorrelated features of variance v / (v + eps) under a squared error: (1 - 2 lr v / (v + eps))^t is left."""
+    """Uncorrelated features of variance v / (v + eps) and a squared error: (1 - 2 lr v / (v + eps))^t remains."""
     x, y = study.regression(0, torch.device("cpu"))
     variance = x.var(0, correction=0)
     left = 1 - 2 * 0.1 * variance / (variance + 1e-5)

@@ -1,4 +1,4 @@
-"""The study of the loss landscape: its measures give what is known beforehand, and leave alone what they measure."""
+"""The study of the loss landscape: its measures agree with known results and leave the model unchanged."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-pytest.importorskip("studies")
+pytest.importorskip("study_runs")
 
-import loss_landscape as study
-from digits import Images, load
-from studies import quick
+from study_runs import quick
+
+from examples.digits import Images, load
+from studies import loss_landscape as study
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -64,7 +65,7 @@ def test_without_a_gradient_there_is_no_beta() -> None:
 
 
 def disturbed(model: nn.Module, measure: Callable[[], object]) -> list[str]:
-    """What of a model's state is not the same, to the bit, after a measurement."""
+    """The entries of a model's state_dict that a measurement changes."""
     before = copy.deepcopy(model.state_dict())
     measure()
     return [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
@@ -73,7 +74,7 @@ def disturbed(model: nn.Module, measure: Callable[[], object]) -> list[str]:
 @KINDS
 def test_measuring_changes_nothing(kind: study.Kind, data: Images) -> None:
     model = study.network(kind, 0)
-    model(data.images[:64])  # so that the running statistics are not the initial ones
+    model(data.images[:64])  # so that the running statistics differ from the initial ones
     few, labels = data.images[64:96], data.labels[64:96]
     assert disturbed(model, lambda: study.landscape(model, few, labels, [0.05, 0.4])) == []
     assert disturbed(model, lambda: study.moments(model, few)) == []
@@ -84,7 +85,7 @@ def test_measuring_changes_nothing(kind: study.Kind, data: Images) -> None:
 def test_statistics_that_follow_the_measurement_are_noticed(
     kind: study.Kind, data: Images, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The test above can fail: with the statistics left to run, it names them."""
+    """The test above can fail: it names the running statistics if they are updated."""
     monkeypatch.setattr(study.bnk, "no_statistics_update", lambda model: nullcontext())
     model = study.network(kind, 0)
     few, labels = data.images[:32], data.labels[:32]
@@ -111,7 +112,7 @@ def test_the_landscape_is_where_a_step_of_sgd_leads(kind: study.Kind, data: Imag
 
 
 def test_batchnorm_fixes_the_moments_that_are_measured(data: Images) -> None:
-    """Before it has learnt anything, its outputs have mean 0 and variance 1; noise moves both, anew with each key."""
+    """Before training, outputs have mean 0 and variance 1; noise changes both, differently for each key."""
     means, variances = study.moments(study.network(study.BN, 0), data.images[:128])
     assert means.shape == variances.shape == (sum(study.CHANNELS),)
     assert means.abs().max() < 1e-5
@@ -171,10 +172,10 @@ def test_noise_that_is_missing_is_noticed(data: Images, monkeypatch: pytest.Monk
 
 
 def test_a_quick_run_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """And in so few steps no network is trained: the claims on speed do not hold, and the exit code says so."""
+    """No network trains in so few steps: the claims on speed do not hold, and the exit code is 1."""
     code = study.main(quick(tmp_path))
     printed = capsys.readouterr().out
-    assert code == 1 and "NEWS" in printed
+    assert code == 1 and "REGRESSION" in printed
     assert (tmp_path / "loss_landscape.png").read_bytes().startswith(b"\x89PNG")
     report = (tmp_path / "loss_landscape.md").read_text()
     assert report.count("(0 of 1 seeds)") + report.count("(1 of 1 seeds)") == 10

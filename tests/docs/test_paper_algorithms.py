@@ -1,4 +1,4 @@
-"""The study of the paper's algorithms computes what the paper writes, and notices what differs from it."""
+"""The study of the paper's algorithms computes them as written, and detects results that differ."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("studies")
+pytest.importorskip("study_runs")
 
-import paper_algorithms as study
-from studies import quick
+from study_runs import quick
 from torch import Tensor
 
 from bnkernels.testing.tolerance import UNIT_ROUNDOFF
+from studies import paper_algorithms as study
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -57,7 +57,7 @@ def test_eps_is_what_breaks_scale_invariance() -> None:
 
 
 def test_runs_and_writes_its_files(tmp_path: Path) -> None:
-    """The claims are exact, so they hold after a quick training as well."""
+    """The claims are exact, so they also hold after a quick training."""
     assert study.main(quick(tmp_path)) == 0
     assert (tmp_path / "paper_algorithms.png").read_bytes().startswith(b"\x89PNG")
     assert "Algorithm 2" in (tmp_path / "paper_algorithms.md").read_text()

@@ -1,4 +1,4 @@
-"""The study of deep networks measures what it says."""
+"""The study of deep networks: its measures agree with known results."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("studies")
+pytest.importorskip("study_runs")
 
-import why_batchnorm as study
-from studies import quick
+from study_runs import quick
 from torch import nn
+
+from studies import why_batchnorm as study
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -59,7 +60,7 @@ def test_training_that_diverges_counts_as_zero() -> None:
 
 
 def small() -> study.Plan:
-    """Enough for every claim, as far as it goes without a sweep."""
+    """A plan large enough for every claim, with shorter sweeps."""
     return study.Plan((1.0, 10.0), (0.03, 0.3), 10, 10, (0.1, 0.32, 1.0, 3.2), (0.03, 0.3), 5)
 
 
@@ -76,6 +77,6 @@ def test_layers_that_do_nothing_are_noticed(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_runs_and_writes_its_files(tmp_path: Path) -> None:
-    study.main(quick(tmp_path))  # trains too little for the claims
+    study.main(quick(tmp_path))  # too little training for the claims
     assert (tmp_path / "why_batchnorm.png").read_bytes().startswith(b"\x89PNG")
     assert "initial scales" in (tmp_path / "why_batchnorm.md").read_text()

@@ -1,16 +1,16 @@
 """Features of different scale: a small regression by gradient descent, with BatchNorm and without.
 
-    python examples/feature_scale.py           # or: make examples
+    python -m studies.feature_scale           # or: make studies
 
-Ioffe & Szegedy, "Batch Normalization" (2015, arXiv 1502.03167), section 2: training converges faster where inputs are
-normalised (after LeCun et al. 1998, "Efficient BackProp", section 4.3). Articles tell it with two features, one of them
-a hundred times as large: gradient descent needs a learning rate that is small enough for the large one, and so takes
-very long for the weight of the small one; BatchNorm makes both alike.
+Ioffe & Szegedy, "Batch Normalization" (2015, arXiv 1502.03167), section 2: training converges faster if inputs are
+normalised (after LeCun et al. 1998, "Efficient BackProp", section 4.3). Articles illustrate it with two features, one
+of them a hundred times as large: gradient descent needs a learning rate that is small enough for the large one, and
+then the weight of the small one converges very slowly; BatchNorm gives both the same scale.
 
-Here x1 is in 1..2 and x2 in 100..200, and both weights are 1 to 2 in size. Measured is how much of its way to the least
-squares optimum each weight has come by each step, with the best learning rate of the same sweep for both sides. The
-features lie on a grid, so that they are uncorrelated: BatchNorm scales each by itself and decorrelates nothing
-(section 3). The descent is on the whole data, as one mini-batch.
+Here x1 is in 1..2 and x2 in 100..200, and both weights are 1 to 2 in size. The study measures the
+progress of each weight to its least-squares optimum at each step, with the best learning rate of the same sweep with
+and without BatchNorm. The features lie on a grid and are therefore uncorrelated: BatchNorm scales each separately and
+does not decorrelate them (section 3). Each step uses all of the data as one mini-batch.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from study import WITH_BN, WITHOUT_BN, Claim, Report, bar, parse, parser
 from torch import Tensor, nn
 
 import bnkernels as bnk
+from studies.study import WITH_BN, WITHOUT_BN, Claim, Report, parse, parser, progress_bar
 
 SIDES = {True: "with BN", False: "without BN"}
 COLOURS = {True: WITH_BN, False: WITHOUT_BN}
@@ -40,8 +40,8 @@ def decades(first: float, last: float, per_decade: int) -> list[float]:
 
 @dataclass
 class Descent:
-    """One run of gradient descent: the loss before each step and at the end, and what part of its way each weight has
-    come by then, (steps + 1, 2): 1 at the optimum, 0 as far from it as at the start, negative beyond that."""
+    """One run of gradient descent: the loss before each step and at the end, and the progress of each weight,
+    (steps + 1, 2): 1 at the optimum, 0 at the initial distance from it, negative farther away."""
 
     lr: float
     losses: list[float]
@@ -49,7 +49,7 @@ class Descent:
 
     @property
     def stable(self) -> bool:
-        return self.losses[-1] <= self.losses[0]  # NaN is not
+        return self.losses[-1] <= self.losses[0]  # false for NaN
 
 
 def regression(seed: int, device: torch.device, points: int = 16) -> tuple[Tensor, Tensor]:
@@ -84,7 +84,7 @@ def descend(x: Tensor, y: Tensor, normalised: bool, lr: float, steps: int) -> De
 
 
 def best(descents: Sequence[Descent]) -> Descent:
-    """The one with the lowest loss at the end; of those that agree on it to six digits, the one that fell fastest."""
+    """The run with the lowest final loss; among losses equal to six digits, the one whose loss fell fastest."""
     return min(
         (one for one in descents if one.stable), key=lambda one: (float(f"{one.losses[-1]:.5e}"), sum(one.losses))
     )
@@ -92,7 +92,7 @@ def best(descents: Sequence[Descent]) -> Descent:
 
 @dataclass
 class Measured:
-    """Of one seed: the runs with every learning rate; by whether there is BatchNorm."""
+    """The runs of one seed with every learning rate, keyed by whether there is BatchNorm."""
 
     descents: dict[bool, list[Descent]]
 
@@ -178,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(parser(__doc__), argv)
     report = Report("feature_scale", args)
     rates, steps = ([1e-5, 1e-1], 20) if args.quick else (decades(-6, 0.5, 4), 200)
-    runs = [measure(seed, args.device, rates, steps) for seed in bar(range(args.seeds), "seeds")]
+    runs = [measure(seed, args.device, rates, steps) for seed in progress_bar(range(args.seeds), "seeds")]
     report.claims += claims(runs)
     show(report, runs, steps)
     return report.finish(plot(runs[0], steps))

@@ -1,6 +1,6 @@
 """Why batch normalisation helps: saturation, learning rates, initial weights.
 
-    python examples/why_batchnorm.py           # or: make examples
+    python -m studies.why_batchnorm           # or: make studies
 
 Ioffe & Szegedy, "Batch Normalization" (2015, arXiv 1502.03167), with deep networks on real images:
 
@@ -9,12 +9,12 @@ Ioffe & Szegedy, "Batch Normalization" (2015, arXiv 1502.03167), with deep netwo
   are the test accuracy, and what gradient reaches each layer before training.
 - Higher learning rates, and less care for the initial weights (abstract; section 3.3; section 4.2.2: with BatchNorm
   Inception trains at 30 times the learning rate, without it 5 times made its parameters infinite). Here: eight layers
-  of 64 ReLUs, with every pair of a learning rate and a factor on He's initial weights. The factor is on the hidden
-  layers alone, which BatchNorm follows: it is of these that section 3.3 says BN((aW)u) = BN(Wu).
+  of 64 ReLUs, with every pair of a learning rate and a factor on He's initial weights. The factor
+  scales only the hidden layers, which BatchNorm follows: BN((aW)u) = BN(Wu) of section 3.3 applies to these.
 
-Networks with and without BatchNorm start from the same weights, see the same batches in the same order, and have the
-same learning rates to choose from. They are far smaller than the paper's, and the images are scikit-learn's digits, so
-that all of it takes a minute. feature_scale.py has the shallow side of the matter, paper_algorithms.py what is exact.
+Networks with and without BatchNorm start from the same weights, see the same batches in the same order, and use the
+same set of learning rates. They are far smaller than the paper's, and the images are scikit-learn's digits, so
+that the study takes a minute. feature_scale.py has the shallow case, paper_algorithms.py the exact results.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from itertools import groupby, product
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from digits import Images, load
-from feature_scale import COLOURS, SIDES, decades
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from study import Claim, Report, bar, parse, parser
 from torch import Tensor, nn
 
 import bnkernels as bnk
+from examples.digits import Images, load
+from studies.feature_scale import COLOURS, SIDES, decades
+from studies.study import Claim, Report, parse, parser, progress_bar
 
 
 def network(normalised: bool, activation: type[nn.Module], scale: float, seed: int, depth: int = 8) -> nn.Sequential:
@@ -45,7 +45,7 @@ def network(normalised: bool, activation: type[nn.Module], scale: float, seed: i
     layers: list[nn.Module] = [nn.Flatten()]
     for _ in range(depth):
         gain = math.sqrt(2) if activation is nn.ReLU else 1.0
-        layers.append(dense(64, scale * gain, generator, bias=not normalised))  # BatchNorm has a bias of its own
+        layers.append(dense(64, scale * gain, generator, bias=not normalised))  # BatchNorm has its own bias
         layers += [bnk.BatchNorm1d(64), activation()] if normalised else [activation()]
     return nn.Sequential(*layers, dense(10, 1.0, generator, bias=True))
 
@@ -60,14 +60,14 @@ def dense(outputs: int, gain: float, generator: torch.Generator, bias: bool) -> 
 
 
 def batches(data: Images, generator: torch.Generator, size: int = 128) -> Iterator[Images]:
-    """An epoch: the images in a new order, without the few that fill no batch."""
+    """One epoch: the images in a new order, without the last incomplete batch."""
     for chosen in torch.randperm(len(data), generator=generator).split(size):
         if len(chosen) == size:
             yield Images(data.images[chosen.to(data.images.device)], data.labels[chosen.to(data.labels.device)])
 
 
 def train(model: nn.Module, data: Images, test: Images, lr: float, epochs: int, seed: int) -> list[float]:
-    """SGD with momentum; the test accuracy after each epoch. Ends where the loss is not finite, which counts as 0."""
+    """SGD with momentum; the test accuracy after each epoch. Stops at a loss that is not finite, with accuracy 0."""
     model.to(data.images)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
     generator = torch.Generator().manual_seed(seed)
@@ -99,7 +99,8 @@ class Sweep:
     curves: dict[tuple[bool, float, float], list[float]] = field(default_factory=dict)
 
     def run(self, sides: Sequence[bool], data: Images, test: Images, seed: int, what: str) -> Sweep:
-        for normalised, scale, lr in bar(list(product(sides, self.scales, self.rates)), f"{what}, seed {seed}"):
+        settings = list(product(sides, self.scales, self.rates))
+        for normalised, scale, lr in progress_bar(settings, f"{what}, seed {seed}"):
             model = network(normalised, self.activation, scale, seed)
             self.curves[normalised, scale, lr] = train(model, data, test, lr, self.epochs, seed)
         return self
@@ -112,12 +113,12 @@ class Sweep:
         return self.accuracy(normalised) >= self.required
 
     def best_curve(self, normalised: bool) -> tuple[float, list[float]]:
-        """From the usual initial weights: the learning rate that came furthest, and the accuracies by epoch."""
+        """From the usual initial weights: the learning rate with the best final accuracy; its accuracies by epoch."""
         lr = max(self.rates, key=lambda lr: self.curves[normalised, 1.0, lr][-1])
         return lr, self.curves[normalised, 1.0, lr]
 
     def highest_rate(self, normalised: bool) -> float:
-        """Of those that train from the usual initial weights; NaN where none does."""
+        """The highest learning rate that trains from the usual initial weights; NaN if none does."""
         trained = self.trained(normalised)[self.scales.index(1.0)].tolist()
         return max((lr for lr, yes in zip(self.rates, trained) if yes), default=math.nan)
 
@@ -137,7 +138,7 @@ def span(values: Sequence[float], trained: Sequence[bool]) -> float:
 
 
 def gradient_norms(normalised: bool, data: Images, seed: int) -> list[float]:
-    """Of the weights of each hidden layer of the sigmoid network before training, relative to the last one's."""
+    """Norms of the gradients to the hidden layers' weights over the last one's, in the untrained sigmoid network."""
     model = network(normalised, nn.Sigmoid, 1.0, seed).to(data.images)
     F.cross_entropy(model(data.images), data.labels).backward()  # type: ignore[no-untyped-call]
     linear = [layer for layer in model if isinstance(layer, nn.Linear)]
@@ -147,7 +148,7 @@ def gradient_norms(normalised: bool, data: Images, seed: int) -> list[float]:
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is trained. The learning rates are the same for both sides."""
+    """The extent of the sweeps. The learning rates are the same with and without BatchNorm."""
 
     sigmoid_scales: Sequence[float] = tuple(decades(0, 1, 2))
     sigmoid_rates: Sequence[float] = tuple(decades(-3, 0, 2))
@@ -163,7 +164,7 @@ QUICK = Plan((1.0,), (1e-2, 1e-1), 1, 2, (0.1, 1.0), (1e-2, 1e-1), 1)
 
 @dataclass
 class Measured:
-    """Of one seed; by whether there is BatchNorm."""
+    """The measurements of one seed; dicts are keyed by whether the network has BatchNorm."""
 
     sigmoids: Sweep
     patient: Sweep
@@ -171,7 +172,7 @@ class Measured:
     relus: Sweep
 
     def over(self, figure: Callable[[bool], float]) -> float:
-        """A figure with BatchNorm over that without."""
+        """The value with BatchNorm over the value without."""
         return figure(True) / figure(False)
 
 
@@ -301,7 +302,7 @@ def power(value: float) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(parser(__doc__), argv)
-    torch.set_num_threads(1)  # so small networks gain nothing by more, and wait long for each other on a busy machine
+    torch.set_num_threads(1)  # networks this small gain nothing from more threads
     report = Report("why_batchnorm", args)
     runs = [measure(seed, args.device, QUICK if args.quick else Plan()) for seed in range(args.seeds)]
     report.claims += claims(runs)

@@ -1,6 +1,6 @@
-"""Does batch normalisation smooth the loss, and is it steadier layer inputs that make training fast?
+"""Does batch normalisation smooth the loss, and do steadier layer inputs make training fast?
 
-    python examples/loss_landscape.py
+    python -m studies.loss_landscape
 
 Santurkar, Tsipras, Ilyas & Madry 2018, "How Does Batch Normalization Help Optimization?" (arXiv 1805.11604), train a
 VGG on CIFAR-10 and claim:
@@ -13,18 +13,18 @@ VGG on CIFAR-10 and claim:
   The network still trains about as fast as with BatchNorm, and faster than without.
 
 Here it is a VGG of six convolutions on scikit-learn's digits (8x8 pixels, moved by up to a pixel), for 320 steps, which
-is what a CPU does in a minute. The optimizer is plain SGD, which goes just where it is measured. The three networks of
+take a CPU a minute. The optimizer is plain SGD, whose steps go in the direction that is measured. The three networks of
 a seed start from the same convolutions and see the same batches. Learning rates:
 
 - The landscape is measured along runs at 0.1 for all, over steps of 1/2 to 4 times that, so to 0.4 times the gradient
   as in Figure 4: landscapes are compared over the same step sizes. It suits the network without BatchNorm.
-- Who is fast is judged with each network at its own best of the same five rates.
+- Training speed is judged with each network at its own best of the same five rates.
 
-With BatchNorm the loss falls sooner, and near a minimum a landscape is flat anyway. So the measures are compared a
-second time over those steps only at which the loss is about the same.
+With BatchNorm the loss falls sooner, and a landscape is flat near any minimum. The measures are therefore compared a
+second time over only those steps at which the loss is about the same.
 
-The moments are those of a fixed batch, so that what changes is the network. The noise is made as strong as it
-takes for both moments to change more than without BatchNorm, as that is the case which the paper's claim is about.
+The moments are those of a fixed batch, so that only the network changes. The noise is strong enough for both moments to
+change more than without BatchNorm, which is the case of the paper's claim.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ from statistics import fmean, median
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from digits import Images, load, shifted
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from study import THIRD, WITH_BN, WITHOUT_BN, Claim, Report, bar, parse, parser
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import bnkernels as bnk
+from examples.digits import Images, load, shifted
+from studies.study import THIRD, WITH_BN, WITHOUT_BN, Claim, Report, parse, parser, progress_bar
 
-CHANNELS = (16, 16, 32, 32, 64, 64)  # the images are halved where they double
+CHANNELS = (16, 16, 32, 32, 64, 64)  # the image size is halved where they double
 BATCH = 64
-PROBE = 128  # images on which the moments of activations are taken
+PROBE = 128  # images for the moments of the activations
 COMMON_RATE = 0.1
 RATES = (0.05, COMMON_RATE, 0.2, 0.4, 0.8)
-STRETCH = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)  # steps along the gradient, in learning rates: up to where Figure 4 ends
-REACHED, WINDOW = 0.5, 10  # the race ends where the mean loss of so many batches is below
+STRETCH = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)  # steps along the gradient, in learning rates: the range of Figure 4
+REACHED, WINDOW = 0.5, 10  # the race ends when the mean loss of WINDOW batches is below REACHED
 SAME_LOSS = (0.3, 1.8)  # ln 10 = 2.3 is chance
 LANDSCAPE = (
     ("a", "range", "range of the loss along the gradient"),
@@ -63,7 +63,7 @@ LANDSCAPE = (
 )
 
 
-# The mean and the deviation of a channel's noise, at most so far from 0 and 1, and the spread of both among its values.
+# Bounds of a channel's noise: of its mean, of its deviation above 1, and the spread of both among its values.
 NOISE_MEAN, NOISE_DEVIATION, NOISE_SPREAD = 0.75, 1.0, 0.1
 
 
@@ -71,8 +71,8 @@ class NoisyBatchNorm2d(bnk.BatchNorm2d):
     """BatchNorm, then y * s + m, with s and m drawn for each value from distributions of its channel.
 
     These are m ~ U(mu - spread, mu + spread) and s ~ N(sigma, spread), with mu ~ U(-mean, mean) and
-    sigma ~ U(1, 1 + deviation) drawn too. All of it is drawn from `key`: as long as that stays, so does the noise, and
-    it is one function that is measured along its gradient.
+    sigma ~ U(1, 1 + deviation) drawn too. `key` seeds all of it: with an unchanged key the noise is unchanged, so that
+    one function is measured along its gradient.
     """
 
     key = 0
@@ -127,10 +127,10 @@ def network(kind: Kind, seed: int) -> nn.Sequential:
 
 @dataclass(frozen=True)
 class Landscape:
-    """What lies in the direction of a step."""
+    """The loss and its gradient in the direction of a step."""
 
     loss: float
-    losses: tuple[float, float]  # the lowest and the highest on the way
+    losses: tuple[float, float]  # the lowest and the highest along it
     changes: tuple[float, float]  # of the gradient, in the 2-norm: the least and the most
     beta: float
 
@@ -146,17 +146,17 @@ class Landscape:
 def along_gradient(
     function: Callable[[Tensor], tuple[float, Tensor]], point: Tensor, rates: Sequence[float]
 ) -> Landscape:
-    """function: gives the loss and its gradient at a point. rates: how far to go, in gradients."""
+    """function: returns the loss and its gradient at a point. rates: the distances, in gradients."""
     loss, gradient = function(point)
     losses, gradients = zip(*(function(point - rate * gradient) for rate in rates))
-    changes = [float((there - gradient).norm()) for there in gradients]
+    changes = [float((other - gradient).norm()) for other in gradients]
     length = float(gradient.norm())
     beta = max(change / (rate * length) for change, rate in zip(changes, rates)) if length else math.nan
     return Landscape(loss, (min(losses), max(losses)), (min(changes), max(changes)), beta)
 
 
 def landscape(model: nn.Module, images: Tensor, labels: Tensor, rates: Sequence[float]) -> Landscape:
-    """Of a batch's loss, as a function of all parameters. Leaves the model as it was, running statistics included."""
+    """The landscape of a batch's loss over all parameters. The model is unchanged, running statistics included."""
     parameters = list(model.parameters())
 
     def function(point: Tensor) -> tuple[float, Tensor]:
@@ -166,14 +166,14 @@ def landscape(model: nn.Module, images: Tensor, labels: Tensor, rates: Sequence[
 
     here = parameters_to_vector(parameters).detach()
     with bnk.no_statistics_update(model):
-        seen = along_gradient(function, here, rates)
+        landscape_here = along_gradient(function, here, rates)
     vector_to_parameters(here, parameters)
-    return seen
+    return landscape_here
 
 
 @torch.no_grad()
 def moments(model: nn.Sequential, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each channel before each ReLU, those of all layers in one row."""
+    """Mean and variance of each channel before each ReLU, concatenated over the layers."""
     means, variances = [], []
     with bnk.no_statistics_update(model):
         for layer in model:
@@ -190,9 +190,9 @@ class Run:
 
     rate: float
     losses: list[float] = field(default_factory=list)
-    looked: list[int] = field(default_factory=list)  # the steps at which these were taken:
+    recorded_at: list[int] = field(default_factory=list)  # the steps of the landscapes and shifts
     landscapes: list[Landscape] = field(default_factory=list)
-    shifts: list[tuple[float, float]] = field(default_factory=list)  # of means and variances, by the step
+    shifts: list[tuple[float, float]] = field(default_factory=list)  # of means and variances, by a step
 
     @property
     def smooth(self) -> list[float]:
@@ -201,7 +201,7 @@ class Run:
 
     @property
     def steps_needed(self) -> float:
-        """Until the loss is below REACHED; infinite if it was not."""
+        """Steps until the loss is below REACHED; infinite if it never is."""
         return next((step for step, loss in enumerate(self.smooth, WINDOW) if loss < REACHED), math.inf)
 
     def typical(self, what: str, between: tuple[float, float] = (0, math.inf)) -> float:
@@ -214,18 +214,18 @@ class Run:
 
 
 def train(kind: Kind, rate: float, seed: int, data: Images, steps: int, every: int | None) -> Run:
-    """every: looks at each so many-th step, and runs to the end. None: stops where the loss is reached."""
+    """every: record every so many steps, and run all steps. None: stop when the loss is below REACHED."""
     run, device = Run(rate), data.images.device
     model = network(kind, seed).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate)
     batches, noise = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
     renew_noise(model, noise)
-    for step in bar(range(steps), f"seed {seed}, {kind.name}, learning rate {rate:g}"):
+    for step in progress_bar(range(steps), f"seed {seed}, {kind.name}, learning rate {rate:g}"):
         chosen = torch.randint(len(data), (BATCH,), generator=batches).to(device)
         images, labels = shifted(data.images[chosen], batches), data.labels[chosen]
-        look = every is not None and step % every == 0
-        if look:
-            run.looked.append(step)
+        record = every is not None and step % every == 0
+        if record:
+            run.recorded_at.append(step)
             run.landscapes.append(landscape(model, images, labels, [rate * stretch for stretch in STRETCH]))
             before = moments(model, data.images[:PROBE])
         loss = F.cross_entropy(model(images), labels)
@@ -234,7 +234,7 @@ def train(kind: Kind, rate: float, seed: int, data: Images, steps: int, every: i
         optimizer.step()
         renew_noise(model, noise)
         run.losses.append(loss.item())
-        if look:
+        if record:
             after = moments(model, data.images[:PROBE])
             mean, variance = (float((new - old).abs().mean()) for new, old in zip(after, before))
             run.shifts.append((mean, variance))
@@ -247,7 +247,7 @@ def train(kind: Kind, rate: float, seed: int, data: Images, steps: int, every: i
 class Seed:
     """The runs of one seed."""
 
-    looked_at: dict[Kind, Run]  # at COMMON_RATE
+    recorded: dict[Kind, Run]  # at COMMON_RATE
     race: dict[Kind, list[Run]]  # at each of RATES
 
     def fastest(self, kind: Kind) -> float:
@@ -257,12 +257,12 @@ class Seed:
 
 def train_all(seed: int, device: torch.device, steps: int, every: int) -> Seed:
     data, _ = load(device, torch.float32, seed)
-    looked_at = {kind: train(kind, COMMON_RATE, seed, data, steps, every) for kind in KINDS}
+    recorded = {kind: train(kind, COMMON_RATE, seed, data, steps, every) for kind in KINDS}
 
     def at(kind: Kind, rate: float) -> Run:
-        return looked_at[kind] if rate == COMMON_RATE else train(kind, rate, seed, data, steps, None)
+        return recorded[kind] if rate == COMMON_RATE else train(kind, rate, seed, data, steps, None)
 
-    return Seed(looked_at, {kind: [at(kind, rate) for rate in RATES] for kind in KINDS})
+    return Seed(recorded, {kind: [at(kind, rate) for rate in RATES] for kind in KINDS})
 
 
 @dataclass(frozen=True)
@@ -279,7 +279,7 @@ class Measure:
 
     def claim(self, seeds: Sequence[Seed]) -> Claim:
         measure = f"median {self.name}, {self.more.name} / {self.less.name}"
-        values = [self.of(seed.looked_at[self.more]) / self.of(seed.looked_at[self.less]) for seed in seeds]
+        values = [self.of(seed.recorded[self.more]) / self.of(seed.recorded[self.less]) for seed in seeds]
         return Claim(self.source, self.statement, measure, values, at_least=self.at_least)
 
 
@@ -309,7 +309,7 @@ def judge(report: Report, seeds: Sequence[Seed]) -> None:
         f"At a learning rate of {COMMON_RATE}, medians over the steps, of these over the seeds:",
         ["", *(kind.name for kind in KINDS)],
         [
-            [one.name, *(f"{median(one.of(seed.looked_at[kind]) for seed in seeds):.3g}" for kind in KINDS)]
+            [one.name, *(f"{median(one.of(seed.recorded[kind]) for seed in seeds):.3g}" for kind in KINDS)]
             for one in measures()
         ],
     )
@@ -332,7 +332,7 @@ def draw(seeds: Sequence[Seed], steps: int) -> Figure:
     )
     for kind in KINDS:
         for seed in seeds:
-            smooth = seed.looked_at[kind].smooth
+            smooth = seed.recorded[kind].smooth
             curves.semilogy(range(WINDOW, WINDOW + len(smooth)), smooth, color=kind.colour, linewidth=1.2)
         curves.plot([], [], color=kind.colour, label=kind.name)
         counts = race(seeds, kind)
@@ -340,14 +340,14 @@ def draw(seeds: Sequence[Seed], steps: int) -> Figure:
         for rate, count in zip(RATES, counts):
             if math.isinf(count):
                 needed.plot(rate, steps, color=kind.colour, marker="x", markersize=10)
-        run = seeds[0].looked_at[kind]
+        run = seeds[0].recorded[kind]
         for moment, style in enumerate(("-", ":")):
             moved = [one[moment] for one in run.shifts]
             label = f"{('mean', 'variance')[moment]}, {kind.name}"
-            shift.semilogy(run.looked, moved, color=kind.colour, linestyle=style, label=label)
+            shift.semilogy(run.recorded_at, moved, color=kind.colour, linestyle=style, label=label)
         band(range_, run, kind, [one.losses for one in run.landscapes])
         band(change, run, kind, [one.changes for one in run.landscapes])
-        beta.plot(run.looked, [one.beta for one in run.landscapes], color=kind.colour, label=kind.name)
+        beta.plot(run.recorded_at, [one.beta for one in run.landscapes], color=kind.colour, label=kind.name)
     curves.axhline(REACHED, color="grey", linestyle="--", linewidth=1)
     curves.set(ylabel=f"loss (mean of {WINDOW} batches)", title=f"Training at {COMMON_RATE}, each seed")
     needed.set(xscale="log", xticks=RATES, xticklabels=RATES, ylim=(0, 1.05 * steps))
@@ -372,8 +372,8 @@ def draw(seeds: Sequence[Seed], steps: int) -> Figure:
 
 def band(axes: Axes, run: Run, kind: Kind, between: Sequence[tuple[float, float]]) -> None:
     lowest, highest = zip(*between)
-    axes.fill_between(run.looked, lowest, highest, color=kind.colour, alpha=0.35, linewidth=0)
-    axes.semilogy(run.looked, highest, color=kind.colour, label=kind.name)
+    axes.fill_between(run.recorded_at, lowest, highest, color=kind.colour, alpha=0.35, linewidth=0)
+    axes.semilogy(run.recorded_at, highest, color=kind.colour, label=kind.name)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

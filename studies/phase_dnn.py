@@ -1,39 +1,39 @@
-"""PhaseDNN: many small networks learn all frequencies of a function at once, where one large one leaves the high ones.
+"""PhaseDNN: many small networks learn all frequencies of a function; one large network does not learn the high ones.
 
-    python examples/phase_dnn.py
+    python -m studies.phase_dnn
 
 Sources. A network that fits a function learns its low frequencies first and its high ones late or never: the
 F-principle (Xu, Zhang, Luo, Xiao, Ma, arXiv 1901.06523), spectral bias (Rahaman et al., arXiv 1806.08734). PhaseDNN
 (Cai, Li, Liu, "PhaseDNN - A Parallel Phase Shift Deep Neural Network for Adaptive Wideband Learning", arXiv
-1905.01389) turns that round: K moderate networks, trained in parallel, each on one band of frequencies that a phase
+1905.01389) avoids this: K moderate networks, trained in parallel, each on one band of frequencies that a phase
 factor on the training data has shifted down,
 
     f = sum_k f_k,    T_k(x) ~ exp(-i w_k x) f_k(x),    f(x) ~ Re sum_k exp(i w_k x) T_k(x),
 
 so that "each DNN achieves the speed of convergence as in the low frequency range" and learning is uniform over a wide
-band (both of the abstract). This is the parallel form: windows cut f into the f_k beforehand, and no network depends on
-another. (In the coupled form one loss fits the sum of all, and what each network learns is not told beforehand.)
+band (both from the abstract). This is the parallel form: windows split f into the f_k beforehand, and the networks are
+independent. (In the coupled form one loss fits their sum, and the target of each network is not fixed beforehand.)
 
 K networks of one shape are one step of torch.func: stack_module_state, and vmap of grad of functional_call. Each
-bnk.BatchNorm1d in it is one launch over K*C channels; every network has its own running statistics and counter, updated
-in place. That this is K separate trainings, to rounding, is a claim below, in float64.
+bnk.BatchNorm1d in the step is one launch over K*C channels; every network has its own running statistics and counter,
+updated in place. One claim below is that this equals K separate trainings up to rounding, in float64.
 
 Measured: the error by band. The target is periodic with a flat random spectrum, new for each seed, so that every band
 has energy, and an error of 1 is a band not learned at all; an FFT projects the residual on the bands, on points between
-those trained on. Against it one plain network of the same depth and at least as many parameters, with the same points,
-optimizer and number of steps, with and without BatchNorm; the better of the two counts. Each kind has its own learning
-rate, the best of 0.001, 0.003, 0.01, 0.03 and 0.1 on the seeds 100 and 101, which are not among those judged. (Where
-that is the lowest, 0.0003 came to the same and 0.0001 was worse.) All have ReLU, with which the plain network was
-better than with SiLU.
+those trained on. It is compared with one plain network of the same depth and at least as many parameters, with the same
+points, optimizer and number of steps, with and without BatchNorm; the better of the two counts. Each kind has its own
+learning rate, the best of 0.001, 0.003, 0.01, 0.03 and 0.1 on the seeds 100 and 101, which are not among those judged.
+(If the best is the lowest, 0.0003 gave the same result and 0.0001 a worse one.) All use ReLU, with which the plain
+network was better than with SiLU.
 
 Unlike the paper: the windows are sharp and cut by an FFT, which for a periodic function on a uniform grid is the
 convolution with the window's kernel that the paper approximates by quadrature; f is real, so that bands of negative
 frequency are the conjugates of those learned; networks, data and training are small, to run on a CPU.
 
-BatchNorm is this study's own addition, and whether it helps is measured. It stands behind the second and third linear
-layer, not the first: of a single input it leaves only the sign of the weight. Each step sees all points, so that the
-statistics have no noise; evaluation is with the running ones, which catch up as the learning rate goes to 0. Two rows
-with small batches show what the noise costs.
+BatchNorm is this study's own addition, and whether it helps is measured. It follows the second and third linear
+layers, not the first: of a single input it leaves only the sign of the weight. Each step sees all points, so the
+statistics have no noise; evaluation uses the running statistics, which catch up as the learning rate goes to 0. Two
+rows with small batches show the cost of the noise.
 """
 
 from __future__ import annotations
@@ -45,24 +45,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
-import study
 import torch
-from digits import now
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 
 import bnkernels as bnk
+from examples.digits import now
+from studies import study
 
 BANDS, WAVES = 16, 8  # networks, and the frequencies that each learns: 1 to 128 waves over the interval
 POINTS, TEST_POINTS = 512, 1024  # on [-pi, pi): four points of the fastest wave, and others between them
 HIDDEN = 32  # of the networks of PhaseDNN
 STEPS, QUICK_STEPS = 400, 8
-RECORDS = 80  # evaluations over a training, but no more than steps
+RECORDS = 80  # evaluations of a training, at most one per step
 LEARNED = 0.1  # a band's error when it counts as learned
 BATCH = 64
-COMPARED_STEPS = 10  # of the vmapped step against separate ones
+COMPARED_STEPS = 10  # steps that compare the vmapped step with separate ones
 SHOWN = 0.6  # of the interval of length 2 pi, in the plot
 
 
@@ -99,13 +99,13 @@ def waves(x: Tensor) -> Tensor:
 
 
 def spectrum(f: Tensor) -> Tensor:
-    """c of f = Re sum_w c_w exp(i w x) on grid(len(f)), (BANDS, WAVES). What is in no band is left out."""
+    """c of f = Re sum_w c_w exp(i w x) on grid(len(f)), (BANDS, WAVES). Frequencies in no band are left out."""
     from_zero = 2 * torch.fft.rfft(f)[1 : BANDS * WAVES + 1] / len(f)
     return (from_zero * torch.exp(1j * math.pi * FREQUENCIES)).view(BANDS, WAVES)  # the grid begins at -pi
 
 
 def shifted_bands(f: Tensor) -> Tensor:
-    """exp(-i w_k x) f_k(x) of each band, (BANDS, len(f)), of f on grid(len(f)): what the networks are to learn."""
+    """exp(-i w_k x) f_k(x) of each band, (BANDS, len(f)), of f on grid(len(f)): the targets of the networks."""
     x = grid(len(f))
     return torch.einsum("kw,kwn->kn", spectrum(f), waves(x)) * torch.exp(-1j * CENTRES * x)
 
@@ -133,7 +133,7 @@ def size(model: nn.Module) -> int:
 
 
 def networks(kind: Kind) -> list[nn.Sequential]:
-    """BANDS small ones with the real and the imaginary part of T_k, or one that has no fewer parameters than they."""
+    """BANDS small networks for the real and imaginary part of T_k, or one network with at least as many parameters."""
     small = [network(HIDDEN, 2, kind.bn) for _ in range(BANDS)]
     if kind.shifted:
         return small
@@ -147,7 +147,7 @@ class Ensemble:
     """Networks of one shape, trained and evaluated as one."""
 
     def __init__(self, models: Sequence[nn.Module], rate: float) -> None:
-        self.one = models[0]  # says what is computed; its own parameters play no part
+        self.one = models[0]  # the template for functional_call; its own parameters are unused
         self.parameters, self.buffers = stack_module_state(list(models))  # type: ignore[arg-type]
         self.optimizer = torch.optim.Adam(self.parameters.values(), lr=rate)
 
@@ -159,7 +159,7 @@ class Ensemble:
         """x (N, 1), the same for all; targets (networks, N, outputs)."""
         fixed = {name: parameter.detach() for name, parameter in self.parameters.items()}
         every = vmap(grad_and_value(self._loss), (0, 0, None, 0))
-        gradients, _ = every(fixed, self.buffers, x, targets)  # and the running statistics, in place
+        gradients, _ = every(fixed, self.buffers, x, targets)  # updates the running statistics in place
         for name, parameter in self.parameters.items():
             parameter.grad = gradients[name]
         self.optimizer.step()
@@ -174,7 +174,7 @@ class Ensemble:
 
 
 class Target:
-    """A wideband function, what each kind of network learns of it, and what its networks then make of it."""
+    """A wideband function, the training targets of each kind of network, and the function that its networks predict."""
 
     def __init__(self, seed: int, device: torch.device) -> None:
         self.seed, self.device = seed, device
@@ -197,7 +197,7 @@ class Target:
 
 @dataclass
 class Training:
-    """What came of one: the errors by band (records, BANDS) after so many steps, and the function in the end."""
+    """The result of a training: the errors by band (records, BANDS) after `steps`, and the final function."""
 
     steps: list[int]
     errors: Tensor
@@ -231,7 +231,7 @@ def train(kind: Kind, target: Target, steps: int) -> Training:
     data = (target.bands if kind.shifted else target.f[None, :, None]).float().to(target.device)
     generator = torch.Generator().manual_seed(target.seed)
     at, errors = [], []
-    for step in study.bar(range(1, steps + 1), f"{kind.name}, seed {target.seed}"):
+    for step in study.progress_bar(range(1, steps + 1), f"{kind.name}, seed {target.seed}"):
         if kind.batch < POINTS:
             chosen = torch.randperm(POINTS, generator=generator)[: kind.batch].to(target.device)
             ensemble.step(x[chosen], data[:, chosen])
@@ -246,18 +246,18 @@ def train(kind: Kind, target: Target, steps: int) -> Training:
     return Training(at, torch.stack(errors), guess, error, len(models) * size(models[0]))
 
 
-def apart(ensemble: Ensemble, models: Sequence[nn.Module]) -> float:
+def largest_difference(ensemble: Ensemble, models: Sequence[nn.Module]) -> float:
     """The largest difference of any parameter, running statistic or counter, relative to the largest of its name."""
     states = [model.state_dict() for model in models]
     differences = []
     for name, stacked in {**ensemble.parameters, **ensemble.buffers}.items():
         separate = torch.stack([state[name] for state in states]).double()
         differences.append((stacked.detach().double() - separate).abs().max() / separate.abs().max())
-    return float(torch.stack(differences).max())  # torch's, as Python's max passes over a NaN
+    return float(torch.stack(differences).max())  # torch's max propagates NaN; Python's does not
 
 
 def compare_steps(target: Target, dtype: torch.dtype) -> tuple[float, float]:
-    """How far the vmapped step and BANDS separate ones are apart after some, and how many times as fast it is."""
+    """The difference of the vmapped step and BANDS separate ones after COMPARED_STEPS, and its speedup."""
     torch.manual_seed(target.seed)
     models = [model.to(target.device, dtype) for model in networks(PHASE)]
     ensemble = Ensemble(copy.deepcopy(models), PHASE.rate)
@@ -274,7 +274,7 @@ def compare_steps(target: Target, dtype: torch.dtype) -> tuple[float, float]:
         ensemble.step(x, data)
         separate.append(between - started)
         vmapped.append(now(target.device) - between)
-    return apart(ensemble, models), min(separate) / min(vmapped)
+    return largest_difference(ensemble, models), min(separate) / min(vmapped)
 
 
 Results = dict[Kind, list[Training]]  # of each seed
@@ -285,7 +285,7 @@ def claims(results: Results, differences: Sequence[float]) -> list[study.Claim]:
         return [a.error / b.error for a, b in zip(results[without], results[bn])]
 
     phase, plain = results[PHASE], list(zip(results[PLAIN], results[PLAIN_WITHOUT]))
-    better = [min(one.error for one in pair) / ours.error for pair, ours in zip(plain, phase)]
+    better = [min(one.error for one in pair) / own.error for pair, own in zip(plain, phase)]
     last = [torch.stack([one.errors[-1] for one in pair]) for pair in plain]  # (2, BANDS) of each seed
     low_to_high = [float((errors[:, 0] / errors[:, BANDS // 2 :].mean(1)).max()) for errors in last]
     left = [float(errors[:, BANDS // 2 :].min()) for errors in last]
@@ -316,13 +316,13 @@ HEADER = ["network", "parameters", "rate", "error", "worst band", "bands learned
 def row(kind: Kind, trainings: Sequence[Training]) -> list[str]:
     learned = torch.stack([one.learned for one in trainings])
     errors, worst = (", ".join(f"{v:.3f}" for v in each) for each in zip(*((t.error, t.worst) for t in trainings)))
-    share = f"{float(learned.isfinite().double().mean()):.0%}"
+    learned_percent = f"{float(learned.isfinite().double().mean()):.0%}"
     all_by = "never" if learned.isinf().any() else f"{float(learned.max()):.0f}"
-    return [kind.name, f"{trainings[0].parameters:,}", f"{kind.rate:g}", errors, worst, share, all_by]
+    return [kind.name, f"{trainings[0].parameters:,}", f"{kind.rate:g}", errors, worst, learned_percent, all_by]
 
 
 def draw(results: Results, target: Target) -> Figure:
-    """By step and band for PhaseDNN and the plain network; in the end by band for all; and a piece of the functions."""
+    """Errors by step and band of PhaseDNN and the plain network, final errors of all, and a part of the functions."""
     figure, (maps, (bands, function)) = plt.subplots(2, 2, figsize=(13, 9), layout="constrained")
     frequency = "frequency (waves over the interval)"
     for axes, kind in zip(maps, (PLAIN, PHASE)):

@@ -1,4 +1,4 @@
-"""What tests of the studies and of the demo share. Without the demo's extra, importing it skips the module."""
+"""Shared by the tests of the studies and the demo. Importing it skips the test module without the demo extra."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ for name in ("sklearn", "matplotlib", "tqdm"):
 
 
 def quick(out: Path) -> list[str]:
-    """Arguments with which a study shows that all of it runs."""
+    """Arguments for a few steps of a study on the CPU."""
     return ["--quick", "--seeds", "1", "--device", "cpu", "--out", str(out)]

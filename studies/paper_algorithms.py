@@ -1,17 +1,17 @@
-"""What the paper states exactly: Algorithms 1 and 2, and that the scale of the weights does not matter.
+"""The exact statements of the paper: Algorithms 1 and 2, and invariance to the scale of the weights.
 
-    python examples/paper_algorithms.py        # or: make examples
+    python -m studies.paper_algorithms        # or: make studies
 
-Ioffe & Szegedy, "Batch Normalization" (2015, arXiv 1502.03167), written out line by line in plain torch, in float64,
-and held against `bnkernels.reference`, which every kernel is held to, and against this package's layers:
+Ioffe & Szegedy, "Batch Normalization" (2015, arXiv 1502.03167), written line by line in plain torch, in float64,
+and compared with `bnkernels.reference`, the reference of every kernel, and with this package's layers:
 
 - Algorithm 1, the transform of a mini-batch, and Algorithm 2, the population statistics that inference normalises with,
-  with the m/(m-1) of the unbiased variance. The inputs are what the eight layers of a network see that was trained on
-  handwritten digits (why_batchnorm.py's): all mini-batches of an epoch, then the test images.
+  with the m/(m-1) of the unbiased variance. The inputs are those of the eight BatchNorm layers of a network
+  trained on handwritten digits (why_batchnorm.py's): all mini-batches of an epoch, then the test images.
 - Section 3.3: BN(Wu) = BN((aW)u), with the same gradient to u, and a gradient to the weights that is divided by a.
 
-The paper has populations of many mini-batches; here it is the one epoch. What is compared differs by rounding alone, so
-the limits are counted in roundings, and derived in `roundings` and `scale_invariance`.
+The paper's population is many mini-batches; here it is one epoch. The compared results differ only by rounding, so the
+limits are counted in roundings; they are derived in `roundings` and `scale_invariance`.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from itertools import product
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from digits import Images, load
 from matplotlib.figure import Figure
-from study import FOURTH, THIRD, WITH_BN, WITHOUT_BN, Claim, Report, bar, parse, parser
 from torch import Tensor, nn
-from why_batchnorm import batches, network, train
 
 import bnkernels as bnk
 from bnkernels import reference
 from bnkernels.testing.tolerance import UNIT_ROUNDOFF, K
+from examples.digits import Images, load
+from studies.study import FOURTH, THIRD, WITH_BN, WITHOUT_BN, Claim, Report, parse, parser, progress_bar
+from studies.why_batchnorm import batches, network, train
 
 ROUNDING = UNIT_ROUNDOFF[torch.float64]
 FACTORS = (1e-3, 1e-2, 1e-1, 1e1, 1e2, 1e3)
@@ -47,7 +47,7 @@ class Statistics:
 
 @dataclass
 class Affine:
-    """What the paper calls the parameters to be learned, gamma and beta, and epsilon."""
+    """The parameters gamma and beta of the paper, and its epsilon."""
 
     gamma: Tensor
     beta: Tensor
@@ -80,8 +80,8 @@ def inference(x: Tensor, population: Statistics, to: Affine) -> Tensor:
 
 
 @dataclass
-class Seen:
-    """What a layer got and gave: for each mini-batch of an epoch in training, and for the test images in inference."""
+class Recorded:
+    """Inputs and outputs of a layer: the mini-batches of an epoch in training, and the test images in inference."""
 
     layer: bnk.BatchNorm1d
     training: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -92,28 +92,29 @@ class Seen:
 
 
 @torch.no_grad()
-def observe(model: nn.Module, data: Images, test: Images, seed: int) -> list[Seen]:
-    """Lets the layers of a trained network take their population's statistics, and records what goes through them."""
+def observe(model: nn.Module, data: Images, test: Images, seed: int) -> list[Recorded]:
+    """Estimates the population statistics of a trained network's layers, and records their inputs and outputs."""
     model.to(torch.float64).train()
-    seen = [Seen(layer) for layer in model.modules() if isinstance(layer, bnk.BatchNorm1d)]
-    for one in seen:
+    recorded = [Recorded(layer) for layer in model.modules() if isinstance(layer, bnk.BatchNorm1d)]
+    for one in recorded:
         one.layer.reset_running_stats()
         one.layer.momentum = None  # the average over all batches, as E_B in Algorithm 2
         one.layer.register_forward_hook(one.hook)
     for batch in batches(data, torch.Generator().manual_seed(seed)):
         model(batch.images)
     model.eval()(test.images)
-    return seen
+    return recorded
 
 
 def roundings(a: Tensor, b: Tensor, x: Tensor, over: Tensor, by: Statistics, to: Affine) -> float:
     """The largest difference of two outputs for x, in roundings (2^-53) of what their error scales with.
 
     That is |gamma| (A + |x_hat| k) + |beta|, A = (|x| + mean|x|) / sqrt(var + eps), k = rms(x) / sqrt(var + eps), the
-    means over the data that the statistics are of. For, a sum is off by roundings of the sum of the magnitudes, and so
-    the mean by mean|x|; the variance is, relatively, off by k of them. bnkernels.testing.tolerance derives it in full,
-    and allows K = 32 of these roundings to each backend: two implementations of Algorithm 1 lie within 2 K. A running
-    average over B batches rounds three more times with each of them: two of Algorithm 2 lie within 2 (K + 3 B).
+    means over the data that the statistics are of. The error of a sum is in roundings of the sum of the magnitudes, so
+    that of the mean scales with mean|x|; the relative error of the variance scales with k.
+    bnkernels.testing.tolerance has the full derivation, and allows K = 32 of these roundings to each backend: two
+    implementations of Algorithm 1 differ by at most 2 K. A running average over B batches rounds three more times per
+    batch: two implementations of Algorithm 2 differ by at most 2 (K + 3 B).
     """
     invstd = 1 / torch.sqrt(by.var + to.eps)
     size = (x.abs() + over.abs().mean(0)) * invstd
@@ -124,7 +125,7 @@ def roundings(a: Tensor, b: Tensor, x: Tensor, over: Tensor, by: Statistics, to:
 
 @dataclass
 class Differences:
-    """Of one layer, the largest over all batches: the algorithms as the paper writes them against the others."""
+    """The largest differences of one layer over all batches, between the paper's algorithms and the others."""
 
     layer_1: float = 0.0
     reference_1: float = 0.0
@@ -133,20 +134,20 @@ class Differences:
 
 
 @torch.no_grad()
-def compare(seen: Seen) -> Differences:
-    gamma, beta, eps = seen.layer.weight, seen.layer.bias, seen.layer.eps
+def compare(recorded: Recorded) -> Differences:
+    gamma, beta, eps = recorded.layer.weight, recorded.layer.bias, recorded.layer.eps
     to, worst = Affine(gamma, beta, eps), Differences()
     mean: Tensor | None = torch.zeros_like(beta)
     var: Tensor | None = torch.ones_like(beta)
-    for count, (x, y) in enumerate(seen.training):
+    for count, (x, y) in enumerate(recorded.training):
         paper, by = algorithm_1(x, to)
         truth = reference.forward(x, gamma, beta, mean, var, count, momentum=None, eps=eps)
         mean, var = truth.running_mean, truth.running_var
         worst.layer_1 = max(worst.layer_1, roundings(y, paper, x, x, by, to))
         worst.reference_1 = max(worst.reference_1, roundings(truth.y, paper, x, x, by, to))
-    inputs = [x for x, _ in seen.training]
+    inputs = [x for x, _ in recorded.training]
     population, over = algorithm_2(inputs, to), torch.cat(inputs)
-    for x, y in seen.inference:
+    for x, y in recorded.inference:
         paper = inference(x, population, to)
         truth = reference.forward(x, gamma, beta, mean, var, training=False, eps=eps)
         worst.layer_2 = max(worst.layer_2, roundings(y, paper, x, over, population, to))
@@ -158,8 +159,8 @@ def scale_invariance(u: Tensor, seed: int, eps: float, factors: Sequence[float] 
     """For each a, the largest relative difference between BN((aW)u) and BN(Wu), between the gradients to u, and between
     the gradients to W, that of aW taken a times.
 
-    Where eps is nothing beside any variance, all that is left are the roundings of aW and of sums over inputs and
-    images: no more than there are images. Where it is not, it does not scale with a, and breaks the invariance.
+    If eps is negligible compared with every variance, only the roundings of aW and of sums over inputs and images
+    remain: at most as many as there are images. A larger eps breaks the invariance, as it does not scale with a.
     """
     generator = torch.Generator().manual_seed(seed)
     weight, grad = (torch.randn(n, 64, generator=generator, dtype=u.dtype).to(u) for n in (64, len(u)))
@@ -177,7 +178,7 @@ def scale_invariance(u: Tensor, seed: int, eps: float, factors: Sequence[float] 
 
 @dataclass
 class Measured:
-    """Of one seed: of each layer, and, with each eps, of each factor on the weights."""
+    """The differences of one seed: by layer, and by factor on the weights for each eps."""
 
     layers: list[Differences]
     factors: dict[float, list[float]]
@@ -192,13 +193,13 @@ def measure(seed: int, device: torch.device, epochs: int) -> Measured:
     data, test = load(device, torch.float64, seed)
     model = network(True, nn.Sigmoid, 1.0, seed)
     train(model, data, test, 0.03, epochs, seed)
-    seen = observe(model, data, test, seed)
+    recorded = observe(model, data, test, seed)
     invariance = {eps: scale_invariance(data.images.flatten(1), seed, eps) for eps in (NEGLIGIBLE, USUAL)}
-    return Measured([compare(one) for one in seen], invariance, len(seen[0].training), len(data))
+    return Measured([compare(one) for one in recorded], invariance, len(recorded[0].training), len(data))
 
 
 def allowed(run: Measured) -> dict[str, float]:
-    """In roundings; see there. By the number of the algorithm."""
+    """The limits in roundings (see `roundings`), keyed by the number of the algorithm."""
     return {"1": 2 * K, "2": 2 * (K + 3 * run.batches)}
 
 
@@ -249,9 +250,9 @@ def plot(runs: Sequence[Measured]) -> Figure:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(parser(__doc__), argv)
-    torch.set_num_threads(1)  # so small networks gain nothing by more, and wait long for each other on a busy machine
+    torch.set_num_threads(1)  # networks this small gain nothing from more threads
     report = Report("paper_algorithms", args)
-    runs = [measure(seed, args.device, 1 if args.quick else 10) for seed in bar(range(args.seeds), "seeds")]
+    runs = [measure(seed, args.device, 1 if args.quick else 10) for seed in progress_bar(range(args.seeds), "seeds")]
     report.claims += claims(runs)
     show(report, runs)
     return report.finish(plot(runs))

@@ -1,28 +1,28 @@
-"""Time to accuracy: a small residual network trained as in CIFAR-10 speedruns, with torch's BatchNorm and with ours.
+"""Time to accuracy: a small residual network trained as in CIFAR-10 speedruns, with torch's BatchNorm and bnkernels'.
 
-    python examples/cifar_style_speedrun.py
+    python -m studies.cifar_style_speedrun
 
 The recipe is that of the speedruns (DAWNBench and David Page's ResNet-9; Keller Jordan's airbench, arXiv 2404.00498):
 few wide residual blocks and scaled logits, Nesterov SGD with a large batch, a one-cycle learning rate, label smoothing,
 images moved by a pixel, and at the end logits averaged over moved images. A mirrored digit is no digit, so there is no
 flipping. The images are scikit-learn's 1,797 digits of 8x8 pixels, one half to train on and the other to test with.
 
-These train in one process and one thread, in turns step by step, from the same weights on the same batches, so that
-whatever else the machine does meets all of them alike. Only the training steps are timed:
+The variants below train in one process and one thread, alternating after every step, from the same weights and on the
+same batches, so that other load on the machine affects all of them equally. Only the training steps are timed:
 
 - nn.BatchNorm2d, the same network after `bnk.convert`, and that after `bnk.fuse`, which makes each ReLU part of the
   BatchNorm before it; with the activations in NCHW and in channels_last.
 - The converted network in channels_last, and the fused one, with ghost batch normalisation: Hoffer, Hubara & Soudry
   2017, "Train longer, generalize better" (arXiv 1705.08741), Algorithm 1. They train with large batches, take the
   statistics over virtual batches of the size that small-batch training has, and claim that this lessens the accuracy
-  lost to the large batch. What is lost shows beside an untimed run with batches of the virtual size, on as many images.
+  lost to the large batch. An untimed run with batches of the virtual size, on as many images, measures that loss.
 
-A time to accuracy is steps times the time of a step. Converting changes rounding alone, and so the network that comes
-out, as any other order of summation would, but not how good it is: the steps should be equal within noise. Fusing a
-ReLU changes no bit. What either may change is the time of a step. (The sum of a block comes behind its last ReLU here,
-so that there is none to fuse.)
+A time to accuracy is the number of steps times the time of a step. Converting changes only rounding, and with it the
+trained network, as any other order of summation does, but not its quality: the numbers of steps should be equal within
+noise. Fusing a ReLU changes no bit. Both can change the time of a step. (A block adds after its last ReLU here, so
+there is no addition to fuse.)
 
-Not here: torch.compile. On a CPU, compiling takes longer than all of these trainings.
+torch.compile is left out: on a CPU, compiling takes longer than all of these trainings.
 """
 
 from __future__ import annotations
@@ -38,37 +38,38 @@ from statistics import fmean, median
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from digits import Images, load, now, shifted
 from matplotlib.figure import Figure
-from speedrun_networks import (
+from torch import Tensor, nn
+
+from examples.digits import Images, load, now, shifted
+from studies.speedrun_networks import (
     BATCH,
     CONVERSIONS,
     CONVERTED,
     FUSIONS,
     GHOST,
-    GHOSTLY,
+    GHOST_KINDS,
     KINDS,
     NN,
-    OURS_IN_SMALL_BATCHES,
     PAIRS,
-    TORCHS,
+    SMALL_BATCH_NORM,
+    TORCH_NORM,
     VIRTUAL,
     Kind,
     model_of,
     network,
 )
-from study import THIRD, Claim, Report, bar, parse, parser
-from torch import Tensor, nn
+from studies.study import THIRD, Claim, Report, parse, parser, progress_bar
 
-RATE, SMALL_BATCH_RATE = 0.3, 0.1  # the square root of the batch's size apart, as in Hoffer et al.
+RATE, SMALL_BATCH_RATE = 0.3, 0.1  # proportional to the square root of the batch size, as in Hoffer et al.
 STEPS, EVERY = 48, 2
 TARGET = 0.97
-LOST = 0.3  # points of accuracy, with the large batch instead of the small one: the mean of ten seeds
+ACCURACY_LOST = 0.3  # percentage points of accuracy, large batch against small one: the mean of ten seeds
 LABEL_SMOOTHING = 0.1
 
 
 def halves(device: torch.device, seed: int) -> tuple[Images, Images]:
-    """All digits in an order drawn by seed, half to train on and half to test with; mean and deviation of the first."""
+    """All digits, shuffled by seed: a training half and a test half, normalised by the training half."""
     parts = load(device, torch.float32, seed)
     images, labels = torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts])
     count = len(labels) // 2
@@ -77,7 +78,7 @@ def halves(device: torch.device, seed: int) -> tuple[Images, Images]:
 
 
 def batches(data: Images, size: int, count: int, seed: int) -> Iterator[Images]:
-    """From one shuffled pass over the images after the other, each image moved by up to a pixel."""
+    """Batches from consecutive shuffled passes over the images, each image moved by up to a pixel."""
     generator = torch.Generator().manual_seed(seed)
     passes = math.ceil(size * count / len(data))
     order = torch.cat([torch.randperm(len(data), generator=generator) for _ in range(passes)])
@@ -85,14 +86,14 @@ def batches(data: Images, size: int, count: int, seed: int) -> Iterator[Images]:
         yield Images(shifted(data.images[chosen], generator), data.labels[chosen])
 
 
-def laid_out(images: Tensor, layout: torch.memory_format) -> Tensor:
-    """With one channel, any images are contiguous in both layouts, but convolutions go by the strides of this one."""
+def to_layout(images: Tensor, layout: torch.memory_format) -> Tensor:
+    """Images of one channel are contiguous in both layouts; the copy has the strides by which convolutions choose."""
     return images.clone(memory_format=layout)
 
 
 @dataclass
 class Runner:
-    """One network in training, and what was seen of it."""
+    """One network in training, with its losses, times and accuracies."""
 
     model: nn.Module
     layout: torch.memory_format
@@ -100,7 +101,7 @@ class Runner:
     steps: int
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)  # of each step
-    looked: list[int] = field(default_factory=list)  # after how many steps the network was tested, with the result:
+    tested_at: list[int] = field(default_factory=list)  # the steps after which the network was tested; the results:
     accuracies: list[float] = field(default_factory=list)
     final: float = math.nan  # test accuracy after training, with logits averaged
 
@@ -115,11 +116,11 @@ class Runner:
 
     def loss(self, batch: Images, model: nn.Module) -> Tensor:
         return F.cross_entropy(
-            model(laid_out(batch.images, self.layout)), batch.labels, label_smoothing=LABEL_SMOOTHING
+            model(to_layout(batch.images, self.layout)), batch.labels, label_smoothing=LABEL_SMOOTHING
         )
 
-    def warm(self, batch: Images) -> None:
-        """What only a first step does, such as to choose and compile algorithms; leaves the network as it is."""
+    def warm_up(self, batch: Images) -> None:
+        """Runs a step on a copy, as the first one also chooses and compiles algorithms; the network is unchanged."""
         self.loss(batch, copy.deepcopy(self.model)).backward()  # type: ignore[no-untyped-call]
 
     def step(self, batch: Images) -> None:
@@ -134,28 +135,28 @@ class Runner:
 
     @torch.no_grad()
     def accuracy(self, test: Images, *, average: bool = False) -> float:
-        """average: the logits over the image, and the image moved by a pixel in each of the four directions."""
+        """average: average the logits over the image and the image moved by a pixel in each of the four directions."""
         self.model.eval()
-        views = moved(test.images) if average else [test.images]
-        logits = torch.stack([self.model(laid_out(view, self.layout)) for view in views]).mean(0)
+        views = shifted_views(test.images) if average else [test.images]
+        logits = torch.stack([self.model(to_layout(view, self.layout)) for view in views]).mean(0)
         self.model.train()
         return float((logits.argmax(1) == test.labels).double().mean())
 
-    def look(self, test: Images) -> None:
-        self.looked.append(len(self.losses))
+    def record_accuracy(self, test: Images) -> None:
+        self.tested_at.append(len(self.losses))
         self.accuracies.append(self.accuracy(test))
 
     @property
     def steps_needed(self) -> float:
-        """Until a test found the target reached; infinite if none did."""
-        return next((step for step, part in zip(self.looked, self.accuracies) if part >= TARGET), math.inf)
+        """The first tested step at the target accuracy; infinite if none."""
+        return next((step for step, part in zip(self.tested_at, self.accuracies) if part >= TARGET), math.inf)
 
     @property
     def seconds_needed(self) -> float:
         return math.inf if math.isinf(self.steps_needed) else sum(self.seconds[: int(self.steps_needed)])
 
 
-def moved(images: Tensor) -> list[Tensor]:
+def shifted_views(images: Tensor) -> list[Tensor]:
     height, width = images.shape[2:]
     padded = F.pad(images, (1, 1, 1, 1), value=float(images.min()))
     corners = ((1, 1), (0, 1), (2, 1), (1, 0), (1, 2))
@@ -164,7 +165,7 @@ def moved(images: Tensor) -> list[Tensor]:
 
 @dataclass
 class Race:
-    """All of one seed."""
+    """The networks of one seed."""
 
     runners: dict[Kind, Runner]
     small_batch: Runner
@@ -174,12 +175,12 @@ class Race:
 
     @property
     def without_ghosts(self) -> float:
-        """The final accuracy with the large batch: the mean of the networks that only rounding tells apart."""
-        return fmean(runner.final for kind, runner in self.runners.items() if kind not in GHOSTLY)
+        """The final accuracy with the large batch: the mean of the networks that differ only by rounding."""
+        return fmean(runner.final for kind, runner in self.runners.items() if kind not in GHOST_KINDS)
 
     @property
     def with_ghosts(self) -> float:
-        return fmean(self[kind].final for kind in GHOSTLY)
+        return fmean(self[kind].final for kind in GHOST_KINDS)
 
     def step_ratios(self, one: Kind, other: Kind) -> list[float]:
         return [a / b for a, b in zip(self[one].seconds, self[other].seconds)]
@@ -191,11 +192,11 @@ class Race:
         return max(abs(a - b) for a, b in zip(self[one].losses, self[other].losses))
 
     def time_ratio(self, one: Kind, other: Kind) -> float:
-        """Of the times to the target; NaN where neither came there."""
+        """Ratio of the times to the target; NaN if neither reached it."""
         return self[one].seconds_needed / self[other].seconds_needed
 
     def steps_apart(self, one: Kind, other: Kind) -> float:
-        """As a factor of 1 or more; infinite where only one came to the target, NaN where neither did."""
+        """Ratio of the steps to the target, at least 1; infinite if only one reached it, NaN if neither did."""
         ratio = self[one].steps_needed / self[other].steps_needed
         return max(ratio, 1 / ratio) if ratio else math.inf
 
@@ -203,27 +204,27 @@ class Race:
 def run(seed: int, device: torch.device, steps: int) -> Race:
     data, test = halves(device, seed)
     torch.manual_seed(seed)
-    original = network(TORCHS).to(device)
+    original = network(TORCH_NORM).to(device)
     runners = {kind: Runner(model_of(kind, original).to(device), kind.layout, RATE, steps) for kind in KINDS}
-    for step, batch in enumerate(bar(list(batches(data, BATCH, steps, seed)), f"seed {seed}, race")):
+    for step, batch in enumerate(progress_bar(list(batches(data, BATCH, steps, seed)), f"seed {seed}, race")):
         order = list(runners.values())
         for runner in order:
             if step == 0:
-                runner.warm(batch)
-        turn = step % len(order)  # each is first as often as any other
+                runner.warm_up(batch)
+        turn = step % len(order)  # every network goes first equally often
         for runner in order[turn:] + order[:turn]:
             runner.step(batch)
         if (step + 1) % EVERY == 0:
             for runner in order:
-                runner.look(test)
+                runner.record_accuracy(test)
 
     count = steps * BATCH // VIRTUAL
-    model = network(OURS_IN_SMALL_BATCHES).to(device)
+    model = network(SMALL_BATCH_NORM).to(device)
     model.load_state_dict(original.state_dict())
     small = Runner(model, torch.channels_last, SMALL_BATCH_RATE, count)
-    for batch in bar(list(batches(data, VIRTUAL, count, seed)), f"seed {seed}, small batches"):
+    for batch in progress_bar(list(batches(data, VIRTUAL, count, seed)), f"seed {seed}, small batches"):
         small.step(batch)
-    small.look(test)
+    small.record_accuracy(test)
     for runner in (*runners.values(), small):
         runner.final = runner.accuracy(test, average=True)
     return Race(runners, small)
@@ -234,7 +235,7 @@ def claims(races: Sequence[Race]) -> Iterator[Claim]:
         return [figure(race) for race in races]
 
     def first_losses(race: Race) -> float:
-        return max(abs(race[native].losses[0] / race[ours].losses[0] - 1) for native, ours in CONVERSIONS)
+        return max(abs(race[baseline].losses[0] / race[converted].losses[0] - 1) for baseline, converted in CONVERSIONS)
 
     def lowest(race: Race) -> float:
         return 100 * min(runner.final for runner in race.runners.values())
@@ -243,15 +244,15 @@ def claims(races: Sequence[Race]) -> Iterator[Claim]:
     yield Claim("convert", statement, "relative difference of the first losses", of_each(first_losses), at_most=1e-5)
     statement = f"All reach {TARGET:.0%} of images not trained on, those with ghosts too."
     yield Claim("speedruns", statement, "lowest final accuracy (%)", of_each(lowest), at_least=100 * TARGET)
-    for (native, ours), what, limit in zip(CONVERSIONS, ("faster", "as fast"), (1.05, 0.9)):
-        over = f"{native} / {ours.name}"
-        steps = of_each(partial(Race.steps_apart, one=native, other=ours))
+    for (baseline, converted), what, limit in zip(CONVERSIONS, ("faster", "as fast"), (1.05, 0.9)):
+        over = f"{baseline} / {converted.name}"
+        steps = of_each(partial(Race.steps_apart, one=baseline, other=converted))
         statement = f"Converted, it needs as many steps to {TARGET:.0%}, within noise."
         yield Claim("convert", statement, f"{over}, as a factor above 1", steps, at_most=1.5)
-        ratios = of_each(partial(Race.step_ratio, one=native, other=ours))
+        ratios = of_each(partial(Race.step_ratio, one=baseline, other=converted))
         statement = f"Converted, a step is {what} in this layout."
         yield Claim("convert", statement, f"{over}, median step times", ratios, at_least=limit)
-        times = of_each(partial(Race.time_ratio, one=native, other=ours))
+        times = of_each(partial(Race.time_ratio, one=baseline, other=converted))
         statement = f"Converted, the time to {TARGET:.0%} is no longer than noise in the steps makes it."
         yield Claim("convert", statement, f"{over}, times to it", times, at_least=0.7)
     for apart, fused in FUSIONS:
@@ -266,9 +267,9 @@ def claims(races: Sequence[Race]) -> Iterator[Claim]:
     statement = f"{BATCH // VIRTUAL} virtual batches cost less than two fifths of a step more."
     yield Claim("ghosts", statement, f"{GHOST} / {CONVERTED.name}, median step times", ratios, at_most=1.4)
     gains = of_each(lambda race: 100 * (race.with_ghosts - race.without_ghosts))
-    statement = f"Ghosts alone regain the {LOST} points that the large batch costs here."
+    statement = f"Ghosts alone regain the {ACCURACY_LOST} points that the large batch costs here."
     measure = "final accuracy, in points above the mean of those without"
-    yield Claim("Hoffer et al.", statement, measure, gains, at_least=LOST, expected=False)
+    yield Claim("Hoffer et al.", statement, measure, gains, at_least=ACCURACY_LOST, expected=False)
 
 
 def show(report: Report, races: Sequence[Race]) -> None:
@@ -310,7 +311,7 @@ def plot(races: Sequence[Race]) -> Figure:
     figure, (curves, ratios) = plt.subplots(1, 2, figsize=(15, 6), layout="constrained", width_ratios=(1.6, 1))
     for kind in KINDS:
         runners = [race[kind] for race in races]
-        times = [median(sum(runner.seconds[:step]) for runner in runners) for step in runners[0].looked]
+        times = [median(sum(runner.seconds[:step]) for runner in runners) for step in runners[0].tested_at]
         accuracies = [100 * median(parts) for parts in zip(*(runner.accuracies for runner in runners))]
         label = f"{kind}: {', '.join(f'{runner.seconds_needed:.2f}' for runner in runners)} s"
         curves.plot(times, accuracies, kind.style, marker=".", color=kind.colour, linewidth=1.8, label=label)
@@ -337,9 +338,9 @@ def plot(races: Sequence[Race]) -> Figure:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser(__doc__)
-    arguments.set_defaults(device=torch.device("cpu"))  # on a GPU, so small a network is a study of launches
+    arguments.set_defaults(device=torch.device("cpu"))  # on a GPU, launches dominate the time of a network this small
     args = parse(arguments, argv)
-    torch.set_num_threads(1)  # what a step takes is then its own work, not waiting for another thread
+    torch.set_num_threads(1)  # the time of a step then contains no waiting for other threads
     report = Report("cifar_style_speedrun", args)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         races = [run(seed, args.device, EVERY if args.quick else STEPS) for seed in range(args.seeds)]

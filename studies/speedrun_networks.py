@@ -1,4 +1,4 @@
-"""The networks of cifar_style_speedrun.py: ResNet-9 in miniature, with each kind of BatchNorm from the same weights."""
+"""The networks of cifar_style_speedrun.py: a small ResNet-9 with each kind of BatchNorm, from the same weights."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from study import FOURTH, THIRD, WITH_BN, WITHOUT_BN
 from torch import Tensor, nn
 
 import bnkernels as bnk
+from studies.study import FOURTH, THIRD, WITH_BN, WITHOUT_BN
 
 BATCH, VIRTUAL = 256, 32
-# Of the running statistics, by the update. Ghosts make several in a step; all forget as much in a step.
+# Momentum of one update of the running statistics. Ghosts update several times a step; the decay per step is equal.
 GHOST_MOMENTUM = 0.1
 MOMENTUM = 1 - (1 - GHOST_MOMENTUM) ** (BATCH // VIRTUAL)
 LOGIT_SCALE = 0.125
 
 
 class GhostBatchNorm2d(bnk.BatchNormAct2d):
-    """BatchNorm2d over virtual batches, the last of which may be smaller; in evaluation BatchNorm2d itself.
+    """BatchNorm2d over virtual batches, the last of which may be smaller; in evaluation the same as BatchNorm2d.
 
-    With apply_act, a ReLU follows in the same kernel.
+    With apply_act, the kernel also computes a ReLU.
 
-    The running statistics follow one virtual batch after the other: n of them with means m_1 .. m_n make of the
-    running mean r, with momentum p, (1 - p)^n r + sum_i p (1 - p)^(n - i) m_i. So with the unbiased variances.
+    Each virtual batch updates the running statistics: n of them with means m_1 .. m_n turn the running mean r, with
+    momentum p, into (1 - p)^n r + sum_i p (1 - p)^(n - i) m_i; likewise for the unbiased variances.
     """
 
     def __init__(self, num_features: int, virtual_batch: int, apply_act: bool = False) -> None:
@@ -45,7 +45,7 @@ class GhostBatchNorm2d(bnk.BatchNormAct2d):
 Norm = Callable[[int], nn.Module]
 
 
-def convolution(norm: Norm, inputs: int, outputs: int) -> nn.Sequential:
+def conv_bn_relu(norm: Norm, inputs: int, outputs: int) -> nn.Sequential:
     layer = norm(outputs)
     has_relu = isinstance(layer, bnk.BatchNormAct2d) and isinstance(layer.act, nn.ReLU)
     relu = nn.Identity() if has_relu else nn.ReLU()
@@ -55,38 +55,38 @@ def convolution(norm: Norm, inputs: int, outputs: int) -> nn.Sequential:
 class Residual(nn.Module):
     def __init__(self, norm: Norm, channels: int) -> None:
         super().__init__()
-        self.branch = nn.Sequential(convolution(norm, channels, channels), convolution(norm, channels, channels))
+        self.branch = nn.Sequential(conv_bn_relu(norm, channels, channels), conv_bn_relu(norm, channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.branch(x)  # type: ignore[no-any-return]
 
 
-class Scaled(nn.Linear):
-    """Keeps the logits of the initial network small, without which the learning rates of the speedruns diverge."""
+class ScaledLinear(nn.Linear):
+    """Scales down the logits; with larger initial logits, training at the learning rates of the speedruns diverges."""
 
     def forward(self, x: Tensor) -> Tensor:
         return LOGIT_SCALE * super().forward(x)
 
 
-TORCHS: Norm = partial(nn.BatchNorm2d, momentum=MOMENTUM)
-OURS_IN_SMALL_BATCHES: Norm = partial(bnk.BatchNorm2d, momentum=GHOST_MOMENTUM)
-GHOSTS: Norm = partial(GhostBatchNorm2d, virtual_batch=VIRTUAL)
-FUSED_GHOSTS: Norm = partial(GhostBatchNorm2d, virtual_batch=VIRTUAL, apply_act=True)
+TORCH_NORM: Norm = partial(nn.BatchNorm2d, momentum=MOMENTUM)
+SMALL_BATCH_NORM: Norm = partial(bnk.BatchNorm2d, momentum=GHOST_MOMENTUM)
+GHOST_NORM: Norm = partial(GhostBatchNorm2d, virtual_batch=VIRTUAL)
+FUSED_GHOST_NORM: Norm = partial(GhostBatchNorm2d, virtual_batch=VIRTUAL, apply_act=True)
 
 
 def network(norm: Norm, width: int = 16) -> nn.Sequential:
     """ResNet-9 without its last stage: the images have 8x8 pixels."""
     return nn.Sequential(
-        convolution(norm, 1, width),
-        convolution(norm, width, 2 * width),
+        conv_bn_relu(norm, 1, width),
+        conv_bn_relu(norm, width, 2 * width),
         nn.MaxPool2d(2),
         Residual(norm, 2 * width),
-        convolution(norm, 2 * width, 4 * width),
+        conv_bn_relu(norm, 2 * width, 4 * width),
         nn.MaxPool2d(2),
         Residual(norm, 4 * width),
         nn.AdaptiveMaxPool2d(1),
         nn.Flatten(),
-        Scaled(4 * width, 10, bias=False),
+        ScaledLinear(4 * width, 10, bias=False),
     )
 
 
@@ -115,16 +115,16 @@ NN_NCHW, CONVERTED_NCHW, FUSED_NCHW, NN, CONVERTED, FUSED, GHOST, FUSED_GHOST = 
     Kind("ghost", torch.channels_last, THIRD, "-"),
     Kind("fused + ghost", torch.channels_last, THIRD, "--"),
 )
-GHOSTLY = (GHOST, FUSED_GHOST)
+GHOST_KINDS = (GHOST, FUSED_GHOST)
 CONVERSIONS = ((NN_NCHW, CONVERTED_NCHW), (NN, CONVERTED))
 FUSIONS = ((CONVERTED_NCHW, FUSED_NCHW), (CONVERTED, FUSED), (GHOST, FUSED_GHOST))
-PAIRS = (*CONVERSIONS, *FUSIONS, (GHOST, CONVERTED))  # whose step times are compared
+PAIRS = (*CONVERSIONS, *FUSIONS, (GHOST, CONVERTED))  # pairs whose step times are compared
 
 
 def model_of(kind: Kind, original: nn.Module) -> nn.Module:
-    """With the weights of the network with nn.BatchNorm2d."""
-    if kind in GHOSTLY:
-        model: nn.Module = network(GHOSTS if kind is GHOST else FUSED_GHOSTS)
+    """The network of a kind, with the weights of the network with nn.BatchNorm2d."""
+    if kind in GHOST_KINDS:
+        model: nn.Module = network(GHOST_NORM if kind is GHOST else FUSED_GHOST_NORM)
         model.load_state_dict(original.state_dict())
         return model
     model = copy.deepcopy(original)
