@@ -2,7 +2,7 @@ import sys
 
 try:
     from .cli import main
-except ImportError as error:  # no extension, or one for another torch: its message says what to do
+except ImportError as error:  # missing or built for another torch: the message explains the remedy
     print(error, file=sys.stderr)
     sys.exit(2)
 

@@ -1,6 +1,4 @@
-"""One case of the benchmark: which input, in which layout and dtype, in which direction, with what behind it; and the
-bytes it must move.
-"""
+"""One case of the benchmark: shape, batch, layout, dtype and epilogue; its inputs, and the bytes it must move."""
 
 from __future__ import annotations
 
@@ -18,11 +16,11 @@ DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16,
 LAYOUTS: dict[str, torch.memory_format] = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 # Tensors of the input's size that must cross the memory bus: forward reads x and writes y; backward reads x and grad_y
-# and writes grad_x. The per-channel vectors are left out: they are 1/(N*H*W) of a tensor.
+# and writes grad_x. Per-channel vectors are left out: each is 1/(N*H*W) of a tensor.
 FLOOR_TENSORS: dict[str, int] = {"forward": 2, "eval": 2, "backward": 3, "step": 5}
 
-# What may follow, y = relu(batch_norm(x) + residual), and the tensors more that it makes each direction move: forward
-# reads the residual. Backward writes the residual's gradient, unless it is y's own; which y are positive is a bit each.
+# Epilogues, y = relu(batch_norm(x) + residual), and the additional tensors that each direction moves: forward reads the
+# residual; backward writes the residual's gradient unless it equals that of y. The mask of positive y is 1 bit each.
 EPILOGUES: dict[str, dict[str, int]] = {
     "": {"forward": 0, "eval": 0, "backward": 0, "step": 0},
     "relu": {"forward": 0, "eval": 0, "backward": 0, "step": 0},
@@ -48,7 +46,7 @@ EPILOGUE_TITLES: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A BatchNorm2d input (shape, batch, layout, dtype by the names above), and what follows."""
+    """A BatchNorm2d input (shape, batch, layout and dtype, named as above) and an epilogue."""
 
     shape: LayerShape
     batch: int
@@ -85,7 +83,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Buffers:
-    """One input, one gradient of the output, and what is added, if anything is; inputs are leaves that require grad."""
+    """An input, a gradient of the output and an optional residual. Inputs are leaves that require grad."""
 
     x: Tensor
     grad: Tensor
@@ -93,17 +91,17 @@ class Buffers:
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
-        """What a module is called with."""
+        """The arguments of the module."""
         return (self.x,) if self.residual is None else (self.x, self.residual)
 
     def copy(self) -> Buffers:
-        """The same values at other addresses."""
+        """Copies with the same values at other addresses."""
         residual = None if self.residual is None else self.residual.detach().clone().requires_grad_()
         return Buffers(self.x.detach().clone().requires_grad_(), self.grad.clone(), residual)
 
 
 def make_buffers(case: Case, device: torch.device, seed: int = 0) -> Buffers:
-    """Normal data whose mean and scale differ by channel, as activations' do; the gradient is plain normal."""
+    """Normal data with a mean and scale per channel, as activations have; the gradient is standard normal."""
     generator = torch.Generator(device=device).manual_seed(seed)
     size = case.shape.input_shape(case.batch)
     channels = (1, case.shape.channels, 1, 1)
@@ -123,7 +121,7 @@ def make_buffers(case: Case, device: torch.device, seed: int = 0) -> Buffers:
 
 
 def make_ring(case: Case, device: torch.device, count: int, seed: int = 0) -> list[Buffers]:
-    """`count` buffers of the same values at different addresses, for calls to go round."""
+    """`count` buffers with the same values at different addresses, for calls to cycle through."""
     first = make_buffers(case, device, seed)
     return [first, *(first.copy() for _ in range(count - 1))]
 
@@ -132,11 +130,11 @@ MAX_RING = 512
 
 
 def ring_length(case: Case, per_call: int, cold_bytes: int, limit_bytes: int) -> int:
-    """How many buffers a ring needs so that more than `cold_bytes` pass before a buffer comes round again.
+    """The number of buffers of a ring in which more than `cold_bytes` are touched before a buffer is used again.
 
-    `per_call` is what one call touches of memory that goes round with the ring. At least 2 buffers; no more than hold
-    `limit_bytes` of inputs (x, grad and what is added), so that small memories survive, and no more than MAX_RING:
-    tensors of a few kilobytes stay in a cache, and nobody reads them from memory in a program either.
+    `per_call` is the number of bytes of the ring's memory that one call touches. At least 2 buffers; at most
+    `limit_bytes` of inputs (x, grad and the residual), to fit small memories; and at most MAX_RING: tensors of a few
+    kilobytes stay in a cache, as they do in a program.
     """
     wanted = max(2, cold_bytes // per_call + 2)
     affordable = max(2, limit_bytes // ((3 if case.adds else 2) * case.tensor_bytes))

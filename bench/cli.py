@@ -17,7 +17,7 @@ from .providers import BUILDERS, COMPILED, TITLES, why_no_compiler
 from .report import case_line, render
 from .results import Run
 from .sampling import Effort
-from .shapes import FAMILIES, LayerShape
+from .shapes import SHAPE_SETS, LayerShape
 
 EFFORTS = {
     ("cpu", "quick"): Effort(sample_s=4e-3, budget_s=0.3, min_rounds=5, max_rounds=15),
@@ -31,7 +31,7 @@ EFFORTS = {
 
 @dataclass(frozen=True)
 class Defaults:
-    """What is run where the options do not say."""
+    """What to run unless options override it."""
 
     batch: tuple[int, ...]
     dtypes: tuple[str, ...]
@@ -47,23 +47,25 @@ DEFAULTS = {
 
 
 def _one_of(known: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
-    """An argparse type: names out of `known`, separated by commas."""
+    """An argparse type: comma-separated names from `known`."""
     names = tuple(known)
 
     def parse(text: str) -> tuple[str, ...]:
         chosen = tuple(part.strip() for part in text.split(",") if part.strip())
         unknown = [name for name in chosen if name not in names]
         if unknown or not chosen:
-            raise argparse.ArgumentTypeError(f"{', '.join(unknown) or 'nothing'} is not among {', '.join(names)}")
+            raise argparse.ArgumentTypeError(
+                f"expected names among {', '.join(names)}, got {', '.join(unknown) or 'none'}"
+            )
         return chosen
 
     return parse
 
 
 def parse_shapes(text: str) -> tuple[LayerShape, ...]:
-    """An argparse type: a family of shapes.py, or shapes as CxHxW, separated by commas."""
-    if text in FAMILIES:
-        return FAMILIES[text]()
+    """An argparse type: a named set of shapes.py, or comma-separated shapes CxHxW."""
+    if text in SHAPE_SETS:
+        return SHAPE_SETS[text]()
     try:
         sizes = [tuple(int(size) for size in part.split("x")) for part in text.split(",")]
         shapes = tuple(LayerShape(*size) for size in sizes if len(size) == 3 and min(size) > 0)
@@ -71,7 +73,7 @@ def parse_shapes(text: str) -> tuple[LayerShape, ...]:
         shapes = ()
     if not shapes or len(shapes) != len(text.split(",")):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is neither one of {', '.join(FAMILIES)} nor shapes such as 64x56x56"
+            f"expected one of {', '.join(SHAPE_SETS)}, or shapes such as 64x56x56, got {text!r}"
         )
     return shapes
 
@@ -82,21 +84,21 @@ def _batches(text: str) -> tuple[int, ...]:
     except ValueError:
         batches = ()
     if not batches or min(batches) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of positive numbers")
+        raise argparse.ArgumentTypeError(f"expected comma-separated positive numbers, got {text!r}")
     return batches
 
 
 def parser() -> argparse.ArgumentParser:
     parse = argparse.ArgumentParser(
         prog="python -m bench",
-        description="Times bnkernels beside nn.BatchNorm2d and torch.compile of it on ResNet-50's BatchNorm layers. "
-        "Every result is held against the float64 reference first. Writes <date>-<machine>-<what>.json, .md and .png.",
+        description="Times bnkernels, nn.BatchNorm2d and its torch.compile on ResNet-50's BatchNorm layers. "
+        "Checks every result against the float64 reference first. Writes <date>-<machine>-<what>.json, .md and .png.",
     )
     effort = parse.add_mutually_exclusive_group()
     effort.add_argument("--quick", action="store_true", help="four shapes, few samples")
     effort.add_argument("--full", action="store_true", help="many samples; the compiled layer in every direction")
     parse.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: the GPU if there is one"
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if available, else the CPU"
     )
     parse.add_argument(
         "--shapes", type=parse_shapes, metavar="NAME|CxHxW,..", help="resnet50 (default), quick, tiny, or shapes"
@@ -111,49 +113,59 @@ def parser() -> argparse.ArgumentParser:
         "--epilogue",
         choices=[name for name in EPILOGUES if name],
         default="",
-        help="what follows BatchNorm: in bnkernels' kernels, and as torch's operations, in place, behind torch's layer",
+        help="operations after BatchNorm: in bnkernels' kernels, and as in-place torch operations after torch's layer",
     )
-    parse.add_argument("--providers", type=_one_of(BUILDERS), metavar="C,..", help=f"of {', '.join(BUILDERS)}")
+    parse.add_argument("--providers", type=_one_of(BUILDERS), metavar="P,..", help=f"of {', '.join(BUILDERS)}")
     parse.add_argument(
-        "--modes", type=_one_of(cuda.MODES), metavar="M,..", help="GPU only, of cold, warm, user; default: cold,warm"
-    )
-    parse.add_argument(
-        "--budget", type=float, metavar="S", help="seconds for one case and direction, instead of the preset's"
+        "--modes", type=_one_of(cuda.MODES), metavar="M,..", help="GPU only: cold, warm, user; default: cold,warm"
     )
     parse.add_argument(
-        "--max-ring", type=int, default=MAX_RING, metavar="N", help=f"buffers that calls go round, default: {MAX_RING}"
+        "--budget", type=float, metavar="S", help="seconds per case and direction; default: the preset's"
     )
     parse.add_argument(
-        "--copy-mib", type=int, default=cuda.COPY_BYTES >> 20, metavar="M", help="of the GPU's copy, default: 1024"
+        "--max-ring",
+        type=int,
+        default=MAX_RING,
+        metavar="N",
+        help=f"most buffers to cycle through, default: {MAX_RING}",
     )
-    parse.add_argument("--threads", type=int, metavar="T", help="CPU threads (default: torch's)")
+    parse.add_argument(
+        "--copy-mib",
+        type=int,
+        default=cuda.COPY_BYTES >> 20,
+        metavar="M",
+        help="size of the device copy on a GPU, default: 1024",
+    )
+    parse.add_argument("--threads", type=int, metavar="T", help="CPU threads, default: torch's")
     parse.add_argument("--out", type=Path, default=Path("out/bench"), metavar="DIR", help="default: out/bench")
     parse.add_argument(
         "--name",
         metavar="WHAT",
-        help="last part of the files' name (default: quick, default or full, and the epilogue)",
+        help="last part of the file names, default: quick, default or full, and the epilogue",
     )
     parse.add_argument("--no-plot", action="store_true")
-    parse.add_argument("--json-only", action="store_true", help="no report and no plot: --render makes them later")
     parse.add_argument(
-        "--render", type=Path, metavar="JSON", help="measure nothing: write the report of this run again"
+        "--json-only", action="store_true", help="write no report and no plot; --render makes them later"
+    )
+    parse.add_argument(
+        "--render", type=Path, metavar="JSON", help="measure nothing; write the report of this run again"
     )
     return parse
 
 
 def make_plan(options: argparse.Namespace) -> harness.Plan:
-    """The options with every default filled in. Raises SystemExit where the device is not there."""
+    """The options with all defaults filled in. SystemExit if the device is not available."""
     kind = options.device
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("--device cuda, but torch sees no GPU")
+        raise SystemExit("--device cuda: torch.cuda.is_available() is False")
     preset = "quick" if options.quick else "full" if options.full else "default"
     defaults = DEFAULTS[kind, "quick" if options.quick else "default"]
     effort = EFFORTS[kind, preset]
     if options.budget is not None:
         effort = Effort(effort.sample_s, options.budget, effort.min_rounds, effort.max_rounds)
-    shapes = options.shapes or FAMILIES["quick" if options.quick else "resnet50"]()
+    shapes = options.shapes or SHAPE_SETS["quick" if options.quick else "resnet50"]()
     cases = [
         Case(shape, batch, layout, dtype, options.epilogue)
         for dtype in options.dtypes or defaults.dtypes
@@ -178,7 +190,7 @@ def make_plan(options: argparse.Namespace) -> harness.Plan:
 
 
 def _without_compiler(plan: harness.Plan, run: Run) -> harness.Plan:
-    """The plan, without the compiled layer where torch.compile does not work; the report says so."""
+    """The plan, without the compiled provider if torch.compile does not work; the report notes it."""
     if COMPILED not in plan.providers:
         return plan
     why = why_no_compiler(plan.device)
@@ -203,7 +215,7 @@ def file_of(stem: Path, suffix: str) -> Path:
 
 
 def write(run: Run, stem: Path, plot: bool, report: bool = True) -> list[Path]:
-    """Writes stem.json and, with a report, stem.md and, unless told not to or without matplotlib, stem.png."""
+    """Writes stem.json; with `report`, stem.md; with `plot` and if matplotlib is installed, stem.png."""
     written = [file_of(stem, ".json")]
     run.save(written[0])
     if not report:
@@ -223,18 +235,18 @@ def write(run: Run, stem: Path, plot: bool, report: bool = True) -> list[Path]:
     return [*written, text]
 
 
-INTERRUPTED = 130  # as shells have it
+INTERRUPTED = 130  # the exit status by the convention of shells
 
 
 def _measure(plan: harness.Plan, run: Run, file: Path) -> int:
-    """Runs the cases; `file` holds the finished ones at every moment. The exit status."""
+    """Runs the cases and returns the exit status. `file` always holds the finished cases."""
     seen = 0
 
     def finished(case: Case) -> None:
         nonlocal seen
         run.save(file)
         records, seen = run.records[seen:], len(run.records)
-        if not sys.stderr.isatty():  # where nobody watches the bar, the log tells
+        if not sys.stderr.isatty():  # no progress bar: log each case
             reference = run.reference_bandwidth(records[0]) if records else None
             print(f"{case}: {case_line(records, reference) or 'no time'}", flush=True)
 
@@ -247,8 +259,8 @@ def _measure(plan: harness.Plan, run: Run, file: Path) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0: measured and written. 1: so were the cases that did not fail. 2: it could not run. 130: interrupted, and
-    what was measured before is written."""
+    """Exit status. 0: all cases measured and written; 1: some failed, the others are written; 2: usage error;
+    130: interrupted, with what was measured before written."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_args(arguments)
     if options.render is not None:

@@ -1,10 +1,10 @@
-"""Timing on a GPU: graphs of the bare calls, L2 cold or warm, and the bandwidth of a device copy.
+"""GPU timers: CUDA graphs of the calls with L2 cold or warm, and the bandwidth of a device copy.
 
-A CUDA graph replays the kernels without Python or dispatch between them, so that what is timed is what the GPU does.
-  cold   the graph holds one call on each buffer of a ring larger than 5 times L2, every output in memory of its own:
-         nothing that a call reads or writes is in L2 from an earlier call
-  warm   the graph holds calls on one buffer, each output in the same memory: what fits in L2 stays there
-  user   no graph: module calls from Python one after another, the device awaited at the end; what a small call costs
+A CUDA graph replays the kernels without Python or dispatch in between: the time measured is that of the GPU.
+  cold   the graph holds one call on each buffer of a ring larger than 5 times L2, each output in separate memory:
+         L2 holds nothing of a call from an earlier one
+  warm   the graph holds calls on one buffer, all outputs in the same memory: tensors that fit stay in L2
+  user   no graph: successive module calls from Python, then a synchronization; measures the overhead of small calls
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ WARM_CALLS = 8
 WARMUP_CALLS = 3
 COPY_BYTES = 1 << 30
 COPY_SAMPLES = 15
-COPY_REPEATS = 4  # copies a sample
+COPY_REPEATS = 4  # copies per sample
 
 Call = Callable[[int], object]
 
 
 @dataclass(frozen=True)
 class GpuTimer:
-    """A Timer, and how it takes the time: "graph", "events" (a graph could not be captured: see why) or "wall"."""
+    """A Timer and its method: "graph", "events" (graph capture failed for the reason in `why`) or "wall"."""
 
     timer: Timer
     method: str
@@ -44,7 +44,7 @@ def l2_bytes(device: torch.device) -> int:
 
 
 def _elapsed(work: Callable[[], object], repeats: int, stream: torch.cuda.Stream) -> float:
-    """Seconds on the device for `repeats` times `work`, enqueued on `stream`."""
+    """Device seconds of `repeats` calls of `work` on `stream`."""
     start = torch.cuda.Event(enable_timing=True)
     end = torch.cuda.Event(enable_timing=True)
     with torch.cuda.stream(stream):
@@ -57,14 +57,14 @@ def _elapsed(work: Callable[[], object], repeats: int, stream: torch.cuda.Stream
 
 
 def _capture(call: Call, indices: list[int], stream: torch.cuda.Stream, distinct_outputs: bool) -> torch.cuda.CUDAGraph:
-    """A graph of call(i) for the indices; with distinct_outputs each call's results have memory of their own."""
+    """A graph of call(i) for the indices; with distinct_outputs every result has separate memory."""
     graph = torch.cuda.CUDAGraph()
-    kept: list[object] = []
+    outputs: list[object] = []
     with torch.cuda.graph(graph, stream=stream):
         for index in indices:
             made = call(index)
             if distinct_outputs:
-                kept.append(made)
+                outputs.append(made)
     return graph
 
 
@@ -77,7 +77,7 @@ def graph_timer(make_call: Callable[[], Call], ring: Ring, mode: str) -> GpuTime
     indices = list(range(ring.length)) if mode == "cold" else [0] * WARM_CALLS
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        # Autograd runs a backward on its forward's stream: what make_call prepares belongs on this one.
+        # Autograd runs a backward on the stream of its forward, so make_call runs its forwards on this stream.
         call = make_call()
         for _ in range(WARMUP_CALLS):
             call(0)
@@ -103,7 +103,7 @@ def graph_timer(make_call: Callable[[], Call], ring: Ring, mode: str) -> GpuTime
 
 
 def user_timer(call: Call, ring: Ring) -> GpuTimer:
-    """A timer of calls from Python, the device awaited before and after."""
+    """A timer of calls from Python, with a synchronization before and after."""
 
     def timer(count: int) -> float:
         indices = ring.take(count)
@@ -118,9 +118,9 @@ def user_timer(call: Call, ring: Ring) -> GpuTimer:
 
 
 def copy_bandwidth(device: torch.device, bytes: int = COPY_BYTES) -> list[float]:
-    """Bytes/s, read plus written, of a device-to-device copy: samples by events, after a warm-up.
+    """Bytes/s, read plus written, of a device-to-device copy: samples timed by events, after a warm-up.
 
-    It is the ceiling that the achieved floor bytes/s are quoted against: what this device does today with a plain copy.
+    The reference that achieved floor bytes/s are compared with.
     """
     samples = _copy_samples(device, bytes)
     free_memory()
@@ -139,7 +139,7 @@ def _copy_samples(device: torch.device, bytes: int) -> list[float]:
 
 
 def free_memory() -> None:
-    """Gives the graphs' pools back, so that the next case starts with an empty device."""
+    """Frees the graphs' memory pools, so that the next case starts with an empty device."""
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()

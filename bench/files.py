@@ -1,4 +1,4 @@
-"""Results on disk. Standard library only."""
+"""Atomic replacement of files. Standard library only."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Replaces the file in one step: a reader finds the old text or the new, whenever the writer is killed."""
+    """Replaces the file atomically: a reader finds the old or the new text, even if the writer is killed."""
     part = path.with_name(path.name + ".part")
     part.write_text(text)
     os.replace(part, path)

@@ -1,23 +1,22 @@
-"""Everything that wants a GPU, in two stages, without network: for a GPU that is at hand for minutes.
+"""Everything that needs a GPU, in two stages, without network: for a GPU that is available for minutes.
 
-    bash bench/gpu.sh first       what is worth most: whether it computes right, how fast, and moving how many bytes
+    bash bench/gpu.sh first       the most valuable steps: correctness, speed, bytes moved
     bash bench/gpu.sh second      compute-sanitizer, the other tests, the other figures
 
-    RESULTS=DIR       where the results go, into DIR/first and DIR/second (default: bench/results/gpu-<date>)
+    RESULTS=DIR       write the results to DIR/first and DIR/second (default: bench/results/gpu-<date>)
     PYTHON=python3    must have torch, setuptools, ninja, pytest, hypothesis; pytest-xdist and pytest-timeout are used
-    STEPS="a b"       only these steps of bench/stages.py
-    TOTAL=N           seconds for the stage (default: 240 and 400): what does not fit is cut off, and said to be
-    SIZE=tiny         every step on the smallest problems: to see that the script runs
-    MAX_JOBS=N        compilers at a time (default: the cores)
+    STEPS="a b"       run only these steps of bench/stages.py
+    TOTAL=N           seconds for the stage (default: 240 and 400); a step that does not fit is cut off and reported
+    SIZE=tiny         run every step on the smallest problems, to test the script
+    MAX_JOBS=N        parallel compilers (default: the number of cores)
 
-summary.md tells after every step how it ended, log.txt has the output as it comes, and the bench writes its JSON
-after every case: whenever a stage is killed, what was done until then is there. A step that fails does not stop the
-others; one that needs what is missing is skipped with the reason. Exit status: 0 if no step failed, 1 if one did, 130
-if it was interrupted.
+summary.md is updated after every step, log.txt as output arrives, and the JSON of the bench after every case: a stage
+that is killed leaves all results up to then. A step that fails does not stop the others; a step whose requirements are
+missing is skipped with the reason. Exit status: 0 if no step failed, 1 if one did, 130 if interrupted.
 
-A library that was built elsewhere, for this Python and torch, is used as it is. Build it there with
-`STEPS=build bash bench/gpu.sh first`, setting TORCH_CUDA_ARCH_LIST where there is no GPU, and copy bnkernels/_C.*.so
-and bnkernels/_C.built.
+A library built elsewhere for this Python and torch is used without a build. Build it with
+`STEPS=build bash bench/gpu.sh first`, with TORCH_CUDA_ARCH_LIST set if that machine has no GPU, and copy
+bnkernels/_C.*.so and bnkernels/_C.built.
 """
 
 from __future__ import annotations
@@ -41,16 +40,17 @@ from pathlib import Path
 from types import FrameType
 
 from .files import replace_text
+from .markdown import table
 from .stages import SIZES, STAGES, Facts, Step
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD_FOLDER = ROOT / "build" / "gpu"
 LIBRARY = ROOT / "bnkernels" / f"_C{EXTENSION_SUFFIXES[0]}"
-BUILT = ROOT / "bnkernels" / "_C.built"  # of what sources which library is
-STAND_IN = "BNKERNELS_HOST_DEVICE"  # set where tests/support/fake_cuda plays the GPU
-SKIPPED = 77  # the exit status by which a step says that it cannot run here; the last line of its output says why
-GRACE = 10  # seconds from a step's interrupt to its end by force
-CUT_OFF = (124, 137, -signal.SIGKILL)  # what `timeout` ends with: a kill is of itself too
+BUILT = ROOT / "bnkernels" / "_C.built"  # digests of the sources and of the library
+FAKE_CUDA = "BNKERNELS_FAKE_CUDA"  # set if tests/support/fake_cuda emulates the GPU
+SKIPPED = 77  # exit status of a step that cannot run here; the last line of its output is the reason
+GRACE = 10  # seconds from the interrupt of a step to its kill
+CUT_OFF = (124, 137, -signal.SIGKILL)  # exit statuses of `timeout`; SIGKILL also ends timeout itself
 INTERRUPTED = 130
 
 PROBE = """
@@ -81,23 +81,23 @@ def digest(files: Iterable[Path]) -> str:
 
 
 def build_mark() -> str:
-    """Of the sources, and of the library that is there."""
+    """Digests of the sources and of the present library."""
     sources = sorted(file for file in (ROOT / "csrc").rglob("*") if file.is_file())
     own = [file for file in [LIBRARY] if file.exists()]
     return f"{digest([*sources, ROOT / 'setup.py', ROOT / 'build_support.py'])} {digest(own)}\n"
 
 
 def probe(environment: dict[str, str]) -> Facts:
-    """In a process of its own, which leaves no context on the GPU."""
+    """Runs PROBE in a child process, so that this process has no context on the GPU."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", PROBE], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=90
         )
         found = json.loads(done.stdout.splitlines()[-1])
     except (subprocess.TimeoutExpired, ValueError, IndexError) as error:
-        found = {"why": f"the look at the GPU failed: {type(error).__name__}"}
+        found = {"why": f"the probe of the GPU failed: {type(error).__name__}"}
     current = BUILT.exists() and BUILT.read_text() == build_mark()
-    return Facts(**found, current=current, stand_in=STAND_IN in environment)
+    return Facts(**found, current=current, fake_cuda=FAKE_CUDA in environment)
 
 
 def _has(module: str) -> bool:
@@ -105,17 +105,17 @@ def _has(module: str) -> bool:
 
 
 def words_of(facts: Facts, size: str, results: Path) -> dict[str, str]:
-    """What stands for the {names} in the steps' programs."""
-    python = [sys.executable, *(["-m", "fake_cuda.run"] if facts.stand_in else [])]
+    """The values of the {names} in the programs of steps."""
+    python = [sys.executable, *(["-m", "fake_cuda.run"] if facts.fake_cuda else [])]
     words = {
         **SIZES[size],
         "python": shlex.join(python),
         "results": shlex.quote(str(results)),
         "build": shlex.quote(str(BUILD_FOLDER)),
         "arch": facts.arch,
-        # Only the package's kernels (namespace bnk) are instrumented.
+        # Instruments only the kernels of the package (namespace bnk).
         "sanitizer": "--error-exitcode 9 --kernel-name kns=bnk",
-        # A test that hangs in a kernel ends its process; pytest-xdist starts another for those that are left.
+        # A timeout in a kernel ends the process; pytest-xdist starts another for the remaining tests.
         "pytest": "--timeout 60 --timeout-method thread" if _has("pytest_timeout") else "",
     }
     if not _has("xdist"):
@@ -125,21 +125,21 @@ def words_of(facts: Facts, size: str, results: Path) -> dict[str, str]:
 
 @dataclass
 class Summary:
-    """summary.md, on disk at every moment."""
+    """Rows of summary.md; the file on disk is always up to date."""
 
     file: Path
     title: str
-    rows: list[str] = field(default_factory=list)
+    rows: list[list[str]] = field(default_factory=list)
 
-    def add(self, name: str, error_report: str, seconds: float, note: str) -> None:
-        self.rows.append(f"| {name} | {error_report} | {seconds:.0f} | {note} |")
+    def add(self, name: str, status: str, seconds: float, note: str) -> None:
+        self.rows.append([name, status, f"{seconds:.0f}", note])
         self.write()
-        print(f"   {error_report} after {seconds:.0f} s: {note}", flush=True)
+        print(f"   {status} after {seconds:.0f} s: {note}", flush=True)
 
     def write(self, running: str = "") -> None:
-        last = [f"| {running} | running | | |"] if running else []
-        head = ["| step | status | s | what it said |", "| ---- | ------ | -: | ------------ |"]
-        replace_text(self.file, "\n".join([self.title, "", *head, *self.rows, *last]) + "\n")
+        last = [[running, "running", "", ""]] if running else []
+        rows = table(["step", "status", "s", "output"], [*self.rows, *last], left=4)
+        replace_text(self.file, f"{self.title}\n\n{rows}\n")
 
 
 def _last_line(log: Path, offset: int, pattern: str) -> str:
@@ -153,7 +153,7 @@ def _last_line(log: Path, offset: int, pattern: str) -> str:
 def run_step(
     step: Step, command: Sequence[str], limit: int, log: Path, environment: dict[str, str]
 ) -> tuple[str, float, str]:
-    """Verdict, seconds and note. Raises KeyboardInterrupt, with the step ended, where this process is interrupted."""
+    """Status, seconds and note. KeyboardInterrupt, after ending the step, if this process is interrupted."""
     timed = ["timeout", "-s", "INT", f"--kill-after={GRACE}", str(limit), *command]
     begin = time.monotonic()
     with log.open("ab") as output:
@@ -166,11 +166,11 @@ def run_step(
         try:
             status = process.wait()
         except KeyboardInterrupt:
-            process.send_signal(signal.SIGINT)  # timeout hands it on, and kills after GRACE
+            process.send_signal(signal.SIGINT)  # timeout forwards it, and kills the step after GRACE
             process.wait()
             raise
     seconds = time.monotonic() - begin
-    said = _last_line(log, offset, step.tells)
+    said = _last_line(log, offset, step.shown)
     if status == SKIPPED:
         return "skipped", seconds, _last_line(log, offset, r"\S")
     if status == 0:
@@ -187,7 +187,7 @@ def run_stage(
     environment: dict[str, str],
     summary: Summary,
 ) -> int:
-    """Exit status. total: seconds that are left for the steps."""
+    """Exit status. total: seconds left for the steps."""
     end = time.monotonic() + total
     log = summary.file.with_name("log.txt")
     log.write_bytes(b"")
@@ -207,15 +207,13 @@ def run_stage(
         summary.write(running=step.name)
         begin = time.monotonic()
         try:
-            error_report, seconds, note = run_step(
-                step, shlex.split(step.program.format(**words)), limit, log, environment
-            )
+            outcome, seconds, note = run_step(step, shlex.split(step.program.format(**words)), limit, log, environment)
         except KeyboardInterrupt:
-            summary.add(step.name, "FAILED", time.monotonic() - begin, "interrupted, and all after it")
+            summary.add(step.name, "FAILED", time.monotonic() - begin, "interrupted; the following steps did not run")
             return INTERRUPTED
-        summary.add(step.name, error_report, seconds, note)
-        failed = failed or error_report == "FAILED"
-        if step.name == "build" and error_report == "passed":
+        summary.add(step.name, outcome, seconds, note)
+        failed = failed or outcome == "FAILED"
+        if step.name == "build" and outcome == "passed":
             BUILT.write_text(build_mark())
     return 1 if failed else 0
 
@@ -240,7 +238,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def take_interrupts() -> None:
-    """SIGINT and SIGTERM end the running step and the stage, also where the one who started this ignores them."""
+    """SIGINT and SIGTERM end the running step and the stage, even if the parent process ignores them."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
 
@@ -271,12 +269,12 @@ def main(arguments: Sequence[str]) -> int:
     environment.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
     path = [
         str(ROOT),
-        *([str(ROOT / "tests" / "support")] if STAND_IN in environment else []),
+        *([str(ROOT / "tests" / "support")] if FAKE_CUDA in environment else []),
         environment.get("PYTHONPATH", ""),
     ]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     facts = probe(environment)
-    if not facts.gpu:  # one architecture is enough to see that the kernels compile
+    if not facts.gpu:  # without a GPU, one architecture is enough to compile the kernels
         environment.setdefault("TORCH_CUDA_ARCH_LIST", "9.0")
     summary = Summary(results / "summary.md", title(stage, size, facts))
     left = int(os.environ.get("TOTAL") or total) - int(time.monotonic() - begin)

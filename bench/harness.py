@@ -1,4 +1,4 @@
-"""Runs the cases: gate, then interleaved samples, one direction and mode after another."""
+"""Runs the cases: checks the results, then takes interleaved samples for each direction and mode."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .providers import COMPILED, COPY, Provider, make_call, make_copy
 from .results import Record, Run
 from .sampling import Effort, Ring, Timer, cpu_timer, interleave
 
-# Buffers that a CPU ring goes through before it returns: their sum is more than the last-level cache holds.
+# A CPU ring holds more than this multiple of the last-level cache.
 CPU_CACHE_MULTIPLE = 2
 CPU_RING_LIMIT = 1 << 30
-GATE_SEED = 12345
+TOLERANCE_SEED = 12345
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Plan:
     providers: Sequence[str]
     modes: Sequence[str]  # ("cpu",), or modes of cuda.py
     effort: Effort
-    compile_all: bool  # the compiled layer in every direction, not only in the training step
+    compile_all: bool  # time the compiled provider in every direction, not only in the training step
     copy_bytes: int = cuda.COPY_BYTES
     max_ring: int = MAX_RING
 
@@ -45,10 +45,10 @@ def execute(
     progress: Callable[[Iterable[Case]], Iterable[Case]] = iter,
     finished: Callable[[Case], None] = lambda case: None,
 ) -> None:
-    """Fills run with gate records and samples, and calls finished() after every case.
+    """Fills `run` with tolerance records and samples; calls finished() after every case.
 
-    A case that raises, or whose result is wrong, goes into run.failed with the reason, and the next one is run.
-    An interrupt is raised on, and leaves in run what was measured before it.
+    A case that raises, or whose result is wrong, is recorded in run.failed with the reason, and the next case runs.
+    KeyboardInterrupt is propagated; `run` then holds what was measured before it.
     """
     try:
         _measure_copy(plan, run)
@@ -67,11 +67,11 @@ def _attempt(run: Run, what: str, work: Callable[[], None]) -> None:
     try:
         work()
     except torch.OutOfMemoryError:
-        run.notes.append(f"{what}: does not fit into this device's memory, left out")
+        run.notes.append(f"{what}: skipped, out of device memory")
     except tolerance.ToleranceError as error:
         run.tolerance += error.records
         run.failed.append(f"{what}: {error}")
-    except Exception as error:  # a kernel that faults, a compiler that fails: the other cases may tell more
+    except Exception as error:  # e.g. a kernel fault or a compiler error: the other cases still run
         first_line = (str(error).strip().splitlines() or [""])[0]
         run.failed.append(f"{what}: {type(error).__name__}: {first_line}")
 
@@ -87,9 +87,9 @@ def _measure_copy(plan: Plan, run: Run) -> None:
 
 def _run_case(plan: Plan, case: Case, run: Run) -> None:
     if plan.device.type == "cuda":
-        cuda.free_memory()  # of the case before, whose results no frame holds any more
+        cuda.free_memory()  # of the previous case, whose results are unreachable now
     providers = {name: Provider.make(name, case, plan.device) for name in plan.providers}
-    _hold(plan, case, providers, run)
+    _check(plan, case, providers, run)
     for direction in plan.directions:
         for mode in plan.modes:
             run.records.append(_measure(plan, case, providers, direction, mode))
@@ -97,9 +97,9 @@ def _run_case(plan: Plan, case: Case, run: Run) -> None:
                 cuda.free_memory()
 
 
-def _hold(plan: Plan, case: Case, providers: dict[str, Provider], run: Run) -> None:
-    """Holds the results of each provider in each kind of call that will be timed against the reference."""
-    buffers = make_buffers(case, plan.device, GATE_SEED)
+def _check(plan: Plan, case: Case, providers: dict[str, Provider], run: Run) -> None:
+    """Checks each provider's results, in each kind of call to be timed, against the reference."""
+    buffers = make_buffers(case, plan.device, TOLERANCE_SEED)
     for training in (True, False):
         directions = [name for name in plan.directions if (name != "eval") == training]
         chosen = {
@@ -108,7 +108,7 @@ def _hold(plan: Plan, case: Case, providers: dict[str, Provider], run: Run) -> N
             if any(plan.takes_part(name, direction) for direction in directions)
         }
         if directions:
-            run.tolerance += tolerance.hold(case, chosen, buffers, training)
+            run.tolerance += tolerance.check(case, chosen, buffers, training)
 
 
 def _measure(plan: Plan, case: Case, providers: dict[str, Provider], direction: str, mode: str) -> Record:
@@ -132,7 +132,7 @@ def _measure(plan: Plan, case: Case, providers: dict[str, Provider], direction: 
 def _makers(
     providers: dict[str, Provider], direction: str, buffers: Sequence[Buffers]
 ) -> Iterator[tuple[str, Callable[[], Callable[[int], Any]]]]:
-    """Each provider's name and what makes its call; the copy of x last."""
+    """Each provider's name and a factory of its call; the copy of x comes last."""
     for name, provider in providers.items():
 
         def make(provider: Provider = provider) -> Callable[[int], Any]:
@@ -147,18 +147,18 @@ def _ring_length(plan: Plan, case: Case, direction: str, mode: str) -> int:
         if mode == "warm":
             return 1
         memory = int(torch.cuda.get_device_properties(plan.device).total_memory)
-        # Outputs go round too: each call of the graph has its own.
+        # Outputs are part of the ring: each call of the graph has its own.
         per_call = case.floor_bytes(direction)
         length = ring_length(case, per_call, cuda.COLD_L2_MULTIPLE * cuda.l2_bytes(plan.device), memory // 16)
         return min(length, plan.max_ring)
-    # Only inputs go round: outputs come from the allocator, which hands the same memory out again, as in a program.
+    # Only inputs are part of the ring: outputs come from the allocator, which reuses freed memory, as in a program.
     per_call = case.tensor_bytes * (1 if direction in ("forward", "eval") else 2)
     length = ring_length(case, per_call, CPU_CACHE_MULTIPLE * machine.last_level_cache_bytes(), CPU_RING_LIMIT)
     return min(length, plan.max_ring)
 
 
 def _fallbacks(records: Sequence[Record]) -> list[str]:
-    """A note for every reason why a graph could not be captured, with how often."""
+    """One note per reason why graph capture failed, with the number of cases."""
     reasons: dict[str, int] = {}
     for record in records:
         for name, method in record.method.items():

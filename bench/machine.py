@@ -1,4 +1,4 @@
-"""What a run was taken on: enough to say later which machine, which software and which commit its figures belong to."""
+"""The machine, software and commit of a run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _GPU_FIELDS = (
 
 
 def _output(command: list[str], cwd: Path | None = None) -> str | None:
-    """What a command prints, or None where it is missing, fails or hangs."""
+    """The output of a command, or None if it is missing, fails or hangs."""
     try:
         done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
@@ -50,12 +50,12 @@ def cpu_model() -> str:
 
 
 def cores() -> int:
-    """The cores that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def last_level_cache_bytes(default: int = 64 << 20) -> int:
-    """The largest cache that the kernel reports for core 0; `default` where it reports none."""
+    """The largest cache that Linux reports for core 0; `default` if it reports none."""
     units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
     sizes = []
     for entry in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
@@ -66,12 +66,12 @@ def last_level_cache_bytes(default: int = 64 << 20) -> int:
 
 
 def load_average() -> float | None:
-    """Processes wanting a core, averaged over the last minute: well above 0 at the start means a busy machine."""
+    """The load average of the last minute: well above 0 at the start means a busy machine."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def gpu_state() -> dict[str, str] | None:
-    """The first GPU's name, driver, clocks, power and temperature as nvidia-smi reads them now. Nothing is set."""
+    """The first GPU's name, driver, clocks, power and temperature from nvidia-smi, which changes no setting here."""
     printed = _output(["nvidia-smi", f"--query-gpu={','.join(_GPU_FIELDS)}", "--format=csv,noheader", "--id=0"])
     if not printed:
         return None
@@ -79,41 +79,41 @@ def gpu_state() -> dict[str, str] | None:
 
 
 def commit() -> dict[str, Any]:
-    """The commit of this checkout, and whether tracked files differ from it."""
+    """The commit of this checkout, and whether tracked files are modified."""
     head = _output(["git", "rev-parse", "HEAD"], cwd=ROOT)
     changed = _output(["git", "status", "--porcelain", "--untracked-files=no"], cwd=ROOT)
     return {"commit": head, "dirty": None if changed is None else bool(changed)}
 
 
 def build_info() -> dict[str, Any]:
-    """What the extension says of itself."""
+    """The build information of the extension."""
     import bnkernels
 
     return dict(bnkernels.build_info())
 
 
 def command_line(arguments: Sequence[str]) -> str:
-    """The command that a reader would type to measure the same; where it wrote its files does not matter."""
-    kept = []
+    """The command that repeats the measurement, without the output folder."""
+    repeated = []
     words = iter(arguments)
     for word in words:
         if word == "--out":
             next(words, None)
         elif not word.startswith("--out="):
-            kept.append(word)
-    return shlex.join(["python", "-m", "bench", *kept])
+            repeated.append(word)
+    return shlex.join(["python", "-m", "bench", *repeated])
 
 
 _SETTINGS = re.compile(r"BNKERNELS_\w+|(OMP|GOMP|KMP|MALLOC)_\w+|GLIBC_TUNABLES|LD_PRELOAD")
 
 
 def settings() -> dict[str, str]:
-    """The environment variables that are set, of those that move the figures: the package's, threads', allocators'."""
+    """The environment variables set that affect timings: those of the package, of threads and of allocators."""
     return {name: os.environ[name] for name in sorted(os.environ) if _SETTINGS.fullmatch(name)}
 
 
 def describe(device: torch.device, arguments: Sequence[str]) -> dict[str, Any]:
-    """Everything above for one run; plain JSON types only. `arguments`: what followed `python -m bench`."""
+    """Everything above for one run, in plain JSON types. `arguments`: those of `python -m bench`."""
     facts: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": command_line(arguments),
@@ -145,7 +145,7 @@ def describe(device: torch.device, arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def slug(facts: dict[str, Any]) -> str:
-    """A short name of the machine for file names, e.g. "nvidia-h200" or "amd-epyc-2-cores"."""
+    """A short machine name for file names, e.g. "nvidia-h200" or "amd-epyc-2-cores"."""
     if "gpu" in facts:
         name = str(facts["gpu"]["name"])
     else:

@@ -1,4 +1,4 @@
-"""The picture of a run: on a CPU the speed-up by shape, on a GPU the achieved bandwidth against a device copy."""
+"""Plots a run: on a CPU the speed-up by shape, on a GPU the achieved bandwidth against a device copy."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _footer(run: Run) -> str:
 
 
 def _ratio_panel(axes: Axes, records: list[Record], other: str) -> None:
-    """A dot a case: rows are shapes, the distance from 1 is what is won or lost; bars span p20 to p80 of both."""
+    """One dot per case, one row per shape; x is the speed-up, and bars span p20 to p80 of both times."""
     shapes = list(dict.fromkeys(record.shape for record in records))
     kinds = sorted({(record.dtype, record.layout) for record in records}, reverse=True)
     for offset, (dtype, layout) in enumerate(kinds):
@@ -66,12 +66,12 @@ def _ratio_panel(axes: Axes, records: list[Record], other: str) -> None:
 
 
 def _width(columns: Sequence[object]) -> float:
-    """In inches: of the panels, and no less than the title and the legend take."""
+    """Figure width in inches: that of the panels, at least that of the title and the legend."""
     return max(9.0, 1.2 + 3.9 * len(columns))
 
 
 def plot_ratios(run: Run, path: Path) -> None:
-    """Panels: a column for each direction, a row for each batch; the speed-up over nn.BatchNorm2d."""
+    """Speed-up over nn.BatchNorm2d; one column of panels per direction, one row per batch."""
     directions = list(dict.fromkeys(record.direction for record in run.records))
     batches = sorted({record.batch for record in run.records})
     figure, panels = plt.subplots(
@@ -105,7 +105,7 @@ def plot_ratios(run: Run, path: Path) -> None:
 
 
 def plot_bandwidth(run: Run, path: Path) -> None:
-    """Panels: a column for each direction, a row for each dtype and layout; achieved floor bytes/s over tensor size."""
+    """Achieved floor bytes/s over tensor size; one column of panels per direction, one row per dtype and layout."""
     records = [record for record in run.records if record.mode == "cold"]
     directions = list(dict.fromkeys(record.direction for record in records))
     rows = sorted({(record.dtype, record.layout) for record in records})
@@ -157,7 +157,7 @@ def plot_bandwidth(run: Run, path: Path) -> None:
 
 
 def plot(run: Run, path: Path) -> None:
-    """Writes the picture that fits the run as a PNG."""
+    """Writes the plot of the run as a PNG."""
     if any(record.mode == "cold" for record in run.records):
         plot_bandwidth(run, path)
     else:

@@ -1,4 +1,4 @@
-"""Who is timed, and what one call of each direction is."""
+"""The implementations that are timed, and one call of each direction."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ EAGER = "eager"
 COMPILED = "compiled"
 COPY = "copy"
 
-# With an epilogue, bnkernels' layer has it in its kernels, and torch's has torch's operations behind it.
+# With an epilogue, bnkernels computes it in the BatchNorm kernels; torch's layer is followed by torch's operations.
 TITLES: dict[str, str] = {
     OURS: "bnkernels",
     EAGER: "nn.BatchNorm2d",
     COMPILED: "torch.compile(nn.BatchNorm2d)",
-    COPY: "a copy of x (the yardstick: reads and writes one tensor)",
+    COPY: "a copy of x (the reference: reads and writes one tensor)",
 }
 
 
 def make_layer(case: Case, device: torch.device, seed: int = 1) -> nn.BatchNorm2d:
-    """A torch layer with parameters and running statistics that are not the initial ones.
+    """A torch layer with random parameters and running statistics.
 
     Parameters and statistics are float32 for 16-bit inputs too, as in mixed-precision training.
     """
@@ -42,7 +42,7 @@ def make_layer(case: Case, device: torch.device, seed: int = 1) -> nn.BatchNorm2
 
 
 class WithEpilogue(nn.Module):
-    """torch's layer and torch's operations behind it, in place, as networks have them."""
+    """torch's layer followed by torch's in-place operations, as in networks."""
 
     def __init__(self, layer: nn.BatchNorm2d, relu: bool) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class WithEpilogue(nn.Module):
 
 
 def _convert(layer: nn.BatchNorm2d, case: Case) -> nn.Module:
-    import bnkernels  # here, so that the parts that time nothing of ours work without the extension
+    import bnkernels  # imported here: the rest of this module works without the extension
 
     converted = bnkernels.convert(layer)
     if not case.relu:
@@ -72,7 +72,7 @@ def _eager(layer: nn.BatchNorm2d, case: Case) -> nn.Module:
 
 
 def _compile(layer: nn.BatchNorm2d, case: Case) -> nn.Module:
-    torch._dynamo.reset()  # each case is compiled for its own shape, as the first one is
+    torch._dynamo.reset()  # compiles each case for its own shape
     module = _eager(layer, case)
     module.compile(dynamic=False, fullgraph=True)
     return module
@@ -83,7 +83,7 @@ BUILDERS: dict[str, Callable[[nn.BatchNorm2d, Case], nn.Module]] = {OURS: _conve
 
 @dataclass
 class Provider:
-    """A module ready to run one case, with the torch layer that owns its parameters and buffers."""
+    """A module for one case, with the torch layer that owns its parameters and buffers."""
 
     name: str
     layer: nn.BatchNorm2d
@@ -97,7 +97,7 @@ class Provider:
         return cls(name, layer, BUILDERS[name](layer, case), initial)
 
     def reset(self) -> None:
-        """Parameters and running statistics as make_layer made them, in place."""
+        """Restores the parameters and running statistics of make_layer, in place."""
         self.layer.load_state_dict(self.initial)
 
     def leaves(self, buffers: Buffers) -> tuple[Tensor, ...]:
@@ -105,9 +105,9 @@ class Provider:
 
 
 def make_call(provider: Provider, direction: str, ring: Sequence[Buffers]) -> Callable[[int], object]:
-    """call(i): the direction's work on ring[i]. It returns every tensor that it made, so that a caller can keep them.
+    """call(i) runs the direction on ring[i] and returns all tensors it created, so that a caller can keep them alive.
 
-    "backward" runs the forward of every buffer of the ring here, outside of what is timed.
+    For "backward", the forwards of all buffers run here, outside the timed call. ValueError for an unknown direction.
     """
     module = provider.module
     module.train(direction != "eval")
@@ -141,14 +141,14 @@ def make_call(provider: Provider, direction: str, ring: Sequence[Buffers]) -> Ca
 
         return backward
 
-    raise ValueError(f"no direction {direction!r}")
+    raise ValueError(f"expected forward, backward, step or eval, got {direction!r}")
 
 
 def _forward_for_many_backwards(provider: Provider, ring: Sequence[Buffers]) -> list[Tensor]:
-    """The outputs for every buffer, whose graphs can be gone back through again and again."""
+    """The outputs of all buffers, with autograd graphs that allow repeated backwards."""
     if provider.name != COMPILED:
         return [provider.module(*buffers.inputs) for buffers in ring]
-    # A compiled backward may overwrite what its forward saved, unless it is told at compile time not to.
+    # A compiled backward may overwrite saved tensors unless donated buffers are disabled at compile time.
     torch._dynamo.reset()
     with torch._functorch.config.patch(donated_buffer=False):
         return [provider.module(*buffers.inputs) for buffers in ring]
@@ -159,13 +159,13 @@ def make_copy(ring: Sequence[Buffers]) -> Callable[[int], object]:
 
 
 def why_no_compiler(device: torch.device) -> str | None:
-    """Why torch.compile cannot run on this device (no compiler, no Triton), or None where it can."""
+    """Why torch.compile does not work on this device (no compiler, no Triton), or None if it does."""
     layer = nn.BatchNorm2d(2).to(device)
     x = torch.randn(2, 2, 2, 2, device=device, requires_grad=True)
     try:
         torch._dynamo.reset()
         torch.compile(layer, dynamic=False, fullgraph=True)(x).sum().backward()
-    except Exception as error:  # whatever stops the compiler: the run goes on without it and says so
+    except Exception as error:  # any error of the compiler: the run continues without it and notes the error
         first_line = (str(error).strip().splitlines() or [""])[0]
         return f"{type(error).__name__}: {first_line}"
     return None

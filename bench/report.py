@@ -1,4 +1,4 @@
-"""The Markdown of a run: the machine, the summary, the losses, then a table for every group of cases."""
+"""The Markdown report of a run: machine, summary, losses, then one table per group of cases."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .results import Comparison, Record, Run
 from .stats import Spread
 
 MODE_TITLES = {
-    "cpu": "CPU, buffers rotated through more than the last-level cache",
+    "cpu": "CPU, inputs cycle through more than the last-level cache",
     "cold": "GPU, CUDA graph, L2 cold",
     "warm": "GPU, CUDA graph, one buffer (L2 warm)",
     "user": "GPU, module calls from Python",
@@ -19,7 +19,7 @@ MODE_TITLES = {
 
 
 def format_time(seconds: float) -> str:
-    """Three significant digits in the unit that fits."""
+    """Three significant digits, in s, ms or µs."""
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
         if seconds >= size or unit == "µs":
             value = seconds / size
@@ -28,14 +28,14 @@ def format_time(seconds: float) -> str:
 
 
 def format_spread(spread: Spread) -> str:
-    """The median and, in per cent of it, how far p20 and p80 lie from it."""
+    """The median, and the distances of p20 and p80 from it in per cent."""
     below = 100 * (spread.p20 / spread.median - 1)
     above = 100 * (spread.p80 / spread.median - 1)
     return f"{format_time(spread.median)} ({below:+.0f} {above:+.0f}%)"
 
 
 def format_ratio(ratio: float | None) -> str:
-    """A speed-up. Bold below 1: a loss is not to be overlooked."""
+    """A speed-up; bold below 1."""
     if ratio is None:
         return "-"
     if ratio < 1.0:
@@ -84,7 +84,7 @@ def machine_lines(run: Run) -> list[str]:
 
 
 def case_line(records: Sequence[Record], reference: float | None) -> str:
-    """One case as it is finished: in each direction bnkernels' time, the others' over it, its share of a copy."""
+    """One finished case: per direction, the time of bnkernels, speed-ups, and fraction of the copy bandwidth."""
     words = []
     for record in records:
         if OURS not in record.seconds:
@@ -99,7 +99,7 @@ def case_line(records: Sequence[Record], reference: float | None) -> str:
 
 
 def _is_whole(records: Sequence[Record]) -> bool:
-    """Whether, for some batch, all 53 layers of ResNet-50 are there."""
+    """Whether the records of some batch cover all 53 layers of ResNet-50."""
     counts: dict[int, int] = {}
     for record in records:
         counts[record.batch] = counts.get(record.batch, 0) + record.count
@@ -107,7 +107,7 @@ def _is_whole(records: Sequence[Record]) -> bool:
 
 
 def summary_table(run: Run) -> str:
-    """One row for each group and batch: geometric mean over the shapes, the worst of them, the whole network."""
+    """One row per group and batch: geometric mean over the shapes, the minimum, and the whole network."""
     whole = any(_is_whole(records) for _, records in run.groups())
     header = ["mode", "direction", "dtype", "layout", "N", "shapes"]
     for other in _others(run):
@@ -129,7 +129,7 @@ def summary_table(run: Run) -> str:
 
 
 def losses(run: Run) -> list[str]:
-    """A line for every case in which a provider was faster than ours."""
+    """One line per case in which another provider was faster than bnkernels."""
     lines = []
     for record in run.records:
         for other in _others(run):
@@ -146,7 +146,7 @@ def losses(run: Run) -> list[str]:
 
 
 def overall(run: Run, other: str) -> str | None:
-    """One sentence a mode and direction: geometric mean and minimum over all its cases."""
+    """One line per mode and direction: geometric mean and minimum over its cases."""
     sentences = []
     for mode, direction in dict.fromkeys((record.mode, record.direction) for record in run.records):
         chosen = [record for record in run.records if (record.mode, record.direction) == (mode, direction)]
@@ -182,33 +182,33 @@ def detail_table(run: Run, records: Sequence[Record]) -> str:
 
 
 def tolerance_lines(run: Run) -> list[str]:
-    """How many results were held against the reference, and each one that was outside the bound."""
+    """The number of results checked against the reference, and each result outside the bound."""
     outside = [row for row in run.tolerance if not row.passed]
     worst = max((row for row in run.tolerance if row.provider == OURS), key=lambda row: row.worst, default=None)
     lines = [
-        "Before it was timed, each provider's result in each case was held elementwise against the float64 "
-        f"reference: {len(run.tolerance)} results, {len(outside)} outside the bound."
+        "Each provider's result in each case was checked elementwise against the float64 reference before it was "
+        f"timed: {len(run.tolerance)} results, {len(outside)} outside the bound."
     ]
     if worst is not None:
         lines.append(
-            f"bnkernels' worst error over bound: {worst.worst:.3f} ({worst.where} of {worst.case}, {worst.direction})."
+            f"Largest error / bound of bnkernels: {worst.worst:.3f} ({worst.where} of {worst.case}, {worst.direction})."
         )
     lines += [
         f"- outside: {TITLES[row.provider]}, {row.case}, {row.direction}: {row.worst:.3g} times the bound "
-        f"at {row.where}; its time is shown all the same"
+        f"at {row.where}; its time is reported nevertheless"
         for row in outside
     ]
     return lines
 
 
 def render(run: Run, plot: str | None = None) -> str:
-    """The report of a run; `plot` is the picture's file name beside it."""
+    """The report of a run; `plot` is the file name of the picture in the same folder."""
     where = run.machine["gpu"]["name"] if run.on_gpu else run.machine["cpu"]
     parts = [f"# {EPILOGUE_TITLES[run.epilogue]} on {where}", "\n".join(machine_lines(run))]
     if run.epilogue:
         parts.append(
-            "What follows BatchNorm is in bnkernels' own kernels. Behind torch's layer it is torch's operations, in "
-            "place, which torch.compile may fuse; in 16 bits it rounds between them, which the bound has no room for."
+            "bnkernels computes the epilogue in the BatchNorm kernels. torch's layer is followed by torch's in-place "
+            "operations, which torch.compile may fuse; in 16 bits they round in between, which the bound excludes."
         )
     if run.failed:
         parts.append("\n".join(f"- **failed**: {line}" for line in run.failed))
@@ -217,28 +217,28 @@ def render(run: Run, plot: str | None = None) -> str:
     parts.append("\n".join(tolerance_lines(run)))
     if plot:
         parts.append(f"![speed by shape]({plot})")
-    copy = "the device copy above" if run.device_copy else "a copy of the same tensor, timed in the same rounds"
+    copy = "the device copy above" if run.device_copy else "a copy of the same tensor in the same rounds"
     parts += [
         "## Summary",
-        "Ratios are the other's median time over bnkernels' in the same run: above 1 bnkernels is faster, **bold** "
-        "below 1 it is slower. The geometric mean is over the distinct shapes; `53 layers` is the sum of their medians "
-        "over the sum of ours, each shape counted as often as ResNet-50 has it.",
+        "Ratios are median times of the other provider over those of bnkernels in the same run: above 1 bnkernels is "
+        "faster, below 1 (**bold**) slower. The geometric mean is over the distinct shapes; `53 layers` is the ratio "
+        "of the sums over all layers of ResNet-50.",
         summary_table(run),
     ]
     sentences = [text for other in _others(run) if (text := overall(run, other))]
     if sentences:
         parts.append("\n".join(sentences))
     lost = losses(run)
-    parts += ["## Losses", "\n".join(lost) if lost else "None: in no case was another provider's median lower."]
+    parts += ["## Losses", "\n".join(lost) if lost else "None: no other provider has a lower median in any case."]
     parts += [
         "## All cases",
-        "Median of the samples, in brackets the distance of the 20th and 80th percentile from it. GB/s: the bytes that "
-        "must move (each input read once, each output written once) over bnkernels' time; `of copy`: "
-        f"that against {copy}.",
+        "Median of the samples, with the distances of the 20th and 80th percentile in brackets. GB/s: the bytes that "
+        "must move (each input read once, each output written once) over the time of bnkernels; `of copy`: the "
+        f"fraction of the bandwidth of {copy}.",
     ]
     if any(method.startswith("events") for record in run.records for method in record.method.values()):
         parts.append(
-            "† no CUDA graph could be captured: timed by events around calls from Python, launch gaps included."
+            "† CUDA graph capture failed: timed by events around calls from Python, including gaps between launches."
         )
     for (mode, direction, dtype, layout), records in run.groups():
         title = f"### {DIRECTION_TITLES[direction]}, {dtype}, {layout} ({MODE_TITLES[mode]})"

@@ -1,4 +1,4 @@
-"""What a run gives: records with every sample, kept as JSON, and what is derived from them."""
+"""The results of a run: records with every sample, stored as JSON, and what is derived from them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .files import replace_text
 from .providers import COPY, EAGER, OURS
 from .stats import Spread, geometric_mean
 
-SCHEMA = 1
+SCHEMA = 2  # 1: "gate" for "tolerance", and "contestant" for "provider"
 
 Key = tuple[str, str, str, str]  # mode, direction, dtype, layout
 
@@ -31,8 +31,8 @@ class Record:
     count: int  # layers of the network with this shape
     tensor_bytes: int
     floor_bytes: int
-    method: dict[str, str]  # how each provider's time was taken
-    seconds: dict[str, list[float]]  # a call, one value a sample
+    method: dict[str, str]  # of timing, by provider
+    seconds: dict[str, list[float]]  # per call, one value per sample
     epilogue: str = ""  # of cases.EPILOGUES; the same in all records of a run
 
     @classmethod
@@ -62,17 +62,17 @@ class Record:
         return Spread.of(self.seconds[name])
 
     def ratio(self, other: str) -> float | None:
-        """other's median over ours: above 1, ours is faster. None where one of the two did not run."""
+        """Median of `other` over that of bnkernels: above 1 bnkernels is faster. None if either did not run."""
         if other not in self.seconds or OURS not in self.seconds:
             return None
         return self.spread(other).median / self.spread(OURS).median
 
     def bandwidth(self, name: str) -> float:
-        """The floor's bytes over the time: what a perfect kernel would show as its DRAM bandwidth."""
+        """Floor bytes per second: the DRAM bandwidth of a kernel that moves nothing twice."""
         return self.floor_bytes / self.spread(name).median
 
     def copy_bandwidth(self) -> float | None:
-        """Bytes/s, read plus written, of the copy of the same tensor in the same rounds."""
+        """Bytes/s, read plus written, of a copy of the same tensor in the same rounds."""
         if COPY not in self.seconds:
             return None
         return 2 * self.tensor_bytes / self.spread(COPY).median
@@ -83,7 +83,7 @@ class Record:
 
 @dataclass(frozen=True)
 class ToleranceRecord:
-    """One provider's results held against the reference: the worst |error| over its bound, and where."""
+    """One provider's results against the reference: the largest |error| / bound, and its quantity."""
 
     provider: str
     case: str
@@ -103,15 +103,15 @@ class Run:
     machine: dict[str, Any]
     settings: dict[str, Any]
     notes: list[str] = field(default_factory=list)
-    failed: list[str] = field(default_factory=list)  # cases without a time, and why
+    failed: list[str] = field(default_factory=list)  # cases without a time, with the reason
     tolerance: list[ToleranceRecord] = field(default_factory=list)
     device_copy: list[float] = field(default_factory=list)  # bytes/s; GPU only
     records: list[Record] = field(default_factory=list)
 
     def save(self, path: Path) -> None:
-        """One record a line, so that the file stays small and a diff of two runs is readable.
+        """One record per line: the file stays small, and a diff of two runs is readable.
 
-        The file is replaced in one step: a run that ends while it saves leaves what it saved before.
+        Replaces the file atomically: a run killed while saving leaves the previous file.
         """
         head = {
             "schema": SCHEMA,
@@ -130,13 +130,15 @@ class Run:
     @classmethod
     def load(cls, path: Path) -> Run:
         data = json.loads(path.read_text())
-        if data.get("schema") != SCHEMA:
-            raise ValueError(f"{path}: schema {data.get('schema')}, this harness reads {SCHEMA}")
+        if data.get("schema") == 1:
+            data["tolerance"] = [{"provider": row.pop("contestant"), **row} for row in data.pop("gate")]
+        elif data.get("schema") != SCHEMA:
+            raise ValueError(f"{path}: expected schema 1 or {SCHEMA}, got {data.get('schema')}")
         return cls(
             machine=data["machine"],
             settings=data["settings"],
             notes=data["notes"],
-            failed=data.get("failed", []),  # runs before 2026-11-24 ended at the first one
+            failed=data.get("failed", []),  # absent before 2026-11-24, when a run ended at its first failure
             tolerance=[ToleranceRecord(**row) for row in data["tolerance"]],
             device_copy=data["device_copy_bytes_per_s"],
             records=[Record(**row) for row in data["records"]],
@@ -151,12 +153,12 @@ class Run:
         return next((record.epilogue for record in self.records), "")
 
     def providers(self) -> list[str]:
-        """The names that occur, ours first, the copy last."""
+        """The providers that ran, bnkernels first, without the copy."""
         present = {name for record in self.records for name in record.seconds}
         return [name for name in (OURS, EAGER) if name in present] + sorted(present - {OURS, EAGER, COPY})
 
     def groups(self) -> Iterator[tuple[Key, list[Record]]]:
-        """Records by (mode, direction, dtype, layout): mode by mode, else in the order in which they were measured."""
+        """Records by (mode, direction, dtype, layout): grouped by mode, otherwise in the order of measurement."""
         groups: dict[Key, list[Record]] = {}
         for record in self.records:
             groups.setdefault(record.key, []).append(record)
@@ -164,18 +166,18 @@ class Run:
         yield from sorted(groups.items(), key=lambda group: modes.index(group[0][0]))
 
     def reference_bandwidth(self, record: Record) -> float | None:
-        """Bytes/s to quote achieved ones against: on a GPU the run's 1 GiB copy, on a CPU the same tensor's copy."""
+        """Bytes/s of the reference copy: on a GPU the device copy of the run, on a CPU a copy of the same tensor."""
         return Spread.of(self.device_copy).median if self.device_copy else record.copy_bandwidth()
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Ours against another over several shapes: ratios of medians, above 1 where ours is faster."""
+    """bnkernels against another provider over several shapes: ratios of medians, above 1 where bnkernels is faster."""
 
     geomean: float
     least: float
     least_record: Record
-    network: float  # sum over the network's layers of their time over the sum of ours
+    network: float  # ratio of the sums over the network's layers
     cases: int
 
     @classmethod

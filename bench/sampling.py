@@ -1,6 +1,6 @@
-"""Interleaved samples: every provider is timed in every round, so that drift (clocks, neighbours) hits all alike.
+"""Interleaved samples: every round times every provider, so that drift (clocks, other processes) affects all alike.
 
-A Timer runs n calls and returns the seconds they took; the CPU's is here, the GPU's in cuda.py.
+A Timer runs n calls and returns their seconds. The CPU timer is here, the GPU timers are in cuda.py.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ Timer = Callable[[int], float]
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure. Rounds are as many as fit the budget, within the two limits."""
+    """How long to measure: as many rounds as fit the budget, within the two limits."""
 
-    sample_s: float  # one sample lasts at least this: calls are repeated within it
-    budget_s: float  # for all providers of one case together
+    sample_s: float  # the least duration of one sample, which repeats the call
+    budget_s: float  # for all providers of a case together
     min_rounds: int
     max_rounds: int
 
 
 class Ring:
-    """Indices of a ring of buffers, handed out in turn to all providers together.
+    """Indices into a ring of buffers, with one counter for all providers.
 
-    One counter for all: a provider never finds a buffer that the one before it has just pulled into the cache.
+    A provider therefore never gets a buffer that the previous one has just brought into the cache.
     """
 
     def __init__(self, length: int) -> None:
@@ -41,7 +41,7 @@ class Ring:
 
 
 def cpu_timer(call: Callable[[int], object], ring: Ring) -> Timer:
-    """A Timer of call(i), i going round the ring. What a call returns is freed before the next, as in a program."""
+    """A Timer of call(i), where i cycles through the ring. Results are freed before the next call, as in a program."""
 
     def run(count: int) -> float:
         indices = ring.take(count)
@@ -54,7 +54,7 @@ def cpu_timer(call: Callable[[int], object], ring: Ring) -> Timer:
 
 
 def calls_per_sample(timer: Timer, sample_s: float) -> tuple[int, float]:
-    """How many calls fill a sample, and the seconds of one call. The first call, which warms up, does not count."""
+    """The number of calls that fill a sample, and the seconds of one call, after one call to warm up."""
     timer(1)
     count = 1
     while True:
@@ -66,7 +66,7 @@ def calls_per_sample(timer: Timer, sample_s: float) -> tuple[int, float]:
 
 
 def interleave(timers: Mapping[str, Timer], effort: Effort) -> dict[str, list[float]]:
-    """Seconds a call, one sample a round and provider; who goes first changes from round to round."""
+    """Seconds per call, one sample per round and provider. The provider that starts changes every round."""
     counts: dict[str, int] = {}
     round_s = 0.0
     for name, timer in timers.items():

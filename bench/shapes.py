@@ -17,7 +17,7 @@ _IMAGE = 224
 
 @dataclass(frozen=True)
 class LayerShape:
-    """One distinct BatchNorm2d input without its batch, and how many layers of the network have it."""
+    """A BatchNorm2d input shape without the batch, and the number of layers with it."""
 
     channels: int
     height: int
@@ -33,7 +33,7 @@ class LayerShape:
 
 
 def resnet50() -> tuple[LayerShape, ...]:
-    """The 12 distinct shapes of ResNet-50's 53 BatchNorm layers at 224x224, in the order in which data meets them."""
+    """The 12 distinct shapes of ResNet-50's 53 BatchNorm layers at 224x224, in network order."""
     size = _IMAGE // 2  # the first convolution has stride 2
     layers = [(64, size)]
     size //= 2  # the max pooling
@@ -51,14 +51,14 @@ def resnet50() -> tuple[LayerShape, ...]:
 
 
 def quick() -> tuple[LayerShape, ...]:
-    """Four that differ in kind: the largest, a wide one, a middle one, and the smallest with its odd 7x7 rows."""
+    """Four different shapes: the largest, one with wide rows, a medium one, and the smallest, with odd 7x7 rows."""
     chosen = {"64x112x112", "256x56x56", "256x14x14", "2048x7x7"}
     return tuple(shape for shape in resnet50() if shape.name in chosen)
 
 
 def tiny() -> tuple[LayerShape, ...]:
-    """An input so small that a call costs what Python, dispatch and the launch cost."""
+    """An input so small that Python, dispatch and the launch dominate."""
     return (LayerShape(8, 2, 2),)
 
 
-FAMILIES = {"resnet50": resnet50, "quick": quick, "tiny": tiny}
+SHAPE_SETS = {"resnet50": resnet50, "quick": quick, "tiny": tiny}

@@ -1,4 +1,4 @@
-"""What bench/gpu.py runs: the steps of its two stages, the most valuable first, and their problems in two sizes."""
+"""The steps of the two stages of bench/gpu.py, the most valuable first, and their problems in two sizes."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Facts:
-    """What the steps meet here."""
+    """The environment of the steps."""
 
-    gpu: str = ""  # its name; empty: there is none, see why
+    gpu: str = ""  # its name; empty: no GPU, for the reason in `why`
     capability: str = ""  # "9.0"
     why: str = ""
-    archs: str = ""  # of the library that is there, "8.0;9.0+PTX"; empty: there is none that loads
-    current: bool = False  # that library is of these sources
-    stand_in: bool = False  # tests/support/fake_cuda plays the GPU
+    archs: str = ""  # of the built library, "8.0;9.0+PTX"; empty: no library that loads
+    current: bool = False  # the library was built from these sources
+    fake_cuda: bool = False  # tests/support/fake_cuda emulates the GPU
 
     @property
     def arch(self) -> str:
         return f"sm_{self.capability.replace('.', '')}" if self.gpu else "sm_90"
 
 
-# Why a step is skipped, or None.
+# The reason to skip a step, or None.
 Need = Callable[[Facts], "str | None"]
 
 
@@ -33,10 +33,10 @@ def a_gpu(facts: Facts) -> str | None:
 
 
 def hardware(facts: Facts) -> str | None:
-    played = (
-        "the GPU is played by tests/support/fake_cuda, which runs bnkernels' kernels alone" if facts.stand_in else None
+    emulated = (
+        "tests/support/fake_cuda emulates the GPU and runs only the kernels of bnkernels" if facts.fake_cuda else None
     )
-    return a_gpu(facts) or played
+    return a_gpu(facts) or emulated
 
 
 def a_sanitizer(facts: Facts) -> str | None:
@@ -44,23 +44,23 @@ def a_sanitizer(facts: Facts) -> str | None:
 
 
 def something_to_build(facts: Facts) -> str | None:
-    if facts.stand_in:
-        return "tests/support/fake_cuda runs the library that is there"
+    if facts.fake_cuda:
+        return "tests/support/fake_cuda runs the present library"
     fits = facts.archs and (not facts.gpu or facts.capability in re.findall(r"\d+\.\d+", facts.archs))
     if facts.current and fits:
-        return f"the library is there: of these sources, it loads with this torch, and has code for {facts.archs}"
+        return f"up to date: the library is of these sources, loads with this torch, and has code for {facts.archs}"
     return None
 
 
 @dataclass(frozen=True)
 class Step:
-    """A program with its time. {names} in its words are of SIZES and of gpu.py."""
+    """A program with a time limit. gpu.py and SIZES define the {names} in it."""
 
     name: str
     limit: int  # seconds
     program: str
     needs: Need = a_gpu
-    tells: str = r"\S"  # matches the lines of its output that say most; the last of them goes into the summary
+    shown: str = r"\S"  # the last line of its output that matches goes into the summary
 
 
 PYTEST = "{python} -m pytest -v -m 'cuda and not huge' -p no:cacheprovider --tb=short {pytest} "
@@ -74,7 +74,7 @@ def _bench(name: str, limit: int, words: str, needs: Need = a_gpu) -> Step:
 
 
 def _checked(name: str, tool: str, limit: int, setting: str = "") -> Step:
-    program = f"env {setting} compute-sanitizer --tool {tool} {{sanitizer}} {{python}} -m bench.sanitize --kinds"
+    program = f"env {setting} compute-sanitizer --tool {tool} {{sanitizer}} {{python}} -m bench.tools.sanitize --kinds"
     return Step(name, limit, program, a_sanitizer, r"calls, forward|ERROR SUMMARY|RACECHECK SUMMARY")
 
 
@@ -86,7 +86,7 @@ BUILD = Step(
     "^bnkernels: building",
 )
 
-# Seconds of a stage, and its steps. Files of results are 8 at most: all JSON, but for summary.md, log.txt and ncu.md.
+# Seconds and steps of each stage. A stage writes at most 8 files: JSON, and summary.md, log.txt and ncu.md.
 STAGES: dict[str, tuple[int, tuple[Step, ...]]] = {
     "first": (
         240,
@@ -96,18 +96,23 @@ STAGES: dict[str, tuple[int, tuple[Step, ...]]] = {
                 "check",
                 40,
                 "{python} -m bnkernels.check --device cuda {check} --json {results}/check.json",
-                tells=" cases ",
+                shown=" cases ",
             ),
             Step("kinds", 60, PYTEST + "{workers4} {kinds}"),
             Step("sequences", 45, PYTEST + "{sequences}"),
             _bench("n256-bf16", 70, COLD + "--dtypes bf16 {n256}"),
-            Step("ncu", 40, "{python} -m bench.ncu --shapes 64x112x112,1024x14x14 --out {results}/ncu.md", hardware),
-            Step("micro", 60, "{python} -m bench.micro --out {results}/micro.json", hardware),
+            Step(
+                "ncu",
+                40,
+                "{python} -m bench.tools.ncu --shapes 64x112x112,1024x14x14 --out {results}/ncu.md",
+                hardware,
+            ),
+            Step("micro", 60, "{python} -m bench.tools.micro --out {results}/micro.json", hardware),
             _bench(
                 "nhwc-eval",
                 15,
                 BENCH
-                + "--contestants ours,eager --modes cold,warm --directions eval --dtypes bf16 --layouts nhwc {nhwc}",
+                + "--providers ours,eager --modes cold,warm --directions eval --dtypes bf16 --layouts nhwc {nhwc}",
             ),
         ),
     ),
@@ -115,7 +120,7 @@ STAGES: dict[str, tuple[int, tuple[Step, ...]]] = {
         400,
         (
             BUILD,
-            Step("planted", 40, "bash bench/planted.sh {arch} {build} {sanitizer}", a_sanitizer),
+            Step("planted", 40, "bash bench/tools/planted.sh {arch} {build} {sanitizer}", a_sanitizer),
             _checked("memcheck", "memcheck", 60),
             _checked("memcheck-two-pass", "memcheck", 30, "BNKERNELS_PLAN=two_pass"),
             Step("tests", 150, PYTEST + "{workers8} {others}"),
@@ -127,7 +132,7 @@ STAGES: dict[str, tuple[int, tuple[Step, ...]]] = {
                 "tiny",
                 30,
                 BENCH
-                + "--shapes tiny --batch 2 --contestants ours,eager --modes user --directions forward,eval,step {tiny}",
+                + "--shapes tiny --batch 2 --providers ours,eager --modes user --directions forward,eval,step {tiny}",
             ),
             _bench("relu", 30, COLD + "--epilogue relu --dtypes bf16 {few}"),
             _bench("add-relu", 30, COLD + "--epilogue add+relu --dtypes bf16 {few}"),
@@ -158,7 +163,7 @@ SIZES: dict[str, dict[str, str]] = {
         "few": "--batch 256",
         "tiny": "--dtypes fp32,bf16",
     },
-    # To see that every step runs: the smallest problems, and of the tests a few.
+    # Smoke test of every step: the smallest problems, and a few tests.
     "tiny": {
         "check": "--case normal/4x3x5x5/bfloat16+float32/contiguous/normal/normal/train",
         "kinds": f"{_KINDS} -k 'current_stream or capture_runs_nothing or 2x3x7x7'",

@@ -1,4 +1,4 @@
-"""The few statistics that the harness quotes: medians, percentiles, ratios and their geometric mean."""
+"""Statistics of samples: quantiles, spread, geometric mean."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 
 def quantile(values: Sequence[float], q: float) -> float:
-    """The q-quantile (0 <= q <= 1), linear between the two nearest order statistics; ValueError without values."""
+    """The q-quantile (0 <= q <= 1), linear between the two nearest order statistics. ValueError if empty."""
     if not values:
-        raise ValueError("quantile of nothing")
+        raise ValueError("quantile of an empty sequence")
     if not 0.0 <= q <= 1.0:
-        raise ValueError(f"q is a probability, not {q}")
+        raise ValueError(f"expected 0 <= q <= 1, got {q}")
     ordered = sorted(values)
     position = q * (len(ordered) - 1)
     low = math.floor(position)
@@ -21,20 +21,20 @@ def quantile(values: Sequence[float], q: float) -> float:
 
 
 def geometric_mean(values: Iterable[float]) -> float:
-    """exp(mean(log)): the mean for ratios, where 2x and 1/2x cancel. ValueError without values or for one <= 0."""
+    """exp(mean(log)): the mean for ratios, in which 2x and 1/2x cancel. ValueError if empty or if a value is <= 0."""
     logs = []
     for value in values:
         if value <= 0.0:
-            raise ValueError(f"geometric mean of {value}")
+            raise ValueError(f"geometric mean: expected positive values, got {value}")
         logs.append(math.log(value))
     if not logs:
-        raise ValueError("geometric mean of nothing")
+        raise ValueError("geometric mean of an empty sequence")
     return math.exp(math.fsum(logs) / len(logs))
 
 
 @dataclass(frozen=True)
 class Spread:
-    """The middle of a sample and how far it scatters."""
+    """Median and 20th and 80th percentile of a sample."""
 
     median: float
     p20: float

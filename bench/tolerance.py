@@ -1,8 +1,8 @@
-"""No number without this: each provider's results, elementwise against the float64 reference, before it is timed.
+"""Checks each provider's results elementwise against the float64 reference before it is timed.
 
-The bound is bnkernels.testing's, the same that the tests and `python -m bnkernels.check` hold every backend to. The
-reference runs on the device of the inputs, a block of channels at a time; once for all providers, unless something
-follows, as each has to know the gradient of a ReLU behind its own y.
+The bound is that of bnkernels.testing, which the tests and `python -m bnkernels.check` use for every backend. The
+reference runs on the device of the inputs, in blocks of channels: once for all providers, or, with an epilogue, once
+for each, because the ReLU backward depends on the provider's own y.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ELEMENTS_AT_ONCE = 1 << 23
 
 
 class ToleranceError(RuntimeError):
-    """bnkernels' own results are outside the bound: there is nothing to time. The message names each one that is."""
+    """Results of bnkernels are outside the bound. The message names each of them."""
 
     def __init__(self, message: str, records: list[ToleranceRecord]) -> None:
         super().__init__(message)
@@ -33,7 +33,7 @@ class ToleranceError(RuntimeError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one provider made of a case. Gradients are None in evaluation, running statistics too."""
+    """The results of one provider. Gradients and running statistics are None in evaluation."""
 
     y: Tensor
     running_mean: Tensor | None = None
@@ -45,7 +45,7 @@ class Outcome:
 
 
 def run_once(provider: Provider, buffers: Buffers, training: bool) -> Outcome:
-    """One call on the buffers, from the layer's initial running statistics; what it gave is copied."""
+    """One call on the buffers, from the initial running statistics. Returns copies."""
     layer, module = provider.layer, provider.module
     provider.reset()
     module.train(training)
@@ -65,8 +65,8 @@ def _channels(tensor: Tensor, block: slice) -> Tensor:
 def judge(
     case: Case, buffers: Buffers, outcomes: Mapping[str, Outcome], training: bool
 ) -> dict[str, list[tolerance.ErrorReport]]:
-    """For each provider the worst error report of every quantity that it gave, worst first."""
-    layer = make_layer(case, buffers.x.device)  # the parameters and statistics that every provider started from
+    """The worst error report of each quantity by provider, worst first."""
+    layer = make_layer(case, buffers.x.device)  # the parameters and statistics that every provider starts from
     channels = case.shape.channels
     step = max(1, _ELEMENTS_AT_ONCE * channels // max(1, case.elements))
     worst: dict[str, dict[str, tolerance.ErrorReport]] = {name: {} for name in outcomes}
@@ -78,7 +78,7 @@ def judge(
             given = {what: _channels(out, block) for what, out in vars(outcome).items() if out is not None}
             if case.epilogue:
                 residual = None if buffers.residual is None else _channels(buffers.residual.detach(), block)
-                error_reports = _judge_fused(inputs, Epilogue(residual, case.relu), given)
+                error_reports = _judge_epilogue(inputs, Epilogue(residual, case.relu), given)
             else:
                 error_reports = [
                     tolerance.judge(given[quantity], expected[quantity]) for quantity in given.keys() & expected
@@ -119,8 +119,8 @@ def _expect(i: Inputs) -> dict[str, tolerance.Expectation]:
     return expected
 
 
-def _judge_fused(inputs: Inputs, epilogue: Epilogue, given: Mapping[str, Tensor]) -> list[tolerance.ErrorReport]:
-    """One provider's. The residual's gradient is that of the sum, unrounded."""
+def _judge_epilogue(inputs: Inputs, epilogue: Epilogue, given: Mapping[str, Tensor]) -> list[tolerance.ErrorReport]:
+    """The error reports of one provider. The gradient of the residual is that of the sum, unrounded."""
     outputs = Outputs(**{name: out for name, out in given.items() if name != "dresidual"})
     error_reports = judge_fused_call(inputs, epilogue, outputs, inputs.x.device)
     if "dresidual" in given:
@@ -130,8 +130,8 @@ def _judge_fused(inputs: Inputs, epilogue: Epilogue, given: Mapping[str, Tensor]
     return error_reports
 
 
-def hold(case: Case, providers: Mapping[str, Provider], buffers: Buffers, training: bool) -> list[ToleranceRecord]:
-    """Runs and judges all providers on one case; GateError if it is ours that is outside the bound."""
+def check(case: Case, providers: Mapping[str, Provider], buffers: Buffers, training: bool) -> list[ToleranceRecord]:
+    """Runs and checks all providers on one case. ToleranceError if bnkernels is outside the bound."""
     outcomes = {name: run_once(provider, buffers, training) for name, provider in providers.items()}
     direction = "step" if training else "eval"
     records = []

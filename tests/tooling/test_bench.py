@@ -1,4 +1,4 @@
-"""The harness's parts: shapes, bytes, statistics, sampling, the tolerance, the report."""
+"""The benchmark harness's parts: shapes, bytes, statistics, sampling, the tolerance, the report."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_floor_bytes(dtype: str):
     case = Case(LayerShape(64, 7, 9), 5, "nhwc", dtype)
     tensor = 5 * 64 * 7 * 9 * torch.empty(0, dtype=DTYPES[dtype]).element_size()
     assert case.tensor_bytes == tensor
-    # Read x, write y; read x and grad, write grad_x; both.
+    # Forward: read x, write y. Backward: read x and grad, write grad_x. Then both.
     assert [case.floor_bytes(name) / tensor for name in ("forward", "eval", "backward", "step")] == [2, 2, 3, 5]
     assert set(FLOOR_TENSORS) == {"forward", "eval", "backward", "step"}
 
@@ -82,9 +82,9 @@ def test_floor_bytes(dtype: str):
     ("epilogue", "tensors"),
     [
         ("relu", [2, 2, 3, 5]),
-        # The residual is read; y's gradient is its own.
+        # The residual is read; its gradient is y's gradient.
         ("add", [3, 3, 3, 6]),
-        # And behind a ReLU it is another tensor, which is written.
+        # After a ReLU the residual's gradient is a tensor of its own, which is written.
         ("add+relu", [3, 3, 4, 7]),
     ],
 )
@@ -102,7 +102,7 @@ def test_ring_is_longer_than_the_cache_and_within_the_limit():
     case = Case(LayerShape(1, 1, 256), 1, "nchw", "fp32")  # 1 KiB
     per_call = 2048
     length = ring_length(case, per_call, cold_bytes=100_000, limit_bytes=1 << 30)
-    # Between two uses of one buffer, the others alone are more than the cache holds.
+    # Between two uses of one buffer, the other buffers alone exceed the cache.
     assert (length - 1) * per_call > 100_000
     assert ring_length(case, per_call, cold_bytes=0, limit_bytes=1 << 30) == 2
     assert ring_length(case, per_call, cold_bytes=1 << 30, limit_bytes=20 * 1024) == 10
@@ -133,9 +133,9 @@ def test_quantiles():
     assert quantile([4.0, 1.0, 2.0, 3.0], 0.5) == 2.5
     assert quantile([10.0, 20.0], 0.2) == pytest.approx(12.0)
     assert quantile([7.0], 0.8) == 7.0
-    with pytest.raises(ValueError, match="nothing"):
+    with pytest.raises(ValueError, match="empty"):
         quantile([], 0.5)
-    with pytest.raises(ValueError, match="probability"):
+    with pytest.raises(ValueError, match="expected 0 <= q <= 1"):
         quantile([1.0], 1.5)
 
 
@@ -161,7 +161,7 @@ def test_ring_is_shared():
 
 
 def test_interleave_rotates_and_scales():
-    """Two fake clocks of 1 ms and 3 ms a call: samples are seconds a call, whatever number of calls they hold."""
+    """Two fake clocks of 1 ms and 3 ms per call: samples are seconds per call, independent of the calls per sample."""
     asked: list[tuple[str, int]] = []
 
     def clock(name: str, each: float):
@@ -175,7 +175,7 @@ def test_interleave_rotates_and_scales():
     samples = interleave({"a": clock("a", 1e-3), "b": clock("b", 3e-3)}, effort)
     assert all(value == pytest.approx(1e-3) for value in samples["a"])
     assert all(value == pytest.approx(3e-3) for value in samples["b"])
-    # 10 calls of a and 4 of b are 22 ms a round: 9 rounds fit into 0.2 s.
+    # 10 calls of a and 4 of b take 22 ms per round: 9 rounds fit into 0.2 s.
     assert len(samples["a"]) == len(samples["b"]) == 9
     rounds = [name for name, _ in asked[-18:]]
     assert rounds == ["a", "b", "b", "a"] * 4 + ["a", "b"]
@@ -202,7 +202,7 @@ def test_calls_return_what_they_make(direction: str):
             assert [tuple(grad.shape) for grad in made] == [(4, 3, 5, 5), (3,), (3,)]
         else:
             assert isinstance(made, tuple) and len(made) == 2
-    assert ring[0].x.grad is None  # nothing is accumulated: that would be timed too
+    assert ring[0].x.grad is None  # gradients are not accumulated, since that would be timed too
     with pytest.raises(ValueError, match="sideways"):
         make_call(Provider.make(EAGER, SMALL, CPU), "sideways", ring)
 
@@ -213,7 +213,7 @@ def wrong_eps(layer: nn.BatchNorm2d, case: Case) -> nn.Module:
 
 
 class WrongElement(nn.Module):
-    """A layer that gets one element of y wrong, by one part in a thousand."""
+    """A layer with an error of one part in a thousand in one element of y."""
 
     def __init__(self, layer: nn.BatchNorm2d, case: Case) -> None:
         super().__init__()
@@ -232,27 +232,27 @@ def no_running_statistics(layer: nn.BatchNorm2d, case: Case) -> nn.Module:
 
 
 @pytest.mark.parametrize("wrong", [wrong_eps, WrongElement, no_running_statistics])
-def test_gate_refuses_a_wrong_contestant(monkeypatch: pytest.MonkeyPatch, wrong):
+def test_tolerance_rejects_a_wrong_provider(monkeypatch: pytest.MonkeyPatch, wrong):
     buffers = make_buffers(SMALL, CPU)
     right = {name: Provider.make(name, SMALL, CPU) for name in (OURS, EAGER)}
-    records = tolerance.hold(SMALL, right, buffers, training=True) + tolerance.hold(
+    records = tolerance.check(SMALL, right, buffers, training=True) + tolerance.check(
         SMALL, right, buffers, training=False
     )
     assert len(records) == 4 and all(record.passed for record in records)
 
     monkeypatch.setitem(BUILDERS, EAGER, wrong)
     native = {OURS: right[OURS], EAGER: Provider.make(EAGER, SMALL, CPU)}
-    records = tolerance.hold(SMALL, native, buffers, training=True)
+    records = tolerance.check(SMALL, native, buffers, training=True)
     assert {record.provider: record.passed for record in records} == {OURS: True, EAGER: False}
 
     monkeypatch.setitem(BUILDERS, OURS, wrong)
     with pytest.raises(tolerance.ToleranceError, match="4x3x5x5 nchw fp32"):
-        tolerance.hold(SMALL, {OURS: Provider.make(OURS, SMALL, CPU)}, buffers, training=True)
+        tolerance.check(SMALL, {OURS: Provider.make(OURS, SMALL, CPU)}, buffers, training=True)
 
 
 @pytest.mark.parametrize("epilogue", EPILOGUES)
-def test_gate_judges_channels_in_blocks(epilogue: str, monkeypatch: pytest.MonkeyPatch):
-    """Cut into single channels, the tolerance sees the same worst error as in one piece."""
+def test_tolerance_checks_channels_in_blocks(epilogue: str, monkeypatch: pytest.MonkeyPatch):
+    """The tolerance check finds the same worst error whether channels are checked singly or all at once."""
     case = replace(SMALL, epilogue=epilogue)
     buffers = make_buffers(case, CPU)
     outcomes = {EAGER: tolerance.run_once(Provider.make(EAGER, case, CPU), buffers, training=True)}
@@ -265,7 +265,7 @@ def test_gate_judges_channels_in_blocks(epilogue: str, monkeypatch: pytest.Monke
 
 
 class Leaky(nn.Module):
-    """A ReLU that lets a thousandth through, and of the gradient too."""
+    """A ReLU with a slope of 0.001 for negative values, in the forward and the backward."""
 
     def __init__(self, layer: nn.BatchNorm2d, case: Case) -> None:
         super().__init__()
@@ -277,7 +277,7 @@ class Leaky(nn.Module):
 
 
 class Doubled(Leaky):
-    """The right value, and twice the residual's gradient."""
+    """Correct results, but twice the residual's gradient."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         assert residual is not None
@@ -285,16 +285,17 @@ class Doubled(Leaky):
 
 
 @pytest.mark.parametrize(("epilogue", "wrong"), [("relu", Leaky), ("add+relu", Leaky), ("add+relu", Doubled)])
-def test_gate_holds_epilogues(epilogue: str, wrong, monkeypatch: pytest.MonkeyPatch):
-    """All providers compute the same function, each behind its own y; and one that does not is refused."""
+def test_tolerance_checks_epilogues(epilogue: str, wrong, monkeypatch: pytest.MonkeyPatch):
+    """All providers compute the same function, and the reference follows each provider's own y; a provider with a wrong
+    epilogue is rejected."""
     case = replace(SMALL, epilogue=epilogue)
     buffers = make_buffers(case, CPU)
     for training in (True, False):
         right = {name: Provider.make(name, case, CPU) for name in (OURS, EAGER)}
-        assert all(record.passed for record in tolerance.hold(case, right, buffers, training))
+        assert all(record.passed for record in tolerance.check(case, right, buffers, training))
     monkeypatch.setitem(BUILDERS, OURS, wrong)
     with pytest.raises(tolerance.ToleranceError, match=f"4x3x5x5 nchw fp32 {re.escape(epilogue)}"):
-        tolerance.hold(case, {OURS: Provider.make(OURS, case, CPU)}, buffers, training=True)
+        tolerance.check(case, {OURS: Provider.make(OURS, case, CPU)}, buffers, training=True)
 
 
 def test_a_nan_does_not_pass():
@@ -354,7 +355,7 @@ def test_comparison():
     assert Comparison.of(example().records, COMPILED) is None
 
 
-def test_report_states_losses_and_gates():
+def test_report_states_slowdowns_and_tolerances():
     run = example()
     text = report.render(run)
     assert "with uncommitted changes" in text
@@ -369,7 +370,7 @@ def test_report_states_losses_and_gates():
         *["8", "1x2x3", "52", "1 ms (+0 +0%)", "2 ms (+0 +0%)", "2.00", "2.0", "50%"]
     ]
     run.records = run.records[:1]
-    assert "None: in no case" in report.render(run)
+    assert "None: no other provider" in report.render(run)
 
 
 def test_run_survives_json(tmp_path: Path):
@@ -380,7 +381,7 @@ def test_run_survives_json(tmp_path: Path):
     data = json.loads((tmp_path / "run.json").read_text())
     data["schema"] = 99
     (tmp_path / "run.json").write_text(json.dumps(data))
-    with pytest.raises(ValueError, match="schema 99"):
+    with pytest.raises(ValueError, match="expected schema 1 or 2, got 99"):
         Run.load(tmp_path / "run.json")
 
 
@@ -391,7 +392,7 @@ def test_formats():
     assert report.format_time(12e-9) == "0.012 µs"
     assert report.format_ratio(1.0) == "1.00"
     assert report.format_ratio(0.5) == "**0.50**"
-    assert report.format_ratio(0.999) == "**0.999**"  # a loss, and not "1.00"
+    assert report.format_ratio(0.999) == "**0.999**"  # a slowdown, shown as such and not as "1.00"
     assert report.format_ratio(None) == "-"
     assert report.format_spread(Spread(2e-3, 1e-3, 3e-3)) == "2 ms (-50 +50%)"
 
@@ -405,3 +406,14 @@ def test_table():
     ]
     with pytest.raises(ValueError, match="columns"):
         table(["a"], [["1", "2"]])
+
+
+COMMITTED = sorted((Path(__file__).resolve().parents[2] / "bench" / "results").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_committed_results_load(path: Path) -> None:
+    """Of whichever schema: a report can be made of each run that was ever committed."""
+    run = Run.load(path)
+    assert run.records and run.tolerance and all(record.passed for record in run.tolerance if record.provider == OURS)
+    assert OURS in run.providers() and report.render(run)

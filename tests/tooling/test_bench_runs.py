@@ -1,4 +1,4 @@
-"""The harness as a program: the command line, whole runs of a second, and the GPU's timers."""
+"""The benchmark harness as a program: the command line, whole runs of a second, and the GPU's timers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from bench.sampling import Ring
 
 @pytest.fixture(autouse=True)
 def threads() -> Iterator[None]:
-    """What --threads sets is for the process: put it back."""
+    """Restores the process-wide setting that --threads changes."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -32,7 +32,7 @@ def wrong_eps(layer: nn.BatchNorm2d, case: Case) -> nn.Module:
     return layer
 
 
-# One thread: on a machine that is doing something else too, two would wait for each other.
+# One thread: on a machine with other load, two threads would wait for each other.
 TINY_RUN = ["--device", "cpu", "--threads", "1", "--shapes", "3x5x5", "--batch", "4", "--budget", "0.01"]
 TINY_RUN += ["--providers", "ours,eager"]
 
@@ -60,7 +60,7 @@ def test_a_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 
 @pytest.mark.parametrize("epilogue", ["relu", "add+relu"])
 def test_a_run_with_an_epilogue(epilogue: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """Its name, its floor, and what its report says of the providers."""
+    """The run's name, its floor, and the providers in its report."""
     options = [*TINY_RUN, "--quick", "--dtypes", "fp32", "--epilogue", epilogue, "--no-plot", "--out", str(tmp_path)]
     assert cli.main(options) == 0
     stem = next(tmp_path.glob(f"*-quick-{epilogue.replace('+', '-')}.json"))
@@ -70,22 +70,22 @@ def test_a_run_with_an_epilogue(epilogue: str, tmp_path: Path, capsys: pytest.Ca
     assert step.floor_bytes == (5 if epilogue == "relu" else 7) * step.tensor_bytes
     text = stem.with_suffix(".md").read_text()
     assert text.startswith(f"# {EPILOGUE_TITLES[epilogue]} on ")
-    assert "torch's operations, in place" in text
+    assert "torch's in-place operations" in text
     capsys.readouterr()
 
 
-def test_settings_that_move_figures_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_settings_that_affect_figures_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.setenv("BNKERNELS_CPU_CACHE_MB", "7")
     monkeypatch.setenv("NOT_OURS", "7")
     options = [*TINY_RUN, "--dtypes", "fp32", "--layouts", "nchw", "--directions", "eval", "--no-plot"]
     assert cli.main([*options, "--out", str(tmp_path)]) == 0
-    said = next(line for line in next(tmp_path.glob("*.md")).read_text().splitlines() if line.startswith("- set: "))
-    assert "`BNKERNELS_CPU_CACHE_MB=7`" in said and "NOT_OURS" not in said
+    setting = next(line for line in next(tmp_path.glob("*.md")).read_text().splitlines() if line.startswith("- set: "))
+    assert "`BNKERNELS_CPU_CACHE_MB=7`" in setting and "NOT_OURS" not in setting
     capsys.readouterr()
 
 
 def test_our_wrong_result_is_not_timed(tmp_path: Path, monkeypatch, capsys):
-    """The case has no time, the run goes on, and neither its report nor its exit code lets it pass."""
+    """The case has no time, the run continues, and the report and the exit code show the failure."""
 
     def wrong_in_bf16(layer: nn.BatchNorm2d, case: Case) -> nn.Module:
         return wrong_eps(layer, case) if case.dtype == "bf16" else layer
@@ -113,12 +113,12 @@ def test_a_case_that_raises_is_passed_over(tmp_path: Path, monkeypatch, capsys):
     run = Run.load(file)
     assert run.failed == ["4x3x5x5 nchw fp32: RuntimeError: CUDA error: an illegal memory access"]
     assert {record.layout for record in run.records} == {"nhwc"}
-    told = capsys.readouterr().out
-    assert "4x3x5x5 nchw fp32: no time\n" in told and "4x3x5x5 nhwc fp32: forward cpu" in told
+    printed = capsys.readouterr().out
+    assert "4x3x5x5 nchw fp32: no time\n" in printed and "4x3x5x5 nhwc fp32: forward cpu" in printed
 
 
 def test_an_interrupted_run_is_written(tmp_path: Path, monkeypatch, capsys):
-    """What was measured before, in the JSON, the report and the plot."""
+    """Finished measurements are in the JSON, the report and the plot."""
 
     def interrupted_in_bf16(layer: nn.BatchNorm2d, case: Case) -> nn.Module:
         if case.dtype == "bf16":
@@ -133,7 +133,7 @@ def test_an_interrupted_run_is_written(tmp_path: Path, monkeypatch, capsys):
     capsys.readouterr()
 
 
-def test_their_wrong_result_is_reported(tmp_path: Path, monkeypatch):
+def test_a_wrong_result_of_another_provider_is_reported(tmp_path: Path, monkeypatch):
     monkeypatch.setitem(BUILDERS, EAGER, wrong_eps)
     options = [*TINY_RUN, "--dtypes", "fp32", "--layouts", "nchw", "--directions", "eval", "--no-plot"]
     assert cli.main([*options, "--out", str(tmp_path)]) == 0
@@ -189,11 +189,11 @@ def test_a_whole_run_on_the_gpu(tmp_path: Path):
     assert not run.notes
 
 
-# ---- the GPU's timers, on a GPU that is played
+# ---- the GPU's timers, on a simulated GPU
 
 
-class PlayedGpu:
-    """What cuda.py uses of torch.cuda: a clock that a call advances by 1 ms, and graphs."""
+class FakeGpu:
+    """A stand-in for the parts of torch.cuda that cuda.py uses: a clock that each call advances by 1 ms, and graphs."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, refuses: str = "") -> None:
         self.now = 0.0
@@ -251,18 +251,18 @@ class PlayedGpu:
 
 @pytest.mark.parametrize(("mode", "captured"), [("cold", [0, 1, 2, 3, 4]), ("warm", [0] * cuda.WARM_CALLS)])
 def test_graphs_hold_the_ring_or_one_buffer(monkeypatch: pytest.MonkeyPatch, mode: str, captured: list[int]):
-    gpu = PlayedGpu(monkeypatch)
+    gpu = FakeGpu(monkeypatch)
     timed = cuda.graph_timer(lambda: gpu.call, Ring(5), mode)
     assert (timed.method, timed.why) == ("graph", "")
     assert gpu.called == [0] * cuda.WARMUP_CALLS + captured
-    # Replays come in whole graphs; the answer is for the calls asked for.
+    # Replays run whole graphs; the result is scaled to the requested number of calls.
     for count in (1, 5, 8, 23, 400):
         assert timed.timer(count) == pytest.approx(count * 1e-3)
     assert len(gpu.called) == cuda.WARMUP_CALLS + len(captured)
 
 
-def test_what_cannot_be_captured_is_timed_by_events(monkeypatch: pytest.MonkeyPatch):
-    gpu = PlayedGpu(monkeypatch, refuses="operation not permitted\nwhen stream is capturing")
+def test_calls_that_cannot_be_captured_are_timed_by_events(monkeypatch: pytest.MonkeyPatch):
+    gpu = FakeGpu(monkeypatch, refuses="operation not permitted\nwhen stream is capturing")
     timed = cuda.graph_timer(lambda: gpu.call, Ring(3), "cold")
     assert (timed.method, timed.why) == ("events", "operation not permitted")
     gpu.called.clear()

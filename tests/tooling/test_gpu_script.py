@@ -1,4 +1,4 @@
-"""bench/gpu.sh without a GPU: every step on the fake CUDA device, and what is on disk when a stage is killed."""
+"""bench/gpu.sh without a GPU: every step on the fake CUDA device, and the files that a killed stage leaves."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def rows_of(summary: Path) -> dict[str, tuple[str, str]]:
 
 
 def started(words: Sequence[str | Path], **settings: str) -> subprocess.Popen[str]:
-    """In a process group of its own, which can be killed."""
+    """Starts the program in its own process group, which can be killed."""
     return subprocess.Popen(
         [str(word) for word in words],
         cwd=ROOT,
@@ -45,7 +45,8 @@ def started(words: Sequence[str | Path], **settings: str) -> subprocess.Popen[st
 
 
 def end_session(process: subprocess.Popen[str]) -> None:
-    """What a killed stage leaves running: `timeout` makes a process group for each step, within the same session."""
+    """Ends the processes that a killed stage leaves running: `timeout` creates a process group for each step, within
+    the same session."""
     process.kill()
     process.wait()
     for folder in Path("/proc").glob("[0-9]*"):
@@ -63,12 +64,12 @@ def run(stage: str, results: Path, **settings: str) -> tuple[int, str]:
     return process.returncode, output
 
 
-# ---- both stages, whole
+# ---- both stages, complete
 
 
 @pytest.mark.slow
-def test_every_step_on_the_host_device(tmp_path: Path) -> None:
-    """Each is run, or skipped with a reason; and its results are there, of the few files that may be."""
+def test_every_step_on_the_fake_device(tmp_path: Path) -> None:
+    """Each step runs or is skipped with a reason, and writes its results to the few allowed files."""
     if reason := fake_cuda.missing():
         pytest.skip(reason)
     settings = {"SIZE": "tiny", "RESULTS": str(tmp_path), "TOTAL": "600", **fake_cuda.environment()}
@@ -80,7 +81,7 @@ def test_every_step_on_the_host_device(tmp_path: Path) -> None:
         assert list(rows) == [step.name for step in steps]
         for step in steps:
             status, note = rows[step.name]
-            if reason := step.needs(Facts(gpu="fake CUDA device", stand_in=True)):
+            if reason := step.needs(Facts(gpu="fake CUDA device", fake_cuda=True)):
                 assert (status, note) == ("skipped", reason)
                 continue
             assert status == "passed" and note, f"{step.name}: {status}: {note}\n{log[-4000:]}"
@@ -97,7 +98,7 @@ def test_every_step_on_the_host_device(tmp_path: Path) -> None:
     assert check["passed"] and check["backends"][0]["device"] == "cuda"
 
 
-def test_what_needs_a_gpu_is_skipped_with_the_reason(tmp_path: Path) -> None:
+def test_steps_that_need_a_gpu_are_skipped_with_the_reason(tmp_path: Path) -> None:
     steps = [step.name for step in STAGES["second"][1] if step.name != "build"]
     status, output = run("second", tmp_path, STEPS=" ".join(steps), CUDA_VISIBLE_DEVICES="")
     assert status == 0, output
@@ -112,7 +113,7 @@ def test_sizes_name_the_same_things() -> None:
 
 
 @pytest.mark.parametrize("settings", [{"SIZE": "huge"}, {"STEPS": "check bench"}, {"stage": "third"}], ids=str)
-def test_what_is_unknown_is_refused(
+def test_unknown_settings_are_rejected(
     settings: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(gpu, "take_interrupts", lambda: None)
@@ -124,7 +125,7 @@ def test_what_is_unknown_is_refused(
     assert not list(tmp_path.iterdir())
 
 
-# ---- what is built
+# ---- the build
 
 
 LIBRARY = Facts(gpu="NVIDIA H200", capability="9.0", archs="8.0;9.0+PTX", current=True)
@@ -138,7 +139,7 @@ def test_a_library_that_fits_is_used() -> None:
 @pytest.mark.parametrize(
     "facts",
     [
-        Facts(gpu="NVIDIA H200", capability="9.0", archs="8.0+PTX", current=True),  # it would run, without clusters
+        Facts(gpu="NVIDIA H200", capability="9.0", archs="8.0+PTX", current=True),  # it would run, but without clusters
         Facts(gpu="NVIDIA H200", capability="9.0", archs="9.0", current=False),
         Facts(gpu="NVIDIA H200", capability="9.0", archs="", current=True),
     ],
@@ -208,12 +209,12 @@ def test_a_step_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
 
 
 def test_no_time_left_is_a_failure(tmp_path: Path) -> None:
-    """A step that was not run is not one that passed."""
+    """A step that did not run counts as failed."""
     assert stage([step("true")], tmp_path, total=gpu.GRACE + 4) == (1, {"step": ("FAILED", "no time left")})
 
 
 def test_a_step_is_interrupted_then_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An interrupted program can write what it has; one that does not listen ends all the same."""
+    """An interrupted program can write its results; one that ignores the interrupt is killed."""
     monkeypatch.setattr(gpu, "GRACE", 1)
     log = tmp_path / "log.txt"
     listens = "bash -c 'trap \"echo saved; exit 0\" INT; echo begun; while true; do sleep 0.05; done'"
@@ -221,8 +222,8 @@ def test_a_step_is_interrupted_then_killed(tmp_path: Path, monkeypatch: pytest.M
     for program, last in ((listens, "saved"), (deaf, "begun")):
         begin = time.monotonic()
         words = ["bash", "-c", program.removeprefix("bash -c ")[1:-1]]
-        error_report, _, note = gpu.run_step(step(program), words, 1, log, dict(os.environ))
-        assert (error_report, note) == ("FAILED", f"cut off after 1 s; {last}")
+        status, _, note = gpu.run_step(step(program), words, 1, log, dict(os.environ))
+        assert (status, note) == ("FAILED", f"cut off after 1 s; {last}")
         assert time.monotonic() - begin < 10
 
 
@@ -231,7 +232,7 @@ def test_a_step_is_interrupted_then_killed(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("seed", range(6))
 def test_rows_of_a_killed_stage(seed: int, tmp_path: Path) -> None:
-    """Of every step that ended before: its row, and its output."""
+    """Every step that ended before has its row and its output."""
     number = signal.SIGINT if seed % 2 else signal.SIGKILL
     process = started([sys.executable, "-c", STAGE, tmp_path])
     try:
@@ -248,19 +249,19 @@ def test_rows_of_a_killed_stage(seed: int, tmp_path: Path) -> None:
     rows = rows_of(tmp_path / "summary.md")
     log = (tmp_path / "log.txt").read_text()
     passed = [name for name, (status, _) in rows.items() if status == "passed"]
-    told = re.findall(r"passed after .* said (\d+)", output)
+    printed = re.findall(r"passed after .* said (\d+)", output)
     assert passed == [f"step{i}" for i in range(len(passed))]
-    # The step that ended last may not have been noticed yet.
-    assert len(passed) >= max(len(told), len(ended) - 1)
+    # The step that ended last may not have been recorded yet.
+    assert len(passed) >= max(len(printed), len(ended) - 1)
     assert all(rows[name][1] == f"said {name.removeprefix('step')}" for name in passed)
     assert all(f"said {name.removeprefix('step')}\n" in log for name in passed)
     if number == signal.SIGINT and len(passed) < 10:
         assert process.returncode == gpu.INTERRUPTED
-        assert list(rows.values())[len(passed)] == ("FAILED", "interrupted, and all after it")
+        assert list(rows.values())[len(passed)] == ("FAILED", "interrupted; the following steps did not run")
 
 
 def test_an_interrupt_reaches_the_step(tmp_path: Path) -> None:
-    """Which can write what it has; the stage does not wait for its end."""
+    """The step can write its results; the stage does not wait for its regular end."""
     program = 'trap \\"echo saved; exit 0\\" INT; echo begun; for i in {{1..400}}; do sleep 0.05; done'
     step = f"""steps = [Step("long", 20, "bash -c '{program}'", lambda facts: None)]"""
     process = started(
@@ -278,7 +279,7 @@ def test_an_interrupt_reaches_the_step(tmp_path: Path) -> None:
     finally:
         end_session(process)
     assert "saved" in log.read_text()
-    assert rows_of(tmp_path / "summary.md") == {"long": ("FAILED", "interrupted, and all after it")}
+    assert rows_of(tmp_path / "summary.md") == {"long": ("FAILED", "interrupted; the following steps did not run")}
 
 
 BENCH = ["-m", "bench", "--device", "cpu", "--threads", "1", "--quick", "--providers", "ours,eager", "--no-plot"]
@@ -287,7 +288,7 @@ BENCH += ["--batch", "2,3,4,5,6,7,8,9", "--shapes", "3x5x5,4x4x4,5x3x3", "--budg
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_cases_of_a_killed_bench(seed: int, tmp_path: Path) -> None:
-    """Every case that it had told of is in the JSON, whole; interrupted, it writes its report too."""
+    """Every case that was printed is complete in the JSON; an interrupted run writes its report too."""
     number = signal.SIGINT if seed == 2 else signal.SIGKILL
     process = started([sys.executable, *BENCH, "--out", tmp_path, "--name", "killed"])
     assert process.stdout is not None
@@ -295,7 +296,7 @@ def test_cases_of_a_killed_bench(seed: int, tmp_path: Path) -> None:
         first = process.stdout.readline()
         time.sleep(random.Random(seed).uniform(0, 1))
         os.killpg(process.pid, number)
-        told = [
+        printed = [
             line
             for line in [first, *process.communicate(timeout=240)[0].splitlines()]
             if re.match(r"\d+x\d+x\S+ n", line)
@@ -305,11 +306,11 @@ def test_cases_of_a_killed_bench(seed: int, tmp_path: Path) -> None:
     (file,) = tmp_path.glob("*-killed.json")
     run = Run.load(file)
     cases = list(dict.fromkeys(f"{r.batch}x{r.shape} {r.layout} {r.dtype}" for r in run.records))
-    assert 1 <= len(told) < 8 * 3 * 4
-    assert [line.split(":")[0] for line in told] == cases[: len(told)]
+    assert 1 <= len(printed) < 8 * 3 * 4
+    assert [line.split(":")[0] for line in printed] == cases[: len(printed)]
     assert all(
         len([r for r in run.records if f"{r.batch}x{r.shape} {r.layout} {r.dtype}" == case]) == 3
-        for case in cases[: len(told)]
+        for case in cases[: len(printed)]
     )
     if number == signal.SIGINT:
         assert process.returncode == 130
@@ -317,7 +318,7 @@ def test_cases_of_a_killed_bench(seed: int, tmp_path: Path) -> None:
         assert "interrupted: not all cases were measured" in report and "## All cases" in report
 
 
-def test_a_stage_killed_on_the_host_device(tmp_path: Path) -> None:
+def test_a_stage_killed_on_the_fake_device(tmp_path: Path) -> None:
     """The real script, with everything that it starts."""
     if reason := fake_cuda.missing():
         pytest.skip(reason)
@@ -328,21 +329,21 @@ def test_a_stage_killed_on_the_host_device(tmp_path: Path) -> None:
         **fake_cuda.environment(),
     }
     process = started(["bash", "bench/gpu.sh", "first"], **settings)
-    told = []
+    printed = []
     try:
         assert process.stdout is not None
         for line in process.stdout:
-            told.append(line)
+            printed.append(line)
             if line.startswith("== n256-bf16"):
                 break
         time.sleep(random.Random(7).uniform(0, 6))
         os.killpg(process.pid, signal.SIGKILL)
-        told += process.communicate(timeout=60)[0].splitlines()
+        printed += process.communicate(timeout=60)[0].splitlines()
     finally:
         end_session(process)
     rows = rows_of(tmp_path / "first" / "summary.md")
     assert rows["check"][0] == "passed" and json.loads((tmp_path / "first" / "check.json").read_text())["passed"]
-    assert len(rows) >= len([line for line in told if "passed after" in line])
+    assert len(rows) >= len([line for line in printed if "passed after" in line])
     for file in (tmp_path / "first").glob("*n256-bf16.json"):
         assert Run.load(file).records
 

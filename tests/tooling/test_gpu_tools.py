@@ -1,4 +1,4 @@
-"""What bench/gpu.sh runs and other files do not test: a case of each kind of plan, and the micro-measurements."""
+"""Two tools that bench/gpu.sh runs: one case of each kind of plan, and the micro-measurements."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from pathlib import Path
 import pytest
 from plan_model import DEVICES
 
-from bench import device_code, kinds, micro, phases
-from bnkernels import ops
+from bench.tools import device_code, kinds, micro, phases
+from bnkernels import _ops as ops
 from bnkernels.testing import Case
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-# ---- a case of each kind of plan
+# ---- one case of each kind of plan
 
 
 @pytest.mark.parametrize("device", ["h100", "h200", "a100", "t4"])
 def test_a_case_of_every_kind(device: str) -> None:
-    """All layouts and groups, both ways; few and small enough for the slowest tool."""
+    """Cases of all layouts and groups, forward and backward, few and small enough for the slowest tool."""
     limits = DEVICES[device].arguments()
     chosen = kinds.choose(limits)
     assert not kinds.missing(chosen, limits)
@@ -50,7 +50,7 @@ def test_kinds_of_the_two_pass_path() -> None:
     }
 
 
-def test_a_kind_that_no_case_is_of_is_missed() -> None:
+def test_a_kind_without_a_case_is_missing() -> None:
     limits = DEVICES["h200"].arguments()
     chosen = [one for one in kinds.choose(limits) if all(kind.group != "cluster" for kind in one.kinds)]
     assert "backward packed cluster" in kinds.missing(chosen, limits)
@@ -67,8 +67,8 @@ def test_kinds_run_as_planned() -> None:
         assert not kinds.demoted(one, one.case.inputs("cuda")), one.case
 
 
-def test_a_kind_that_did_not_run_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a tool leaves less room than the plan counts on, its silence would be of other kernels."""
+def test_a_kind_that_did_not_run_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If fewer CTAs fit under a tool than the plan expects, the tool checks other kernels."""
     kind = kinds.Kind("forward_train", "channels_first", "grid")
     two_pass = kinds.Kind("backward_train", "channels_first", "two_pass")
     one = kinds.Chosen(Case("normal", (2, 3, 4)), (kind, two_pass))
@@ -88,10 +88,10 @@ def nvcc() -> Path:
 
 
 def test_micro_compiles(tmp_path: Path) -> None:
-    """To PTX, which takes seconds: it measures the package's own barriers, and the forward's own source."""
+    """Compiles to PTX (seconds): the barriers are those of the package, and the forward is its source."""
     words = [nvcc(), *device_code.TORCH_FLAGS, "-O0", "-Xcicc", "-O0", "-arch=compute_90", "-ptx"]
     done = subprocess.run(
-        [*map(str, words), str(ROOT / "bench" / "micro.cu"), "-o", str(tmp_path / "micro.ptx")],
+        [*map(str, words), str(ROOT / "bench" / "tools" / "micro.cu"), "-o", str(tmp_path / "micro.ptx")],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -106,23 +106,23 @@ def test_micro_compiles(tmp_path: Path) -> None:
     assert "atom.add.acq_rel.gpu" in of["group_barriers"]
     assert "barrier.cluster.arrive.release" in of["cluster_barriers"]
     assert len([entry for entry in entries if "stamped_forward" in entry]) == 3
-    # In each layout: begin, end, both ends of the exchange, the end of the stores; and both ends of four barriers, two
-    # of an exchange through memory, one of an exchange on chip, and a cluster's last one.
+    # Per layout: begin, end, both ends of the exchange, end of the stores; and both ends of four barriers: two of an
+    # exchange through memory, one of an exchange on chip, and the last one of a cluster.
     assert text.count("%globaltimer") == 3 * 2
     assert len(re.findall(r"^\tclock64,", text, re.MULTILINE)) == 3 * (5 + 8)
 
 
 def test_points_are_those_of_the_kernel() -> None:
-    text = (ROOT / "bench" / "micro_stamps.cuh").read_text()
+    text = (ROOT / "bench" / "tools" / "micro_stamps.cuh").read_text()
     names = re.search(r"enum Point : int \{ (.*?) \}", text)
     assert names is not None
     ours = [re.sub("(?<!^)([A-Z])", r"_\1", name.removeprefix("k")).upper() for name in names[1].split(", ")]
     assert [getattr(phases, name) for name in ours] == list(range(len(ours)))
 
 
-def test_a_plan_in_words() -> None:
-    """As many numbers as micro.cu reads, of a plan of each kind of group."""
-    text = (ROOT / "bench" / "micro.cu").read_text()
+def test_arguments_of_a_plan() -> None:
+    """Plans of each kind of group yield as many arguments as micro.cu reads."""
+    text = (ROOT / "bench" / "tools" / "micro.cu").read_text()
     last = max(int(number) for number in re.findall(r"number\((\d+)\)", text))
     limits = DEVICES["h100"].arguments()
     groups = set()
@@ -133,7 +133,7 @@ def test_a_plan_in_words() -> None:
         persistent = plan["persistent"]
         assert (
             persistent["partition"]["channel_tiles"] > persistent["groups"]
-        )  # several rounds: blocks that could hide each other
+        )  # several rounds, so that CTAs can overlap
         groups.add((words[3], persistent["group"]))
     assert groups == {
         ("channels_first", "cta"),
@@ -144,15 +144,15 @@ def test_a_plan_in_words() -> None:
     }
 
 
-def block(multiprocessor: int, start: int, still: int, moves: int, rounds: int = 10) -> phases.Block:
-    """One that loads for `moves`, waits for `still` and stores for `moves`, from `start` on; a clock of 2 GHz."""
+def block(multiprocessor: int, start: int, idle: int, moves: int, rounds: int = 10) -> phases.Block:
+    """A CTA that from `start` on loads for `moves`, waits for `idle` and stores for `moves`; a clock of 2 GHz."""
     stamps = [(phases.BEGIN, start)]
     clock = start
     for _ in range(rounds):
         for point, length in (
             (phases.EXCHANGES, moves),
             (phases.WAITS, 0),
-            (phases.HAS_WAITED, still),
+            (phases.HAS_WAITED, idle),
             (phases.HAS_EXCHANGED, 0),
             (phases.HAS_STORED, moves),
         ):
@@ -162,21 +162,21 @@ def block(multiprocessor: int, start: int, still: int, moves: int, rounds: int =
     return phases.Block(multiprocessor, start // 2, clock // 2, stamps)
 
 
-def test_blocks_in_step_do_not_hide_each_other() -> None:
-    told = phases.summary([block(0, 0, 2000, 1000), block(0, 0, 2000, 1000), block(1, 0, 2000, 1000)])
-    assert told["phases_us"] == {"load": 0.5, "tell": 0, "barrier": 1.0, "join": 0, "store": 0.5, "leave": 0}
-    assert (told["multiprocessors_with_two"], told["one_block_stands_still"]) == (1, 0.5)
-    assert (told["none_moves"], told["one_moves"], told["both_move"]) == (0.5, 0, 0.5)
-    assert told["none_if_independent"] == 0.25
+def test_ctas_in_step_do_not_overlap() -> None:
+    result = phases.summary([block(0, 0, 2000, 1000), block(0, 0, 2000, 1000), block(1, 0, 2000, 1000)])
+    assert result["phases_us"] == {"load": 0.5, "partials": 0, "barrier": 1.0, "combine": 0, "store": 0.5, "leave": 0}
+    assert (result["multiprocessors_with_two"], result["block_idle"]) == (1, 0.5)
+    assert (result["none_moves"], result["one_moves"], result["both_move"]) == (0.5, 0, 0.5)
+    assert result["none_if_independent"] == 0.25
 
 
-def test_blocks_in_turn_hide_each_other() -> None:
-    told = phases.summary([block(0, 0, 2000, 1000), block(0, 2000, 2000, 1000)])
-    # The first starts its wait at 1000 and ends at 3000: the other moves from 2000 on.
-    assert told["none_moves"] < 0.06 and told["one_moves"] > 0.9
+def test_alternating_ctas_overlap() -> None:
+    result = phases.summary([block(0, 0, 2000, 1000), block(0, 2000, 2000, 1000)])
+    # The first waits from 1000 to 3000, and the other moves from 2000 on.
+    assert result["none_moves"] < 0.06 and result["one_moves"] > 0.9
 
 
-def test_an_order_of_points_that_no_kernel_has_is_refused() -> None:
+def test_an_impossible_order_of_points_raises() -> None:
     wrong = phases.Block(0, 0, 1, [(phases.BEGIN, 0), (phases.HAS_STORED, 1)])
     with pytest.raises(KeyError):
         phases.summary([wrong])
@@ -184,7 +184,7 @@ def test_an_order_of_points_that_no_kernel_has_is_refused() -> None:
 
 PROGRAM = """#!/bin/sh
 case $1 in
-  barrier) echo '{"what": "barrier", "members": 2}'; echo '{"what": "barrier", "members": 4}' ;;
+  barrier) echo '{"what": "barrier", "group_size": 2}'; echo '{"what": "barrier", "group_size": 4}' ;;
   cluster) echo 'no clusters here' >&2; exit 1 ;;
   launch) echo 'not JSON' ;;
   runs) sleep 5 ;;
@@ -193,16 +193,16 @@ esac
 
 
 def test_a_measurement_that_fails_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the others are run, and written."""
+    """The other measurements run and are written."""
 
-    def played(arch: str, program: Path) -> None:
+    def compile_fake(arch: str, program: Path) -> None:
         program.write_text(PROGRAM)
         program.chmod(0o755)
 
     class Properties:
-        name, major, minor, multi_processor_count = "played", 9, 0, 132
+        name, major, minor, multi_processor_count = "fake", 9, 0, 132
 
-    monkeypatch.setattr(micro, "compile_micro", played)
+    monkeypatch.setattr(micro, "compile_micro", compile_fake)
     monkeypatch.setattr(micro, "LIMIT", 0.2)
     monkeypatch.setattr(micro.device_code, "find_nvcc", lambda: Path("nvcc"))
     monkeypatch.setattr(micro.device_code, "ROOT", tmp_path)
@@ -219,11 +219,11 @@ def test_a_measurement_that_fails_is_recorded(tmp_path: Path, monkeypatch: pytes
         ("launch", True),
         ("runs", True),
     ]
-    assert "no clusters here" in lines[2]["failed"] and "no end within" in lines[4]["failed"]
+    assert "no clusters here" in lines[2]["failed"] and "timed out after" in lines[4]["failed"]
 
 
-def test_the_readers_page_names_what_there_is() -> None:
-    """bench/results/README.md: every step, every measurement and every constant that it tells of is there."""
+def test_results_page_matches_the_sources() -> None:
+    """bench/results/README.md names every step and measurement, and only constants that exist."""
     from bench.stages import STAGES
 
     page = (ROOT / "bench" / "results" / "README.md").read_text()

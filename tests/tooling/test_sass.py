@@ -1,169 +1,114 @@
-"""The kernels as machine code (bench/sass.py); tests/tooling/test_sass_reading.py has the reading of it.
+"""The kernels' main loops as machine code (bench/tools/sass.py).
 
-Compiles the kernels of bfloat16 once, for sm_90 (`make sass` holds those of every dtype to the same rules); skipped,
-with the reason, without nvcc or nvdisasm.
+The slow tests compile the kernels of bfloat16 once for sm_90 (`make sass` checks those of every dtype by the same
+rules); skipped, with the reason, without nvcc or nvdisasm.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from bench import device_code, sass
-from bench.sass_listing import find_disassembler
-from bench.sass_paths import read_too_early
-
-pytestmark = pytest.mark.slow
+from bench.tools import device_code, sass
+from bench.tools.registers import Usage
 
 ARCH = "sm_90"
+NAME = "_ZN3bnk17statistics_kernelIfLNS_6LayoutE0EEEvv"
+
+
+def listing(text: str) -> list[str]:
+    """What nvdisasm prints for one instruction or label per line."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    code = [line if line.endswith(":") else f"        /*{16 * at:04x}*/   {line} ;" for at, line in enumerate(lines)]
+    return [f".text.{NAME}:", *code]
+
+
+# A full-vector loop with a skipped branch, then a mixed loop, in an outer loop; then a loop of shared memory alone.
+LOOPS = """
+.L_outer:
+.L_full:
+    LDG.E.128 R4, desc[UR4][R2.64]
+    LDG.E.EF.128 R8, desc[UR4][R2.64+0x10]
+    @P1 BRA `(.L_skip)
+    STS.128 [R3], R4
+.L_skip:
+    @!P0 BRA P2, `(.L_full)
+.L_mixed:
+    LDG.E.128 R4, desc[UR4][R2.64]
+    @P3 LDG.E.U16 R8, desc[UR4][R2.64]
+    @P0 BRA `(.L_mixed)
+    BRA.U UP0, `(.L_outer)
+.L_shared:
+    LDS.128 R4, [R3]
+    @P0 BRA `(.L_shared)
+    STL [R1], R4
+    EXIT
+"""
+
+
+def read(text: str) -> sass.Kernel:
+    (function,) = sass.parse_listing(listing(text))
+    return sass.read_kernel(function, Usage(NAME, ARCH, 32, 0, 0, 0, 0))
+
+
+def test_main_loops_are_found():
+    kernel = read(LOOPS)
+    full, mixed = kernel.loops
+    assert (kernel.plain_name, kernel.local_accesses) == ("statistics_kernel", 1)
+    assert (full.role, full.is_full, full.loads, full.accesses) == ("load, cache", True, 2, 3)
+    assert (full.elements, full.instructions_per_element) == (2 * 4, 5 / 8)
+    assert (mixed.role, mixed.is_full, mixed.loads, mixed.accesses) == ("load", False, 1, 2)
+    assert [loop.is_full for loop in read(LOOPS.replace("STS.128", "STS.64")).loops] == [False, False]
+    assert "| load, cache |    full |     3/3 |" in sass.render([kernel], {NAME: "name"})
+
+
+def test_a_narrow_access_is_an_offence():
+    text = "\n".join([".L_1:", *["LDG.E.128 R4, desc[UR4][R2.64]"] * 4, "{more}", "@P0 BRA `(.L_1)", "EXIT"])
+    assert sass.offences(read(text.format(more="FADD R4, R4, R5"))) == []
+    missing = "0 full-vector loops 'load', expected 1"
+    assert sass.offences(read(text.format(more="LDG.E R8, desc[UR4][R2.64]"))) == [missing]
+    assert sass.offences(read(text.format(more="LD.E.64 R8, [R2]"))) == [missing]
+
+
+def test_a_listing_that_is_not_understood_is_refused():
+    with pytest.raises(ValueError, match="not understood"):
+        sass.parse_listing([line.replace("EXIT ;", "EXIT") for line in listing(LOOPS)])
+    with pytest.raises(ValueError, match=r"no label \.L_skip"):
+        sass.parse_listing(listing(LOOPS.replace(".L_skip:", "")))
+    with pytest.raises(ValueError, match="indirect branch BRX"):
+        sass.parse_listing(listing("BRX R2"))
 
 
 @pytest.fixture(scope="module")
 def tools() -> tuple[Path, Path]:
     try:
         nvcc = device_code.find_nvcc()
-        return nvcc, find_disassembler(nvcc)
+        return nvcc, sass.find_disassembler(nvcc)
     except RuntimeError as error:
         pytest.skip(str(error))
 
 
-@pytest.fixture(scope="module")
-def kernels(tools: tuple[Path, Path]) -> list[sass.Kernel]:
+@pytest.mark.slow
+def test_main_loops_use_128_bit_accesses(tools: tuple[Path, Path]):
+    """Full-vector loops in number, width and loads, nothing in local memory, instructions within the issue slots."""
     sources = [path for path in device_code.sources() if path.stem.endswith("_bf16")]
-    return sass.measure(sources, ARCH, jobs=min(2, os.cpu_count() or 1))
+    kernels = sass.measure(sources, ARCH, jobs=min(2, os.cpu_count() or 1))
+    names = device_code.demangle([kernel.name for kernel in kernels])
+    assert [f"{names[kernel.name]}: {line}" for kernel in kernels for line in sass.offences(kernel)] == []
+    # Two layouts, three of the persistent kernels; with and without an epilogue where a kernel has one.
+    for name in sass.LOOPS:
+        count = (3 if name.startswith("persistent") else 2) * (2 if name in device_code.EPILOGUES else 1)
+        assert sum(kernel.plain_name == name for kernel in kernels) == count, name
 
 
-def names_of(kernels: Sequence[sass.Kernel]) -> dict[str, str]:
-    return device_code.demangle([kernel.name for kernel in kernels])
-
-
-def test_every_kernel_is_looked_at(kernels: list[sass.Kernel]):
-    counted = {name: sum(kernel.plain_name == name for kernel in kernels) for name in sass.LOOPS}
-    # The layouts of their path: channels-first, channels-last, and packed where it is resident; plain and with an
-    # epilogue, or behind one, where there are both.
-    assert counted == {
-        name: (3 if name.startswith("persistent") else 2) * (2 if name in device_code.EPILOGUES else 1)
-        for name in sass.LOOPS
-    }
-    assert all(
-        sum(bool(kernel.epilogue) for kernel in kernels if kernel.plain_name == name) == counted[name] / 2
-        for name in device_code.EPILOGUES
-    )
-    for kernel in kernels:
-        expected = (
-            set() if kernel.plain_name not in sass.LOOPS else {True} if kernel.variant in sass.UNTOLD else {True, False}
-        )
-        assert {loop.is_whole for loop in kernel.loops} == expected, kernel.name
-
-
-def test_only_what_is_named_cannot_be_told(kernels: list[sass.Kernel]):
-    variants = {kernel.variant for kernel in kernels}
-    assert {kernel.variant for kernel in kernels if kernel.unknown} == sass.UNTOLD & variants != set()
-
-
-def test_no_kernel_uses_local_memory(kernels: list[sass.Kernel]):
-    names = names_of(kernels)
-    spilled = {
-        names[kernel.name]: (kernel.usage, kernel.count(lambda each: each.is_local))
-        for kernel in kernels
-        if not kernel.usage.in_registers or kernel.count(lambda each: each.is_local)
-    }
-    assert spilled == {}
-
-
-def test_main_loops_are_as_they_must_be(kernels: list[sass.Kernel]):
-    """16-byte accesses alone, all of a turn's loads in flight together, no calls, nothing that could not be told."""
-    names = names_of(kernels)
-    elsewhere = ("local memory", "slots")  # tests of their own
-    found = [
-        f"{names[kernel.name]}: {line}"
-        for kernel in kernels
-        for line in sass.offences(kernel)
-        if not any(word in line for word in elsewhere)
-    ]
-    assert found == []
-
-
-# Where an element takes more instructions than there are issue slots while its bytes move. An entry that no longer
-# holds fails the test as well.
-OVER_BUDGET: set[str] = set()
-
-
-def test_instructions_are_within_the_issue_slots(kernels: list[sass.Kernel]):
-    assert pytest.approx(31.1, abs=0.1) == sass.SLOTS_PER_BYTE * 4  # forward, 16-bit elements: read and written once
-    assert pytest.approx(46.7, abs=0.1) == sass.SLOTS_PER_BYTE * 6  # backward
-    if shutil.which("c++filt") is None:
-        pytest.skip("kernels are told apart by their demangled names: no c++filt")
-    names = names_of(kernels)
-    over = {names[kernel.name] for kernel in kernels if any("slots" in line for line in sass.offences(kernel))}
-    assert over == OVER_BUDGET
-    for kernel in kernels:  # and those are over by less than a tenth
-        for loops in kernel.totals().values():
-            assert sum(loop.instructions for loop in loops) < 1.1 * sum(loop.slots for loop in loops)
-
-
-def test_main_loops_hold_the_arithmetic_of_their_formula(kernels: list[sass.Kernel]):
-    """That the fast path is the turn it is meant to be: additions and multiplications an element are the source's."""
-    formulas = {
-        ("persistent_forward_kernel", "load, keep"): 1,  # sum += x
-        ("persistent_forward_kernel", "kept"): 3,  # d = x - p; sum += d; squares += d * d
-        ("persistent_forward_kernel", "kept, write"): 3,  # (x - mean) * invstd * weight + bias
-        ("persistent_forward_kernel", "load, write"): 3,
-        ("persistent_forward_kernel", "kept, add, write"): 4,  # + residual
-        ("persistent_forward_kernel", "load, add, write"): 4,
-        ("persistent_backward_kernel", "load, keep"): 3,  # sum += g; product += g * (x - mean)
-        ("persistent_backward_kernel", "kept, write"): 4,  # (g - mean(g) - (x - mean) * slope) * scale
-        ("persistent_backward_kernel", "load, write"): 4,
-        ("normalize_kernel", "load, write"): 3,
-        ("normalize_kernel", "load, add, write"): 4,
-        ("grad_input_kernel", "load, write"): 4,
-    }
-    # Of grad_y alone: one tensor is loaded; behind a ReLU two, as in training.
-    inference = ("grad_input_kernel", 1)
-    checked = set()
-    for kernel in kernels:
-        for loop in kernel.loops:
-            expected = formulas.get((kernel.plain_name, loop.role))
-            if expected is None:
-                continue
-            checked.add((kernel.plain_name, loop.role))
-            if (kernel.plain_name, loop.loads / (loop.stores or 1)) == inference:
-                expected = 1
-            choices = {expected, 1} if kernel.variant.startswith("grad_input") and kernel.epilogue else {expected}
-            count = loop.path.count(lambda each: each.is_arithmetic)
-            # Beside the elements': one in a tile's address.
-            beyond = [count - each * loop.elements for each in choices]
-            assert any(0 <= more <= 1 for more in beyond), (kernel.name, loop.role, count, loop.elements)
-    assert checked == set(formulas)
-
-
-def test_scheduling_words_are_read_right(kernels: list[sass.Kernel]):
-    paths = [loop.path for kernel in kernels for loop in kernel.loops]
-    assert sum(path.count(lambda each: each.is_load and each.bits == 128) for path in paths) > 125
-    assert [early for path in paths for early in read_too_early(path)] == []
-
-
-def test_tables_name_every_kernel(kernels: list[sass.Kernel]):
-    names = names_of(kernels)
-    assert len(sass.render_kernels(kernels, names).splitlines()) == 2 + len(kernels)
-    rows = sass.render_loops(kernels, names).splitlines()[2:]
-    loops = sum(len(kernel.loops) for kernel in kernels)
-    sums = sum(len(part) > 1 for kernel in kernels for part in kernel.totals().values())
-    # Resident kernels: three forward, whole windows kept or not and any kept; three backward, whole or any, kept; and
-    # as many with an epilogue.
-    assert len(rows) == loops + sums and sums == 2 * (3 * 3 + 3 * 2)
-
-
-# Kernels with one fault each, under the names of kernels whose loops are held to something.
+# Kernels with one fault each, under the names of kernels of LOOPS.
 PLANTED = """
 namespace bnk {
 
 template <typename T>
-__global__ void normalize_kernel(const T* x, T* y, long n) {  // its stores are 4 bytes wide
+__global__ void normalize_kernel(const T* x, T* y, long n) {  // 32-bit stores
   for (long i = threadIdx.x; i < n; i += blockDim.x) {
     uint4 bits[4];
 #pragma unroll
@@ -174,28 +119,9 @@ __global__ void normalize_kernel(const T* x, T* y, long n) {  // its stores are 
 }
 
 template <typename T>
-__global__ void statistics_kernel(const T* x, T* y, long n) {  // element by element
-  T sum = 0;
-  for (long i = threadIdx.x; i < n; i += blockDim.x) sum += x[i];
-  y[threadIdx.x] = sum;
-}
-
-template <typename T>
-__global__ void grad_input_kernel(const T* x, T* y, long n) {  // waits for each load before the next
-  for (long i = threadIdx.x; i < n; i += 4 * blockDim.x) {
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      uint4 bits = reinterpret_cast<const uint4*>(x)[i + k * blockDim.x];
-      bits.x += bits.w;
-      reinterpret_cast<volatile uint4*>(y)[i + k * blockDim.x].x = bits.x;
-      reinterpret_cast<uint4*>(y)[i + k * blockDim.x] = bits;
-    }
-  }
-}
-
-template <typename T>
-__global__ void grad_sums_kernel(const T* x, T* y, long n) {  // a table of its own, indexed: local memory
+__global__ void grad_sums_kernel(const T* x, T* y, long n) {  // an indexed table: local memory
   T table[64];
+#pragma unroll 1
   for (long i = threadIdx.x; i < n; i += blockDim.x) {
     const uint4 bits = reinterpret_cast<const uint4*>(x)[i];
     table[bits.x % 64] = __uint_as_float(bits.y ^ bits.z ^ bits.w);
@@ -204,22 +130,19 @@ __global__ void grad_sums_kernel(const T* x, T* y, long n) {  // a table of its 
 }
 
 template __global__ void normalize_kernel<float>(const float*, float*, long);
-template __global__ void statistics_kernel<float>(const float*, float*, long);
-template __global__ void grad_input_kernel<float>(const float*, float*, long);
 template __global__ void grad_sums_kernel<float>(const float*, float*, long);
 
 }  // namespace bnk
 """
 
 
+@pytest.mark.slow
 def test_planted_faults_are_found(tools: tuple[Path, Path], tmp_path: Path):
     nvcc, disassembler = tools
     source = tmp_path / "planted.cu"
     source.write_text(PLANTED)
-    compiled = device_code.compile_device_code(nvcc, source, ARCH, ["-lineinfo"])
-    found = {kernel.plain_name: "\n".join(sass.offences(kernel)) for kernel in sass.look_at(compiled, disassembler)}
-    assert "narrow global accesses on the fast path" in found["normalize_kernel"]
-    assert "no main loop 'load'" in found["statistics_kernel"]
-    assert "1 loads in flight" in found["grad_input_kernel"]
+    kernels = sass.read_kernels(device_code.compile_device_code(nvcc, source, ARCH), disassembler)
+    found = {kernel.plain_name: "\n".join(sass.offences(kernel)) for kernel in kernels}
+    assert "0 full-vector loops 'load, write', expected 1" in found["normalize_kernel"]
     assert "local memory" in found["grad_sums_kernel"]
-    assert "1 loads in flight" in found["grad_sums_kernel"]
+    assert "1 loads per iteration" in found["grad_sums_kernel"]

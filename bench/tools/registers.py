@@ -1,11 +1,10 @@
-"""What each kernel costs a multiprocessor: registers, spills and shared memory, as ptxas reports them. Needs no GPU.
+"""Registers, spills and static shared memory of each kernel, as ptxas reports them. Needs nvcc, no GPU.
 
-    python -m bench.registers [--arch sm_80,sm_90] [-j N]
+    python -m bench.tools.registers [--arch sm_80,sm_90] [-j N]
 
-Compiles the device code of csrc/cuda/*.cu for each architecture, with the flags of setup.py, to cubin only, and prints
-one table. Every kernel of this package is one that a call launches, so each must keep its values in registers: a spill,
-or an array that went to local memory (a stack frame), is an error unless ALLOWED says why it is not.
-Exit code 0: none; 1: some; 2: it did not compile.
+Compiles csrc/cuda/**/*.cu to cubin for each architecture, with the flags of setup.py, and prints one table. A spill or
+a stack frame (an array in local memory) is an error unless ALLOWED has its reason.
+Exit code 0: no kernel uses local memory without permission; 1: some do; 2: the code does not compile.
 """
 
 from __future__ import annotations
@@ -19,21 +18,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench, where this file is run as a script
-
-from bench import device_code
-from bench.device_code import ARCHS, demangle
 from bench.markdown import table
+from bench.tools import device_code
+from bench.tools.device_code import ARCHS, demangle
 
-# Kernel (a substring of the demangled name, "on", architecture) -> why its spills or stack frame do no harm.
+# Substring of "demangled name on architecture" -> reason why the spills or the stack frame are harmless.
 ALLOWED: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
 class Usage:
-    """One kernel on one architecture. Bytes are per thread, but for shared memory (static, per block)."""
+    """One kernel on one architecture. Bytes are per thread, except for static shared memory, which is per CTA."""
 
-    kernel: str  # as the linker knows it
+    kernel: str  # mangled name
     arch: str
     registers: int
     stack_bytes: int
@@ -53,7 +50,7 @@ _SHARED = re.compile(r"(\d+) bytes smem")
 
 
 def parse_ptxas(log: str) -> list[Usage]:
-    """The kernels in what `nvcc -Xptxas -v` prints. ValueError for an entry whose figures are missing."""
+    """Parses the output of `nvcc -Xptxas -v`. ValueError if the figures of a kernel are missing."""
     usages = []
     entry: re.Match[str] | None = None
     frame: re.Match[str] | None = None
@@ -63,11 +60,11 @@ def parse_ptxas(log: str) -> list[Usage]:
                 raise ValueError(f"no register count for {entry[1]}")
             entry, frame = match, None
         elif match := _FRAME.search(line):
-            # Device functions that were not inlined have such a line too; the entry's own comes first.
+            # Device functions that were not inlined have such a line too; that of the entry comes first.
             frame = frame or match
         elif match := _USED.search(line):
             if entry is None or frame is None:
-                raise ValueError(f"figures of no kernel: {line}")
+                raise ValueError(f"figures without a kernel: {line}")
             shared = _SHARED.search(line)
             usages.append(
                 Usage(
@@ -87,7 +84,7 @@ def parse_ptxas(log: str) -> list[Usage]:
 
 
 def measure(sources: Iterable[Path], archs: Iterable[str], jobs: int) -> list[Usage]:
-    """All kernels of the sources on all architectures, `jobs` compilers at a time."""
+    """All kernels of the sources on all architectures, with `jobs` parallel compilers."""
     nvcc = device_code.find_nvcc()
     with ThreadPoolExecutor(jobs) as pool:
         work = [
@@ -97,7 +94,7 @@ def measure(sources: Iterable[Path], archs: Iterable[str], jobs: int) -> list[Us
 
 
 def cell(usage: Usage | None) -> str:
-    """Registers a thread; in bold with what went to local memory, if anything did."""
+    """Registers per thread, and in bold the use of local memory, if any."""
     if usage is None:
         return "-"
     if usage.in_registers:
@@ -107,7 +104,7 @@ def cell(usage: Usage | None) -> str:
 
 
 def render(usages: Sequence[Usage], archs: Sequence[str]) -> str:
-    """The table: a row for each kernel, registers by architecture, static shared memory (the largest of all)."""
+    """One row per kernel: registers by architecture, and the largest static shared memory."""
     names = demangle(sorted({usage.kernel for usage in usages}))
     by_place = {(usage.kernel, usage.arch): usage for usage in usages}
     rows = []
@@ -115,11 +112,11 @@ def render(usages: Sequence[Usage], archs: Sequence[str]) -> str:
         found = [by_place.get((kernel, arch)) for arch in archs]
         shared = max(usage.shared_bytes for usage in found if usage is not None)
         rows.append([f"`{name}`", *[cell(usage) for usage in found], str(shared)])
-    return table(["kernel (registers a thread)", *archs, "shared B"], rows)
+    return table(["kernel (registers per thread)", *archs, "shared B"], rows)
 
 
 def offenders(usages: Iterable[Usage]) -> list[str]:
-    """A line for every kernel that uses local memory without leave."""
+    """One line per kernel that uses local memory and is not in ALLOWED."""
     bad = [usage for usage in usages if not usage.in_registers]
     names = demangle(sorted({usage.kernel for usage in bad})) if bad else {}
     lines = [f"{names[usage.kernel]} on {usage.arch}: {cell(usage)}" for usage in bad]
@@ -133,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse.parse_args(arguments)
     archs = options.arch.split(",")
     if not all(device_code.is_arch(arch) for arch in archs):
-        parse.error(f"architectures are written sm_90, not {options.arch}")
+        parse.error(f"expected architectures such as sm_90, got {options.arch}")
     try:
         usages = measure(device_code.sources(), archs, max(1, options.jobs))
     except (RuntimeError, ValueError) as error:  # BuildError is a RuntimeError
@@ -146,7 +143,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bad = offenders(usages)
     count = len({usage.kernel for usage in usages})
     allowed = sum(not usage.in_registers for usage in usages) - len(bad)
-    print(f"\n{count} kernels on {len(archs)} architectures; {len(bad)} use local memory, and {allowed} with leave")
+    print(
+        f"\n{count} kernels on {len(archs)} architectures; {len(bad)} use local memory, {allowed} more are allowed to"
+    )
     for line in bad:
         print(f"  {line}")
     return 1 if bad else 0

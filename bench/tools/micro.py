@@ -1,9 +1,9 @@
-"""Small measurements that the plan's constants rest on: compiles bench/micro.cu for the GPU at hand and runs it.
+"""Measures the constants of the plan: compiles bench/tools/micro.cu for the present GPU and runs it.
 
-    python -m bench.micro [--out FILE.json] [--only barrier,phases]
+    python -m bench.tools.micro [--out FILE.json] [--only barrier,phases]
 
-Results are written after each measurement; one that fails is recorded, and the next one run. What each figure decides:
-bench/results/README.md. Exit code: 0 measured; 1 some were not; 2 it does not compile; 77 there is no nvcc.
+Results are written after each measurement; a failed one is recorded, and the next one runs. bench/results/README.md
+explains what each figure decides. Exit code 0: measured; 1: some failed; 2: the program does not compile; 77: no nvcc.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..files import replace_text
 from . import device_code, phases
-from .files import replace_text
 
 SKIPPED = 77
-LIMIT = 30  # seconds of a measurement
+LIMIT = 30  # seconds per measurement
 NAMES = ("barrier", "cluster", "launch", "runs", "phases")
 
 Line = dict[str, Any]
 Problem = tuple[int, int, int]  # outer, channels, inner (csrc/core/problem.h)
 
-# Whose phases are measured, in bfloat16. On an H100 these are channels-first of a block alone, of a cluster and of a
-# virtual one, packed of a cluster, channels-last of virtual ones of 31 members and of all blocks; each in rounds.
+# Problems of the phases measurement, in bfloat16. On an H100 their groups are: channels-first a CTA, a cluster and a
+# grid group; packed a cluster; channels-last grid groups of 31 and of all CTAs. Each group processes several channel
+# tiles.
 PROBLEMS: tuple[Problem, ...] = (
     (256, 1024, 196),
     (256, 512, 784),
@@ -40,31 +41,31 @@ PROBLEMS: tuple[Problem, ...] = (
 
 
 def compile_micro(arch: str, program: Path, flags: Sequence[str] = ()) -> None:
-    """RuntimeError where there is no nvcc, or it does not compile."""
+    """RuntimeError without nvcc, or if it does not compile."""
     root = device_code.ROOT
     program.parent.mkdir(parents=True, exist_ok=True)
     target = f"arch=compute_{arch.removeprefix('sm_')},code={arch}"
-    sources = [root / "bench" / "micro.cu", *sorted((root / "csrc" / "plan").glob("*.cpp"))]
+    sources = [root / "bench" / "tools" / "micro.cu", *sorted((root / "csrc" / "plan").glob("*.cpp"))]
     command = [device_code.find_nvcc(), *device_code.CODE_FLAGS, *device_code.TORCH_FLAGS, f"-gencode={target}"]
     command += ["-lineinfo", "--split-compile=0", *flags, *sources, "-o", program]
     done = subprocess.run([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode != 0:
-        raise RuntimeError(f"bench/micro.cu does not compile for {arch}:\n{done.stdout}")
+        raise RuntimeError(f"bench/tools/micro.cu does not compile for {arch}:\n{done.stdout}")
 
 
 def run(program: Path, words: Sequence[str]) -> list[Line]:
-    """The lines that a measurement prints. RuntimeError where it fails, with what it said."""
+    """The lines of one measurement. RuntimeError with its stderr if it fails."""
     try:
         done = subprocess.run([str(program), *words], capture_output=True, text=True, timeout=LIMIT)
     except subprocess.TimeoutExpired:
-        raise RuntimeError(f"no end within {LIMIT} s") from None
+        raise RuntimeError(f"timed out after {LIMIT} s") from None
     if done.returncode != 0:
         raise RuntimeError(f"exit status {done.returncode}: {done.stderr.strip() or 'nothing on stderr'}")
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def words_of(plan: dict[str, Any], problem: Problem) -> list[str]:
-    """A persistent plan (ops.plan) as `micro phases` takes it."""
+    """A persistent plan (ops.plan) as arguments of `micro phases`."""
     persistent = plan["persistent"]
     partition = persistent["partition"]
     numbers = [
@@ -79,8 +80,8 @@ def words_of(plan: dict[str, Any], problem: Problem) -> list[str]:
 
 
 def measure_phases(program: Path, problem: Problem) -> list[Line]:
-    """How a plan's blocks spend their time on a problem, in one line."""
-    from bnkernels import ops
+    """One line on how the CTAs of a plan spend their time on a problem."""
+    from bnkernels import _ops as ops
 
     plan = ops.plan(*problem, "bfloat16", "forward_train", aligned=True, **ops.device_limits(0))
     persistent = plan["persistent"]
@@ -98,13 +99,15 @@ def measure_phases(program: Path, problem: Problem) -> list[Line]:
 
 
 def block_bytes_per_us(copy_gb_per_s: float, multiprocessors: int, blocks: int = 2) -> float:
-    """What one of the blocks of a multiprocessor moves in a microsecond: the unit of the plan's costs."""
+    """Bytes that one CTA of a multiprocessor moves per microsecond: the unit of the plan's costs."""
     return copy_gb_per_s * 1e3 / (multiprocessors * blocks)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parse = argparse.ArgumentParser(prog="python -m bench.micro", description="What the plan's constants rest on.")
-    parse.add_argument("--out", type=Path, metavar="FILE", help="write the lines there as JSON")
+    parse = argparse.ArgumentParser(
+        prog="python -m bench.tools.micro", description="Measures the constants of the plan."
+    )
+    parse.add_argument("--out", type=Path, metavar="FILE", help="write the lines to this file as JSON")
     parse.add_argument("--only", default=",".join(NAMES), metavar="M,..", help=f"of {', '.join(NAMES)}")
     options = parse.parse_args(arguments)
     try:

@@ -1,15 +1,15 @@
-"""DRAM bytes and launches of a call as the hardware counts them (Nsight Compute), against the floor.
+"""DRAM bytes and launches of each call from hardware counters (Nsight Compute), against the floor.
 
-    python -m bench.ncu [--batch 256] [--shapes 64x112x112,..] [--out FILE.md]
+    python -m bench.tools.ncu [--batch 256] [--shapes 64x112x112,..] [--out FILE.md]
 
 Runs itself under ncu. For each case the profiled sequence is
 
     marker, the call's kernels, marker, a read of a buffer much larger than L2
 
-The read evicts what the call left dirty in L2, so that its DRAM writes belong to the call; a read of the same buffer
-before the sequence makes the call start with nothing of its own in L2. Clocks are left alone, and caches too: the
-kernels of one call may find in L2 what the one before them left, as they do in a program.
-Exit code 0: measured; 77: ncu is missing or may not read the counters (the reason is printed); 1: anything else.
+The read evicts the dirty lines of the call from L2: its DRAM writes belong to the call. A read of the same buffer
+before the sequence evicts the inputs of the call from L2. Clocks and caches are not controlled: a kernel may find in L2
+what the previous kernel of the same call left, as in a program.
+Exit code 0: measured; 77: ncu is missing or may not read the counters (the reason is printed); 1: any other error.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from pathlib import Path
 
 import torch
 
-from .cases import Case, make_buffers
-from .cli import parse_shapes
-from .cuda import free_memory, l2_bytes
-from .markdown import table
-from .providers import EAGER, OURS, Provider, make_call
+from ..cases import Case, make_buffers
+from ..cli import parse_shapes
+from ..cuda import free_memory, l2_bytes
+from ..markdown import table
+from ..providers import EAGER, OURS, Provider, make_call
 
 Call = tuple[Case, str, str]  # case, direction, provider
 
 SKIPPED = 77
 METRICS = ("dram__bytes_read.sum", "dram__bytes_write.sum", "gpu__time_duration.sum")
-MARKER = "lgamma"  # part of the name of a kernel that no BatchNorm launches
+MARKER = "lgamma"  # part of the name of a kernel that BatchNorm never launches
 FLUSH_L2_MULTIPLE = 4
 DIRECTIONS = ("forward", "backward", "eval")
-CONTESTANTS = (OURS, EAGER)
+PROVIDERS = (OURS, EAGER)
 DEFAULT_SHAPES = "64x112x112,256x56x56,1024x14x14,2048x7x7"
 
 
@@ -56,10 +56,10 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Traffic:
-    """One call: its launches, and the DRAM bytes that belong to it."""
+    """One call: its launches and their DRAM bytes."""
 
     kernels: tuple[Kernel, ...]
-    evicted_bytes: float  # written during the read that followed
+    evicted_bytes: float  # written during the following read
 
     @property
     def read_bytes(self) -> float:
@@ -71,7 +71,7 @@ class Traffic:
 
 
 def parse_csv(text: str) -> list[Kernel]:
-    """The launches in the output of `ncu --csv --page raw --print-units base`. ValueError where there is no table."""
+    """The launches in the output of `ncu --csv --page raw --print-units base`. ValueError without a table."""
     lines = [line for line in text.splitlines() if line.startswith('"')]
     rows = list(csv.DictReader(io.StringIO("\n".join(lines))))
     if not rows:
@@ -83,14 +83,14 @@ def parse_csv(text: str) -> list[Kernel]:
     def number(cell: str) -> float:
         return float(cell.replace(",", ""))
 
-    # The row below the header holds the units, and no kernel.
+    # The row below the header holds the units.
     return [
         Kernel(row["Kernel Name"], *(number(row[metric]) for metric in METRICS)) for row in rows if row["Kernel Name"]
     ]
 
 
 def split_calls(kernels: Iterable[Kernel]) -> list[Traffic]:
-    """Launches to calls, by the markers. ValueError where markers and launches do not alternate as the module says."""
+    """Groups launches into calls by the markers. ValueError if markers and launches do not alternate as above."""
     groups: list[list[Kernel]] = []
     for kernel in kernels:
         if MARKER in kernel.name:
@@ -108,12 +108,12 @@ def split_calls(kernels: Iterable[Kernel]) -> list[Traffic]:
 
 
 def plan(options: argparse.Namespace) -> Iterator[Call]:
-    """The calls in the order in which the worker makes them."""
+    """The calls in the order of the worker."""
     for shape in parse_shapes(options.shapes):
         for layout in ("nchw", "nhwc"):
             case = Case(shape, options.batch, layout, options.dtype)
             for direction in DIRECTIONS:
-                for name in CONTESTANTS:
+                for name in PROVIDERS:
                     yield case, direction, name
 
 
@@ -126,19 +126,19 @@ def work(options: argparse.Namespace) -> None:
     for case, direction, name in plan(options):
         buffers = make_buffers(case, device)
         call = make_call(Provider.make(name, case, device), direction, [buffers])
-        kept = [call(0)]  # loads the kernels; the allocator has the memory for the call below
-        kept.clear()
+        results = [call(0)]  # loads the kernels and fills the allocator's cache for the call below
+        results.clear()
         flush.sum()
         torch.cuda.synchronize()
         torch.cuda.profiler.start()
         torch.lgamma(marker)
-        kept.append(call(0))
+        results.append(call(0))
         torch.lgamma(marker)
         flush.sum()
         torch.cuda.synchronize()
         torch.cuda.profiler.stop()
         del buffers, call
-        kept.clear()
+        results.clear()
         free_memory()
 
 
@@ -147,7 +147,7 @@ class Skip(Exception):
 
 
 def profile(arguments: Sequence[str]) -> str:
-    """Runs the worker under ncu and returns its CSV. Raises Skip where ncu cannot do its work here."""
+    """Runs the worker under ncu and returns its CSV. Skip if ncu cannot measure on this machine."""
     ncu = shutil.which("ncu")
     if ncu is None:
         raise Skip("ncu is not on PATH")
@@ -155,7 +155,7 @@ def profile(arguments: Sequence[str]) -> str:
         log = Path(folder) / "ncu.csv"
         command = [ncu, "--csv", "--page", "raw", "--print-units", "base", "--metrics", ",".join(METRICS)]
         command += ["--clock-control", "none", "--cache-control", "none", "--profile-from-start", "off"]
-        command += ["--log-file", str(log), sys.executable, "-m", "bench.ncu", "--worker", *arguments]
+        command += ["--log-file", str(log), sys.executable, "-m", "bench.tools.ncu", "--worker", *arguments]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         text = log.read_text() if log.exists() else ""
     complaints = [line for line in (text + done.stdout).splitlines() if "==ERROR==" in line]
@@ -169,9 +169,9 @@ def profile(arguments: Sequence[str]) -> str:
 
 
 def render(calls: Sequence[Call], traffic: Sequence[Traffic]) -> str:
-    """One row a call: launches, bytes against the floor, and the sum of the kernels' durations."""
+    """One row per call: launches, bytes against the floor, and the sum of the kernels' durations."""
     if len(calls) != len(traffic):
-        raise ValueError(f"{len(traffic)} calls in ncu's output, {len(calls)} were made")
+        raise ValueError(f"expected {len(calls)} calls in ncu's output, got {len(traffic)}")
     rows = []
     for (case, direction, name), one in zip(calls, traffic):
         floor = case.floor_bytes(direction)
@@ -187,12 +187,12 @@ def render(calls: Sequence[Call], traffic: Sequence[Traffic]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parse = argparse.ArgumentParser(
-        prog="python -m bench.ncu", description="DRAM bytes of each call against the floor."
+        prog="python -m bench.tools.ncu", description="DRAM bytes of each call against the floor."
     )
     parse.add_argument("--shapes", default=DEFAULT_SHAPES, help=f"default: {DEFAULT_SHAPES}")
     parse.add_argument("--batch", type=int, default=256)
     parse.add_argument("--dtype", default="bf16")
-    parse.add_argument("--out", type=Path, metavar="FILE", help="write the table there as well")
+    parse.add_argument("--out", type=Path, metavar="FILE", help="also write the table to this file")
     parse.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parse.parse_args(arguments)
     if options.worker:

@@ -1,13 +1,13 @@
 """Calls at sizes small enough for compute-sanitizer: every kernel variant, or a case of each kind of plan.
 
-    compute-sanitizer --tool memcheck --error-exitcode 9 python -m bench.sanitize
+    compute-sanitizer --tool memcheck --error-exitcode 9 python -m bench.tools.sanitize
 
-With --kinds (what bench/gpu.sh runs under three tools) the device's own plans choose the cases, some twenty of them. A
-layout or kind of group that no case takes is an error. With BNKERNELS_PLAN=two_pass they are of the two-pass path.
+With --kinds (run by bench/gpu.sh under three tools) the plans of the device select some twenty cases. A layout or kind
+of group without a case is an error. With BNKERNELS_PLAN=two_pass the cases are of the two-pass path.
 
-Without the caching allocator each tensor is an allocation of its own, so that memcheck sees a read or write one element
-beyond it. Results are held against the reference as well: a race that a tool does not model may still show in them.
-Exit code 0: all within the bound; 1: some are not, or a kind is missing.
+The caching allocator is disabled: every tensor is a separate allocation, so that memcheck detects an access one element
+out of bounds. Results are also checked against the reference: a race that a tool does not model may still show there.
+Exit code 0: all results within the bound; 1: some are not, or a kind is missing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import bnkernels
-from bnkernels import ops
+from bnkernels import _ops as ops
 from bnkernels.check.ranks import call_in_ranks
 from bnkernels.testing import (
     DTYPE_PAIRS,
@@ -44,33 +44,33 @@ from bnkernels.testing import (
 
 from . import kinds
 
-# Each for a path through the kernels; see csrc/plan for where they part.
+# One for each path through the kernels (csrc/plan selects the path).
 SHAPES: tuple[tuple[int, ...], ...] = (
     (2, 3),  # two rows, less than a vector of channels
-    (67, 100),  # 2-D: the channels-last kernels, a last slab that is not full
-    (3, 6, 31),  # rows shorter than a warp, each with a head and a tail
-    (2, 8, 4, 4),  # whole vectors and nothing else
-    (2, 20, 7, 7),  # 49 elements: every row aligned otherwise
-    (9, 130, 3, 11),  # more than one slab of channels
-    (1, 2, 10_007),  # one long odd row: several chunks a channel, joined by the finishing kernels
-    (40, 16, 16, 16),  # the same in whole vectors
+    (67, 100),  # 2-D: the channels-last kernels, a partial last channel tile
+    (3, 6, 31),  # rows shorter than a warp, each with partial vectors at both ends
+    (2, 8, 4, 4),  # full vectors only
+    (2, 20, 7, 7),  # 49 elements: alignment differs by row
+    (9, 130, 3, 11),  # more than one channel tile
+    (1, 2, 10_007),  # one long odd row: several splits per channel, combined by the finalize kernels
+    (40, 16, 16, 16),  # the same with full vectors
 )
 
-# Which layout the kernels see, and where data starts: aligned, or one element off. Other layouts are copied to these.
+# Layout and alignment (aligned, or off by one element) of the kernels' inputs. Other layouts are copied to these.
 KERNEL_LAYOUTS = ("contiguous", "channels_last", "offset", "channels_last_offset")
 
 
-FUSED_SHAPES = (SHAPES[4], SHAPES[5])  # epilogues have no paths of their own, but every variant is another kernel
+EPILOGUE_SHAPES = (SHAPES[4], SHAPES[5])  # no path is specific to epilogues, but each variant is another kernel
 
 
 def cases(quick: bool = False) -> Iterator[Case]:
-    """Dtypes x layouts x alignments x training and inference, for each shape; quick: only the smallest of each.
+    """Dtypes x layouts x alignments x training and inference, for each shape; with each epilogue for two shapes.
 
-    With each epilogue too, for two of the shapes, or for one.
+    quick: two shapes, and one with epilogues.
     """
     yield from _plain_cases(SHAPES[3:5] if quick else SHAPES)
     for epilogue in EPILOGUES[1:]:
-        for case in _plain_cases(FUSED_SHAPES[:1] if quick else FUSED_SHAPES):
+        for case in _plain_cases(EPILOGUE_SHAPES[:1] if quick else EPILOGUE_SHAPES):
             yield replace(case, epilogue=epilogue)
 
 
@@ -85,14 +85,14 @@ def _plain_cases(shapes: Sequence[tuple[int, ...]]) -> Iterator[Case]:
 
 
 def _copy(statistics: Tensor | None) -> Tensor | None:
-    """A copy, which the call may update; judge_call() wants them as they were. As misaligned as the original."""
+    """A copy for the call to update, as judge_call() needs the original; with the same misalignment."""
     if statistics is None:
         return None
     return misaligned(statistics) if statistics.storage_offset() else statistics.clone()
 
 
 def run_case(inputs: Inputs, epilogue: Epilogue) -> list[ErrorReport]:
-    """Forward and backward through the public function, all gradients asked for, judged."""
+    """The error reports of a forward and backward through the public function, with all gradients."""
     mean, var = _copy(inputs.running_mean), _copy(inputs.running_var)
     leaves = [t.detach().requires_grad_() for t in (inputs.x, inputs.weight, inputs.bias) if t is not None]
     x, weight, bias = leaves
@@ -109,7 +109,7 @@ def run_case(inputs: Inputs, epilogue: Epilogue) -> list[ErrorReport]:
 
 
 def counts_a_batch(inputs: Inputs) -> bool:
-    """momentum=None: the last block of the launch counts the batch, by a word of memory that all blocks share."""
+    """Whether momentum=None counts one batch: the last CTA to arrive at a shared counter does it."""
     mean, var, counter = _copy(inputs.running_mean), _copy(inputs.running_var), torch.zeros((), dtype=torch.int64)
     counter = counter.to(inputs.x.device)
     ops.forward_train(inputs.x, inputs.weight, inputs.bias, mean, var, counter, None, inputs.eps)
@@ -117,14 +117,14 @@ def counts_a_batch(inputs: Inputs) -> bool:
 
 
 def in_ranks(inputs: Inputs) -> list[ErrorReport]:
-    """The kernels of SyncBatchNorm: one rank without data, and two that share the rest."""
+    """The SyncBatchNorm kernels on three ranks, one of them without data."""
     batch = len(inputs.x)
     return judge_call(inputs, call_in_ranks(inputs, (0, 0, batch // 2, batch)))
 
 
 @contextmanager
 def uncached_memory(device: torch.device) -> Iterator[None]:
-    """Each tensor is an allocation of its own."""
+    """Every tensor is a separate allocation."""
     if device.type != "cuda":
         yield
         return
@@ -137,7 +137,7 @@ def uncached_memory(device: torch.device) -> Iterator[None]:
 
 
 def run_variants(device: torch.device, quick: bool) -> tuple[int, list[str]]:
-    """How many calls there were, and a line for each thing that is wrong."""
+    """The number of calls, and one line per error."""
     count = 0
     wrong: list[str] = []
     for case in cases(quick):
@@ -153,7 +153,7 @@ def run_variants(device: torch.device, quick: bool) -> tuple[int, list[str]]:
 
 
 def run_kinds(device: torch.device) -> tuple[int, list[str]]:
-    """As run_variants. Says what runs before it does, for a tool that is cut off."""
+    """As run_variants. Prints each case before it runs, in case the tool is interrupted."""
     limits = ops.device_limits(device.index or 0)
     two_pass = os.environ.get("BNKERNELS_PLAN") == "two_pass"
     chosen = kinds.choose(limits, two_pass)
@@ -178,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parse.add_argument("--device", default="cuda", help="default: cuda")
     choice = parse.add_mutually_exclusive_group()
     choice.add_argument("--quick", action="store_true", help="two shapes instead of all")
-    choice.add_argument("--kinds", action="store_true", help="a case of each kind of plan that the device has")
+    choice.add_argument("--kinds", action="store_true", help="one case of each kind of plan that the device has")
     options = parse.parse_args(arguments)
     device = torch.device(options.device)
     count, wrong = run_kinds(device) if options.kinds else run_variants(device, options.quick)

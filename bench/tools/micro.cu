@@ -1,11 +1,11 @@
-// What the constants of csrc/plan_persistent.cpp stand for, measured on a GPU. bench/micro.py compiles and runs this.
+// Measures the constants of csrc/plan/persistent.cpp on a GPU. bench/tools/micro.py compiles and runs this program.
 //
-//   micro barrier      a barrier of a group of blocks in global memory, by size: ptx_cuda.cuh's own
-//   micro cluster      a barrier of a cluster, likewise
-//   micro launch       what a launch costs: plain, cooperative, of clusters; from the host, and in a graph
-//   micro runs         bandwidth where a block touches rows in runs of 32 to 1024 bytes
-//   micro phases OUTER CHANNELS INNER LAYOUT LANES BLOCK MEMBERS GROUPS KEPT DIVIDED CLUSTER
-//                      when each block of the persistent forward loads, exchanges and stores: bfloat16, a plan's numbers
+//   micro barrier      a barrier of a grid group in global memory (ptx_cuda.cuh), by group size
+//   micro cluster      a barrier of a cluster, by cluster size
+//   micro launch       the cost of a launch: plain, cooperative, with clusters; from the host, and in a graph
+//   micro runs         bandwidth if a CTA accesses rows in runs of 32 to 1024 bytes
+//   micro phases OUTER CHANNELS INNER LAYOUT THREADS_C BLOCK GROUP_SIZE GROUPS CACHED_VECTORS TWO_SHOT CLUSTER
+//                      when each CTA of the persistent forward loads, exchanges and stores: bfloat16, numbers of a plan
 //
 // Each prints lines of JSON. Exit status: 0 measured, 1 a CUDA call failed, 2 unknown arguments.
 #include <cuda_runtime.h>
@@ -20,7 +20,7 @@
 #include <utility>
 #include <vector>
 
-#include "../csrc/cuda/ptx.cuh"
+#include "../../csrc/cuda/ptx.cuh"
 #include "micro_stamps.cuh"
 
 namespace {
@@ -56,7 +56,7 @@ T* allocate(size_t count) {
   return static_cast<T*>(memory);
 }
 
-// Median seconds of `work`, which puts something on the default stream; once before to warm up.
+// Median seconds of `work`, which enqueues on the default stream, after one call to warm up.
 double seconds(const std::function<void()>& work) {
   cudaEvent_t start, end;
   CHECK(cudaEventCreate(&start));
@@ -102,10 +102,10 @@ void launch(Launch how, int grid, int block, size_t shared, int cluster, cudaStr
 
 // ---- barriers
 
-constexpr int kFields = 3;  // doubles that a member tells of a channel: count, mean, sum of squares
+constexpr int kFields = 3;  // doubles in the partial of a channel: count, mean, sum of squares
 
-// Rounds of a barrier of each group; with kExchange what comes before and behind it as well: a partial of one channel stored
-// by every member, and all of them read by every member.
+// Rounds of one barrier per group. With kExchange, every CTA also stores a partial of one channel before the barrier and
+// reads those of all CTAs after it.
 template <bool kExchange>
 __global__ void __launch_bounds__(kThreads)
     group_barriers(unsigned* counters, double* partials, int group_size, int rounds, double* sink) {
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kThreads)
   const int rank = blockIdx.x % group_size;
   double sum = 0;
   for (int round = 0; round < rounds; ++round) {
-    // Two in turn: a member that still reads one is not overtaken by one that writes the next but one.
+    // Two buffers alternate: while a CTA reads one, no other CTA can write the next round but one.
     double* partial = partials + (static_cast<int64_t>(group) * 2 + round % 2) * kFields * group_size;
     if constexpr (kExchange) {
       if (threadIdx.x < kFields) bnk::store(partial + rank * kFields + threadIdx.x, sum + rank);
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kThreads)
       bnk::block_barrier();
     }
   }
-  if (sum < 0) *sink = sum;  // keeps the reads
+  if (sum < 0) *sink = sum;  // prevents elimination of the reads
 }
 
 template <bool kExchange>
@@ -132,27 +132,27 @@ __global__ void __launch_bounds__(kThreads) cluster_barriers(int group_size, int
   BNK_SHARED(double, partials, 2 * kFields);
   double sum = 0;
   for (int round = 0; round < rounds; ++round) {
-    double* mine = partials + round % 2 * kFields;
+    double* local_partial = partials + round % 2 * kFields;
     if constexpr (kExchange) {
-      if (threadIdx.x == 0) mine[0] = mine[1] = mine[2] = sum + round;
+      if (threadIdx.x == 0) local_partial[0] = local_partial[1] = local_partial[2] = sum + round;
     }
     bnk::cluster_barrier();
     if constexpr (kExchange) {
       if (threadIdx.x == 0) {
         for (int rank = 0; rank < group_size; ++rank) {
-          for (int field = 0; field < kFields; ++field) sum += bnk::load_dsmem(mine + field, rank);
+          for (int field = 0; field < kFields; ++field) sum += bnk::load_dsmem(local_partial + field, rank);
         }
       }
       bnk::block_barrier();
     }
   }
-  bnk::cluster_barrier();  // no block's memory goes while another reads it
+  bnk::cluster_barrier();  // no CTA exits while another reads its shared memory
   if (sum < 0) *sink = sum;
 }
 
-// Of one round: the difference of many rounds and few, in which the launch is not.
+// Seconds per round, from the difference of many and few rounds, which cancels the launch.
 template <typename Rounds>
-double seconds_a_round(const Rounds& run) {
+double seconds_per_round(const Rounds& run) {
   constexpr int kFew = 100;
   constexpr int kMany = 600;
   const double few = seconds([&] { run(kFew); });
@@ -160,13 +160,13 @@ double seconds_a_round(const Rounds& run) {
 }
 
 void print_barrier(const char* what, int group_size, int groups, double barrier, double exchange) {
-  std::printf("{\"what\": \"%s\", \"members\": %d, \"groups\": %d, \"barrier_ns\": %.1f, \"exchange_ns\": %.1f}\n",
+  std::printf("{\"what\": \"%s\", \"group_size\": %d, \"groups\": %d, \"barrier_ns\": %.1f, \"exchange_ns\": %.1f}\n",
               what, group_size, groups, barrier * 1e9, exchange * 1e9);
   std::fflush(stdout);
 }
 
 void measure_barrier() {
-  const int blocks = 2 * (multiprocessors() - multiprocessors() / 16);  // as plans have them
+  const int blocks = 2 * (multiprocessors() - multiprocessors() / 16);  // as in plans
   unsigned* counters = allocate<unsigned>(static_cast<size_t>(kCounterWords) * blocks);
   double* partials = allocate<double>(static_cast<size_t>(2) * kFields * blocks);
   double* sink = allocate<double>(1);
@@ -175,7 +175,7 @@ void measure_barrier() {
                                                                                 : 2 * group_size) {
     for (const int groups : {1, blocks / group_size}) {
       const auto run = [&](auto kernel) {
-        return seconds_a_round([&](int rounds) {
+        return seconds_per_round([&](int rounds) {
           launch(Launch::kCooperative, groups * group_size, kThreads, 0, 1, nullptr, kernel, counters, partials,
                  group_size, rounds, sink);
         });
@@ -191,7 +191,7 @@ void measure_cluster() {
   for (int group_size = 2; group_size <= 8; group_size *= 2) {
     for (const int groups : {1, 2 * multiprocessors() / 16 * (16 / group_size)}) {
       const auto run = [&](auto kernel) {
-        return seconds_a_round([&](int rounds) {
+        return seconds_per_round([&](int rounds) {
           launch(Launch::kCluster, groups * group_size, kThreads, 0, group_size, nullptr, kernel, group_size, rounds,
                  sink);
         });
@@ -243,7 +243,7 @@ __global__ void fill(uint16_t* x, int64_t count) {
   }
 }
 
-// Numbers of bfloat16 from -1 to 1: memory of zeros can be faster than a program's.
+// bfloat16 numbers from -1 to 1: accesses of zeros can be faster than those of real data.
 template <typename T>
 T* allocate_numbers(int64_t bytes) {
   T* memory = allocate<T>(bytes / sizeof(T));
@@ -255,14 +255,14 @@ T* allocate_numbers(int64_t bytes) {
 using Vector = bnk::Vector<float>;
 constexpr int kInFlight = 4;
 
-// A matrix of rows; all blocks go through the columns channel tile by channel tile, as the groups of a channels-last plan do. A channel tile is
-// `run` vectors wide: what a block touches of a row at a time.
+// A matrix of rows. All CTAs process one channel tile after another, as the groups of a channels-last plan do. A channel tile
+// is `run` vectors wide: the run of a row that a CTA accesses at once.
 template <bool kLoads, bool kStores>
 __global__ void __launch_bounds__(kThreads)
-    walk_runs(const float* in, float* out, int64_t rows, int row, int run, unsigned* sink) {
-  const int64_t share = (rows + gridDim.x - 1) / gridDim.x;
-  const int64_t first = share * blockIdx.x;
-  const int64_t last = first + share < rows ? first + share : rows;
+    access_runs(const float* in, float* out, int64_t rows, int row, int run, unsigned* sink) {
+  const int64_t split = (rows + gridDim.x - 1) / gridDim.x;
+  const int64_t first = split * blockIdx.x;
+  const int64_t last = first + split < rows ? first + split : rows;
   const int step = blockDim.x / run;
   unsigned seen = 0;
   for (int channel_tile = 0; channel_tile < row / run; ++channel_tile) {
@@ -282,7 +282,7 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
   }
-  if (seen == 1) *sink = seen;  // keeps the loads
+  if (seen == 1) *sink = seen;  // prevents elimination of the loads
 }
 
 void measure_runs() {
@@ -302,9 +302,9 @@ void measure_runs() {
                   static_cast<double>(tensors * kBytes) / time * 1e-9);
       std::fflush(stdout);
     };
-    measure("load", 1, walk_runs<true, false>);
-    measure("store", 1, walk_runs<false, true>);
-    measure("copy", 2, walk_runs<true, true>);
+    measure("load", 1, access_runs<true, false>);
+    measure("store", 1, access_runs<false, true>);
+    measure("copy", 2, access_runs<true, true>);
   }
 }
 

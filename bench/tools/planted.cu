@@ -1,5 +1,5 @@
-// Kernels with one fault each, in the package's namespace: what compute-sanitizer must find with the options that
-// bench/gpu.sh gives it. If it finds nothing here, that it finds nothing in the package means nothing.
+// Kernels with one fault each, in the package's namespace. compute-sanitizer must find them with the options of bench/gpu.sh;
+// otherwise a clean run on the package proves nothing.
 //
 //   planted memcheck|racecheck|synccheck
 #include <cuda_runtime.h>
@@ -16,7 +16,7 @@ __global__ void reads_one_beyond_the_end(const float* x, float* y) { y[threadIdx
 __global__ void misses_a_barrier(const float* x, float* y) {
   __shared__ float tile[kThreads];
   tile[threadIdx.x] = x[threadIdx.x];
-  y[threadIdx.x] = tile[kThreads - 1 - threadIdx.x];  // of the other warp
+  y[threadIdx.x] = tile[kThreads - 1 - threadIdx.x];  // written by the other warp
 }
 
 __global__ void divides_at_a_barrier(const float* x, float* y) {
@@ -46,6 +46,6 @@ int main(int argc, char** argv) {
   if (cudaMalloc(&y, bnk::kThreads * sizeof(float)) != cudaSuccess) return 3;
   if (cudaMemset(x, 0, bnk::kThreads * sizeof(float)) != cudaSuccess) return 3;
   kernel<<<1, bnk::kThreads>>>(x, y);
-  // Without a tool the memory error goes unseen: it lies within the allocator's rounding.
+  // Without a tool the memory error is not detected: the allocator rounds sizes up.
   return cudaDeviceSynchronize() == cudaSuccess ? 0 : 3;
 }

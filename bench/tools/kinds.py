@@ -1,7 +1,7 @@
-"""One small case of every kind of plan that a device has: what a tool gets to see that is too slow for real layers.
+"""One small case of each kind of plan that a device has, for tools that are too slow for real layers.
 
-Which kind a case takes hangs on the device, so the cases are looked for: among inputs of rising size, those whose plan
-(csrc/plan, asked with the device's limits) is of a kind that none before them was of.
+The kind of plan of a case depends on the device. The cases are found by search: inputs of increasing size whose plan
+(csrc/plan, with the device's limits) is of a kind not seen before.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from bnkernels import ops
+from bnkernels import _ops as ops
 from bnkernels.testing import DTYPE_PAIRS, DTYPES, EPILOGUES, Case, Inputs
 
 PASSES = ("forward_train", "backward_train")
@@ -24,12 +24,12 @@ LAYOUTS = ("channels_first", "packed", "channels_last")
 BATCHES = (2, 3, 8, 32, 128, 256, 512, 1024, 2048)
 CHANNELS = (2, 3, 5, 8, 16, 24, 40, 64, 96, 130, 256, 512, 1024)
 PIXELS = (4, 16, 49, 64, 196, 256, 784, 1024, 3136, 4096, 12544, 16384, 65536)
-MOST_BYTES = 16 << 20  # of a tensor
+MOST_BYTES = 16 << 20  # largest tensor
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Of a pass: its layout, how the blocks of a group exchange ("two_pass": there are none), and what is special."""
+    """A pass, its layout, the kind of its CTA groups ("two_pass": no groups), and further properties."""
 
     pass_: str
     layout: str
@@ -43,11 +43,11 @@ class Kind:
 @dataclass(frozen=True)
 class Chosen:
     case: Case
-    kinds: tuple[Kind, ...]  # of its forward, of its backward
+    kinds: tuple[Kind, ...]  # of the forward and of the backward
 
 
 def kind_of(case: Case, pass_: str, limits: dict[str, Any], two_pass: bool = False) -> Kind:
-    """What the plan of this pass is. two_pass: where BNKERNELS_PLAN=two_pass leaves nothing else."""
+    """The kind of the plan of this pass. two_pass: as with BNKERNELS_PLAN=two_pass."""
     batch, channels, *rest = case.shape
     pixels = math.prod(rest)
     last = case.layout == "channels_last" or not rest
@@ -59,8 +59,9 @@ def kind_of(case: Case, pass_: str, limits: dict[str, Any], two_pass: bool = Fal
         return Kind(pass_, partition["layout"], "two_pass", ("splits",) * (partition["splits"] > 1))
     more = {
         "two_shot": persistent["two_shot"],
-        "part": plan["predicted"] != plan["floor"],  # not all that is read stays on chip
-        "rounds": persistent["partition"]["channel_tiles"] > persistent["groups"],  # a group exchanges more than once
+        "part": plan["predicted"] != plan["floor"],  # only a part of the inputs is cached on chip
+        "rounds": persistent["partition"]["channel_tiles"]
+        > persistent["groups"],  # a group processes several channel tiles
     }
     return Kind(
         pass_, persistent["partition"]["layout"], persistent["group"], tuple(name for name in more if more[name])
@@ -68,7 +69,7 @@ def kind_of(case: Case, pass_: str, limits: dict[str, Any], two_pass: bool = Fal
 
 
 def candidates(most_bytes: int) -> Iterator[Case]:
-    """By rising size; dtypes take turns."""
+    """By increasing size; dtypes alternate."""
     sized = []
     for number, shape in enumerate(product(BATCHES, CHANNELS, PIXELS)):
         pair = DTYPE_PAIRS[number % len(DTYPE_PAIRS)]
@@ -80,7 +81,7 @@ def candidates(most_bytes: int) -> Iterator[Case]:
 
 
 def choose(limits: dict[str, Any], two_pass: bool = False, most_bytes: int = MOST_BYTES) -> list[Chosen]:
-    """A case for each kind of forward and of backward. What follows in the same kernel takes turns."""
+    """One case for each kind of forward and of backward; epilogues alternate."""
     chosen: list[Chosen] = []
     seen: set[Kind] = set()
     for case in candidates(most_bytes):
@@ -93,7 +94,7 @@ def choose(limits: dict[str, Any], two_pass: bool = False, most_bytes: int = MOS
 
 
 def missing(chosen: Iterable[Chosen], limits: dict[str, Any], two_pass: bool = False) -> list[str]:
-    """Layouts and groups that the device can run, and no case is of."""
+    """Layouts and groups that the device supports and no case covers."""
     groups = {
         "cta": not two_pass,
         "cluster": not two_pass and limits["max_cluster"] >= 2,
@@ -101,8 +102,8 @@ def missing(chosen: Iterable[Chosen], limits: dict[str, Any], two_pass: bool = F
         "two_pass": two_pass,
     }
     seen = {(kind.pass_, kind.layout, kind.group) for one in chosen for kind in one.kinds}
-    wanted = product(PASSES, LAYOUTS, [group for group, there in groups.items() if there])
-    # Packed is a way to keep rows on chip: the two-pass kernels do not have it.
+    wanted = product(PASSES, LAYOUTS, [group for group, supported in groups.items() if supported])
+    # Only persistent kernels have the packed layout.
     return [
         str(Kind(*words))
         for words in wanted
@@ -111,8 +112,8 @@ def missing(chosen: Iterable[Chosen], limits: dict[str, Any], two_pass: bool = F
 
 
 def nodes(call: Callable[[], object]) -> int:
-    """How much a call gives the device: the nodes of a CUDA graph of it. (A profiler would not run under a tool.)"""
-    call()  # what is done once, is done
+    """The number of nodes of a CUDA graph of the call. (A profiler does not run under compute-sanitizer.)"""
+    call()  # one-time initialization
     graph = torch.cuda.CUDAGraph(keep_graph=True)
     with torch.cuda.graph(graph):
         call()
@@ -124,7 +125,7 @@ def nodes(call: Callable[[], object]) -> int:
 
 
 def _cudart() -> ctypes.CDLL:
-    """The runtime that torch has loaded."""
+    """The CUDA runtime that torch has loaded."""
     whole = ctypes.CDLL(None)
     if hasattr(whole, "cudaGraphGetNodes"):
         return whole
@@ -133,8 +134,11 @@ def _cudart() -> ctypes.CDLL:
 
 
 def demoted(one: Chosen, inputs: Inputs) -> list[Kind]:
-    """Of the kinds, those that did not run: where fewer blocks fit than the plan expects, as under a tool that adds to
-    the kernels' registers, the two-pass path takes their place. It has several launches, the others have one."""
+    """The kinds of a case that did not run as planned.
+
+    If fewer CTAs fit than the plan expects, as under a tool that adds registers to the kernels, the two-pass path runs
+    instead: it has several launches, a persistent kernel has one.
+    """
     i = inputs
     _, mean, invstd, _ = ops.forward_train(i.x, i.weight, i.bias, None, None, None, 0.0, i.eps)
     calls: dict[str, Callable[[], object]] = {

@@ -1,4 +1,4 @@
-"""The device code of csrc/cuda/*.cu, compiled as setup.py does, for the tools that look at it. Needs nvcc, no GPU."""
+"""Compiles the device code of csrc/cuda/**/*.cu as setup.py does. Needs nvcc, no GPU."""
 
 from __future__ import annotations
 
@@ -6,29 +6,26 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # build_support, where a tool is run as a script
+import build_support
 
-import build_support  # noqa: E402
-
-# What a kernel's last template argument is, where it is true: an epilogue, or a backward of one.
+ROOT = Path(__file__).resolve().parents[2]
+# Kernels whose last template argument, if true, selects an epilogue or its backward.
 EPILOGUES = {
-    "normalize_kernel": "fused",
-    "grad_sums_kernel": "behind relu",
-    "grad_input_kernel": "behind relu",
-    "persistent_forward_kernel": "fused",
-    "persistent_backward_kernel": "behind relu",
+    "normalize_kernel": "with epilogue",
+    "grad_sums_kernel": "with ReLU",
+    "grad_input_kernel": "with ReLU",
+    "persistent_forward_kernel": "with epilogue",
+    "persistent_backward_kernel": "with ReLU",
 }
 ARCHS = tuple("sm_" + arch.replace(".", "") for arch in build_support.SUPPORTED_ARCHS)
 
-# What setup.py gives nvcc that changes the machine code (tests/tooling/test_bench_tools.py holds the two together),
-# then what torch's build adds to every .cu of an extension.
+# The nvcc flags of setup.py that change machine code (tests/tooling/test_bench_tools.py compares the two), and those
+# that torch's build adds for every .cu file of an extension.
 CODE_FLAGS = ("-O3", "--fmad=false")
 TORCH_FLAGS = (
     "-std=c++20",
@@ -49,10 +46,10 @@ def is_arch(name: str) -> bool:
 
 
 def find_nvcc() -> Path:
-    """RuntimeError where there is none."""
+    """RuntimeError if there is none."""
     root = build_support.find_cuda_root(os.environ)
     if root is None:
-        raise RuntimeError("no nvcc: put it on PATH or set CUDA_HOME")
+        raise RuntimeError("nvcc not found: put it on PATH or set CUDA_HOME")
     return root / "bin" / "nvcc"
 
 
@@ -63,7 +60,7 @@ class Compiled:
 
 
 def compile_device_code(nvcc: Path, source: Path, arch: str, flags: Sequence[str] = ()) -> Compiled:
-    """One source for one architecture. RuntimeError with nvcc's output where it does not compile."""
+    """Compiles one source for one architecture. RuntimeError with nvcc's output if it fails."""
     target = f"arch=compute_{arch.removeprefix('sm_')},code={arch}"
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "device.cubin"
@@ -76,7 +73,7 @@ def compile_device_code(nvcc: Path, source: Path, arch: str, flags: Sequence[str
 
 
 def demangle(names: Sequence[str]) -> dict[str, str]:
-    """Readable names, shortened to kernel and template arguments; as they are where there is no c++filt."""
+    """Readable names, shortened to kernel and template arguments; mangled names without c++filt."""
     tool = shutil.which("cu++filt") or shutil.which("c++filt")
     if not tool:
         return {name: name for name in names}
@@ -87,7 +84,7 @@ def demangle(names: Sequence[str]) -> dict[str, str]:
 def shorten(name: str) -> str:
     """ "void bnk::sum<float, (bnk::Layout)0>(bnk::Params)" -> "sum<float, (Layout)0>".
 
-    A kernel of EPILOGUES is told without the argument that says so: "...>" where it is plain, else "...> fused".
+    For a kernel of EPILOGUES the last argument is replaced by words: "...>" if false, "...> with epilogue" if true.
     """
     name = re.sub(r"^void ", "", name)
     depth = 0

@@ -1,12 +1,12 @@
-// The persistent forward with a clock beside it: the kernel's own source, compiled with the names that it calls at the ends
-// of its phases replaced by ones that note the time there. For micro.cu.
+// The persistent forward, instrumented with clocks. Compiles the source of the kernel with the functions called at phase
+// boundaries replaced by wrappers that record the time. For micro.cu.
 #pragma once
 
-#include "../csrc/cuda/ptx.cuh"
+#include "../../csrc/cuda/ptx.cuh"
 
 namespace bnk {
 
-// Where a block is.
+// Phase boundaries of a CTA.
 enum Point : int { kBegin, kExchanges, kWaits, kHasWaited, kHasExchanged, kHasStored, kEnd };
 
 struct Stamp {
@@ -16,17 +16,17 @@ struct Stamp {
 
 struct BlockTimes {
   unsigned multiprocessor;
-  int count;                            // of its stamps
-  unsigned long long begin_ns, end_ns;  // of the device
+  int count;                            // number of stamps
+  unsigned long long begin_ns, end_ns;  // device time
 };
 
 struct Stamps {
   BlockTimes* blocks;
   Stamp* stamps;
-  int capacity;  // of each block
+  int capacity;  // stamps per CTA
 };
 
-// Of this block, for its first thread.
+// State of this CTA; used by its first thread.
 struct StampState {
   Stamp* next;
   Stamp* end;
@@ -65,7 +65,7 @@ BNK_DEVICE void stamped_cluster_barrier() {
 
 #define group_barrier stamped_group_barrier
 #define cluster_barrier stamped_cluster_barrier
-#include "../csrc/cuda/device/persistent.cuh"
+#include "../../csrc/cuda/device/persistent.cuh"
 #undef group_barrier
 #undef cluster_barrier
 
@@ -79,25 +79,25 @@ BNK_DEVICE void stamped_exchange(Args&&... args) {
 }
 
 template <int kTile, typename... Args>
-BNK_DEVICE void stamped_visit_again(Args&&... args) {
+BNK_DEVICE void stamped_revisit_vectors(Args&&... args) {
   revisit_vectors<kTile>(static_cast<Args&&>(args)...);
   stamp(kHasStored);
 }
 
 }  // namespace bnk
 
-// The kernel becomes a function of the kernel below.
-#pragma push_macro("BNK_KERNEL_BESIDE")
+// Turns the kernel into a device function that the kernel below calls.
+#pragma push_macro("BNK_KERNEL")
 #undef BNK_KERNEL
-#define BNK_KERNEL(max_threads, n) __device__ __forceinline__ void
+#define BNK_KERNEL(max_threads, min_blocks) __device__ __forceinline__ void
 #define exchange stamped_exchange
-#define revisit_vectors stamped_visit_again
-#include "../csrc/cuda/kernels/persistent_forward.cuh"
+#define revisit_vectors stamped_revisit_vectors
+#include "../../csrc/cuda/kernels/persistent_forward.cuh"
 #undef exchange
 #undef revisit_vectors
-#pragma pop_macro("BNK_KERNEL_BESIDE")
+#pragma pop_macro("BNK_KERNEL")
 
-#include "../csrc/cuda/launch/persistent.h"
+#include "../../csrc/cuda/launch/persistent.h"
 
 namespace bnk {
 
