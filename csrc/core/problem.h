@@ -1,4 +1,4 @@
-// Problem: WHAT one BatchNorm call computes, and the raw-pointer arguments of each direction.
+// Problem: what one BatchNorm call computes, and the raw-pointer arguments of each direction.
 //
 // Plain data only: no torch, no CUDA. The CUDA launchers, the CPU backend and the host execution of the kernels
 // (tests/support/simt) all take these structs, so a backend is three functions over them.
@@ -19,7 +19,7 @@ enum class Dtype : int8_t { kFloat64, kFloat32, kFloat16, kBFloat16 };
 
 constexpr int size_of(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
 
-// The dtype of arithmetic and of the saved statistics: float64 for float64 data, else float32.
+// The dtype of the arithmetic and of the saved statistics: float64 for float64 data, float32 otherwise.
 constexpr Dtype accumulate_dtype(Dtype dtype) { return dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32; }
 
 struct Problem {
@@ -33,7 +33,7 @@ struct Problem {
   constexpr int64_t elements() const { return outer * channels * inner; }
 };
 
-// A dense vector with one value per channel, of any supported dtype. data == nullptr: not there.
+// A dense vector with one value per channel, of any supported dtype. Optional vectors have data == nullptr.
 struct ConstPerChannel {
   const void* data;
   Dtype dtype;
@@ -46,14 +46,14 @@ struct PerChannel {
   constexpr operator ConstPerChannel() const { return {data, dtype}; }
 };
 
-// What a normalised value v passes before it is written, each part if it is there:
+// Applied to each normalised value v before it is written; the residual and the ReLU are both optional:
 //   y = relu(v + residual)
-// Of a ReLU without a residual the backward needs no more than an interval for each channel: y > 0 where
-// low <= x <= high (relu_bounds.h).
+// After a ReLU without a residual, the backward needs only one interval per channel: y > 0 where low <= x <= high
+// (relu_bounds.h).
 struct Epilogue {
-  const void* residual = nullptr;  // of x's dtype, where x's elements lie
+  const void* residual = nullptr;  // x's dtype and layout
   bool relu = false;
-  PerChannel low = {nullptr, Dtype::kFloat32};   // out, accumulate_dtype, or null; with relu and no residual
+  PerChannel low = {nullptr, Dtype::kFloat32};   // out, accumulate_dtype, or null; for relu without residual
   PerChannel high = {nullptr, Dtype::kFloat32};  // out, as low
 
   constexpr bool enabled() const { return residual != nullptr || relu; }
@@ -61,12 +61,12 @@ struct Epilogue {
 
 // Training forward (Ioffe & Szegedy 2015, Algorithm 1):
 //   mean_c = sum(x)/n     var_c = sum((x-mean_c)^2)/n     invstd_c = 1/sqrt(var_c + eps)
-//   v = (x - mean_c) * invstd_c * weight_c + bias_c       (no weight: 1, no bias: 0)
-//   y = v, or what the epilogue makes of it
-// and, where the running statistics are there, each on its own:
+//   v = (x - mean_c) * invstd_c * weight_c + bias_c       (weight defaults to 1, bias to 0)
+//   y = epilogue(v)
+// Each of the running statistics is optional and updated independently:
 //   running_mean += factor*(mean - running_mean)    running_var += factor*(var*n/(n-1) - running_var)
-// num_batches_tracked, where there, is incremented by 1 first. factor = momentum, or, if cumulative,
-// 1/num_batches_tracked. Precondition: elements_per_channel() >= 2 and channels >= 1.
+// num_batches_tracked, if given, is first incremented by 1. factor = momentum, or 1/num_batches_tracked if cumulative.
+// Precondition: elements_per_channel() >= 2 and channels >= 1.
 struct ForwardTrainArgs {
   Problem problem;
   const void* x;
@@ -84,9 +84,8 @@ struct ForwardTrainArgs {
   Epilogue epilogue = {};
 };
 
-// Inference forward (Algorithm 2): the same y from the running statistics. mean and invstd receive what was used, so
-// that a later backward does not depend on what happens to the buffers meanwhile.
-// Precondition: elements() >= 1.
+// Inference forward (Algorithm 2): the same y from the running statistics. mean and invstd receive the values used, so
+// that a later backward is unaffected by updates of the running statistics in between. Precondition: elements() >= 1.
 struct ForwardEvalArgs {
   Problem problem;
   const void* x;
@@ -101,13 +100,12 @@ struct ForwardEvalArgs {
   Epilogue epilogue = {};
 };
 
-// Backward of both. With xhat = (x - mean)*invstd, sums over the n elements of a channel, and g = grad_y, or, behind a
-// ReLU, g = grad_y where relu_low <= x <= relu_high and 0 elsewhere:
+// Backward of both forwards. xhat = (x - mean)*invstd, and sums run over the n elements of a channel. g = grad_y; after
+// a ReLU, g = grad_y where relu_low <= x <= relu_high and 0 elsewhere:
 //   grad_bias = sum(g)     grad_weight = sum(g*xhat)
 //   training:  grad_x = weight*invstd*(g - grad_bias/n - xhat*grad_weight/n)
 //   inference: grad_x = weight*invstd*g
-// Any of the three outputs may be null: it is then not computed.
-// Precondition: elements() >= 1.
+// Each of the three outputs may be null and is then not computed. Precondition: elements() >= 1.
 struct BackwardArgs {
   Problem problem;
   const void* grad_y;

@@ -1,9 +1,10 @@
-// The x that a ReLU behind BatchNorm lets through, as an interval.
+// ReLU bounds: the interval of x for which a ReLU after BatchNorm passes its input.
 //
-// y = ((x - mean)*invstd)*weight + bias is made of operations that round, and each is monotone in its operand: as x rises,
-// y never falls (weight >= 0), or never rises. So {x : y > 0} is an interval with one end open to infinity, and the backward
-// knows the forward's ReLU from two values of a channel: it reads neither y nor a mask, and computes y not again. The other
-// end is found by halving the floating-point numbers, with the forward's own arithmetic: no rounding can tell the two apart.
+// y = ((x - mean)*invstd)*weight + bias is a sequence of rounded operations, each monotone in its operand: as x
+// increases, y never decreases (weight >= 0) or never increases (weight < 0). So {x : y > 0} is an interval with one
+// infinite end, and the backward reproduces the forward's ReLU from two values per channel, without reading y or a mask
+// and without recomputing y. Binary-search the representable floats for the finite end, with the forward's exact
+// arithmetic, so that the bound matches it bit for bit.
 #pragma once
 
 #include <cstdint>
@@ -39,7 +40,7 @@ struct KeyOf<double> {
   using Unsigned = uint64_t;
 };
 
-// Floating-point numbers as integers of the same order, and back. It is its own inverse on the bits.
+// Maps the bits of a float to an integer of the same order. The mapping is its own inverse.
 template <typename Key>
 BNK_HOST_DEVICE Key ordered(Key bits) {
   constexpr Key kAllButSign = std::numeric_limits<Key>::max();
@@ -61,10 +62,11 @@ BNK_HOST_DEVICE opmath_t value_of(typename KeyOf<opmath_t>::type key) {
   return value;
 }
 
-// How far from an estimate, in numbers, an end usually lies.
+// The bound usually lies within this many representable floats of the estimate.
 inline constexpr int kNear = 8;
 
-// The least value that passes, where every one above it does too; infinity, which always passes, where no other does.
+// The smallest value that passes, given that all larger values pass too. Returns infinity, which always passes, if no
+// finite value passes.
 template <typename opmath_t, typename Passes>
 BNK_HOST_DEVICE opmath_t first_passing(opmath_t estimate, const Passes& passes) {
   using Key = typename KeyOf<opmath_t>::type;
@@ -73,8 +75,8 @@ BNK_HOST_DEVICE opmath_t first_passing(opmath_t estimate, const Passes& passes) 
   constexpr opmath_t kInfinity = std::numeric_limits<opmath_t>::infinity();
   if (passes(-kLargest)) return passes(-kInfinity) ? -kInfinity : -kLargest;
   if (!passes(kLargest)) return kInfinity;
-  Key last = key_of(-kLargest);  // that is known not to pass
-  Key first = key_of(kLargest);  // that is known to
+  Key last = key_of(-kLargest);  // known not to pass
+  Key first = key_of(kLargest);  // known to pass
   const auto probe = [&](Key key) { (passes(value_of<opmath_t>(key)) ? first : last) = key; };
   if (estimate > -kLargest && estimate < kLargest) {
     const Key near = key_of(estimate);
@@ -92,13 +94,13 @@ BNK_HOST_DEVICE opmath_t first_passing(opmath_t estimate, const Passes& passes) 
 
 }  // namespace relu_bounds_detail
 
-// passes(x): whether the forward's y of x is not 0 or less; NaN passes, as in torch. All in the forward's arithmetic.
+// passes(x): whether the forward's y(x), in the forward's exact arithmetic, is not <= 0. NaN passes, as in torch.
 template <typename opmath_t, typename Passes>
 BNK_HOST_DEVICE ReluBounds<opmath_t> relu_bounds(opmath_t mean, opmath_t invstd, opmath_t weight, opmath_t bias,
                                                  const Passes& passes) {
   constexpr opmath_t kInfinity = std::numeric_limits<opmath_t>::infinity();
-  // All finite values are alike then, and an infinite one is taken for one of them. The mean stands for all: far from it the
-  // deviation may overflow, and 0 times that is no number.
+  // All finite x then have the same y, and infinite x are treated alike. Evaluate at the mean: far from it the
+  // deviation may overflow, and infinity times 0 is NaN.
   if (weight == 0 || invstd == 0) return {passes(mean) ? -kInfinity : kInfinity, kInfinity};
   const opmath_t estimate = mean - bias / weight / invstd;
   if (weight < 0) {

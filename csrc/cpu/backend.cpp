@@ -1,24 +1,25 @@
-// The CPU backend's entry points: Ioffe & Szegedy 2015, Algorithms 1 and 2, and their gradients.
+// Entry points of the CPU backend: Ioffe & Szegedy 2015, Algorithms 1 and 2, and their gradients.
 //
-// Here is what is computed for a channel: its statistics, its running statistics, its coefficients, all in double and
-// rounded once. How a problem is cut is layout.h's; who computes a piece is schedule.h's; the loops are kernels.h's.
+// This file computes the per-channel values: statistics, running statistics and coefficients, all in double and rounded
+// once. tiling.h partitions the problem, schedule.h assigns the pieces to threads, and kernels.h declares the loops.
 #include "backend.h"
 
 #include <cmath>
 
-#include "layout.h"
 #include "ranks.h"
 #include "relu_bounds.h"
 #include "schedule.h"
 #include "simd/scalar.h"
+#include "tiling.h"
 
 namespace bnk::cpu {
 namespace {
 
-constexpr int64_t kMinRun = 32;          // elements; shorter runs are taken as columns
-constexpr int64_t kInPlaceValues = 256;  // by-channel vectors up to this length need no heap
+constexpr int64_t kMinRun = 32;          // elements; shorter runs are processed as columns
+constexpr int64_t kInPlaceValues = 256;  // per-channel vectors up to this length need no heap allocation
 
-// A vector by channel in the arithmetic type: the caller's own where it is that already, else a converted copy.
+// A per-channel vector in the arithmetic type: the caller's own memory if it has that dtype, otherwise a converted
+// copy.
 class Coefficients {
  public:
   Coefficients(ConstPerChannel vector, double otherwise, const Problem& problem)
@@ -30,7 +31,7 @@ class Coefficients {
     make_space(problem);
     for (int64_t c = 0; c < problem.channels; ++c) write(space(), c, read_or(vector, c, otherwise));
   }
-  // Uninitialised, to be written through space().
+  // Uninitialized; written through space().
   explicit Coefficients(const Problem& problem) : dtype_(accumulate_dtype(problem.dtype)) { make_space(problem); }
   Coefficients(const Coefficients&) = delete;
   Coefficients& operator=(const Coefficients&) = delete;
@@ -52,7 +53,7 @@ class Coefficients {
   double in_place_[kInPlaceValues];
 };
 
-// Channels-first in the widest form: one channel is one run, whatever the outer size.
+// Canonical form of a channels-first problem: a single channel is one run, whatever the outer size.
 Problem normal_form(Problem problem) {
   if (problem.channels == 1) {
     problem.inner *= problem.outer;
@@ -61,30 +62,31 @@ Problem normal_form(Problem problem) {
   return problem;
 }
 
-// Calls f(layout, bytes of a block) with the layout of the problem. `tensors`: how many of its size should be in the cache
-// together. Where there are statistics, in this call or one before it, these are all that are read and written; otherwise
-// the result alone, as nothing else is used again.
+// Calls f(tiling, bytes of a block) with the tiling of the problem. `tensors`: how many tensors of the problem's size
+// should be in the cache at the same time. With statistics, in this call or in the call before it, these are all
+// tensors that are read or written; otherwise only the result, since nothing else is used again.
 template <typename F>
-void with_layout(const Problem& problem, int tensors, bool has_partials, const F& f) {
+void with_tiling(const Problem& problem, int tensors, bool has_partials, const F& f) {
   const int64_t channel_bytes = problem.elements_per_channel() * size_of(problem.dtype) * tensors;
   if (problem.inner >= kMinRun || problem.channels == 1) {
     const Rows rows(problem, tensors, has_partials);
-    return f(static_cast<const Layout&>(rows), channel_bytes * rows.block_channels());
+    return f(static_cast<const Tiling&>(rows), channel_bytes * rows.block_channels());
   }
   const Columns columns(problem, tensors, has_partials, threads_for(problem.elements()));
-  f(static_cast<const Layout&>(columns), channel_bytes * columns.block_channels());
+  f(static_cast<const Tiling&>(columns), channel_bytes * columns.block_channels());
 }
 
-// An element's share in a sum of squares under which float's underflow would count beside eps: none for any usual eps.
+// The threshold per element of a sum of squares below which float's underflow would be significant relative to eps: 0
+// for any usual eps.
 double underflow_floor(double eps) { return eps < 1e-36 ? 1e-30 : 0; }
 
 // Mean and sum of squared deviations of x.
-struct MomentsOf {
-  const Layout& layout;
+struct StatisticsOf {
+  const Tiling& tiling;
   const void* x;
   double floor;
 
-  void partials(int64_t block, int64_t split, Partial* out) const { layout.welford(x, floor, block, split, out); }
+  void partials(int64_t block, int64_t split, Partial* out) const { tiling.welford(x, floor, block, split, out); }
   void merge(Partial* into, double before, const Partial& from, double count) const {
     combine_welford(into, before, from, count);
   }
@@ -95,7 +97,7 @@ NormalizeData data_of(const Args& args, const Epilogue& epilogue) {
   return {args.x, epilogue.residual, args.y, epilogue.relu};
 }
 
-struct TrainForward : MomentsOf {
+struct TrainForward : StatisticsOf {
   const ForwardTrainArgs& args;
   AffineVectors affine;
   double factor;
@@ -116,20 +118,20 @@ struct TrainForward : MomentsOf {
     }
   }
   void apply(int64_t block, int64_t split) const {
-    layout.normalize(data_of(args, args.epilogue), affine, block, split);
+    tiling.normalize(data_of(args, args.epilogue), affine, block, split);
   }
 };
 
 struct Backward {
   const BackwardArgs& args;
-  const Layout& layout;
+  const Tiling& tiling;
   GradientVectors vectors;
   PerChannel mean_g, slope;
   double n;
   bool has_apply;
 
   void partials(int64_t block, int64_t split, Partial* out) const {
-    layout.sums(args.grad_y, args.x, {args.mean.data, args.invstd.data, vectors.relu_bounds}, block, split, out);
+    tiling.sums(args.grad_y, args.x, {args.mean.data, args.invstd.data, vectors.relu_bounds}, block, split, out);
   }
   void merge(Partial* into, double, const Partial& from, double) const {
     into->first += from.first;
@@ -143,20 +145,20 @@ struct Backward {
     write(slope, c, read(args.invstd, c) * (total.second / n));
   }
   void apply(int64_t block, int64_t split) const {
-    layout.gradient(args.grad_y, args.x, args.grad_x, vectors, block, split);
+    tiling.gradient(args.grad_y, args.x, args.grad_x, vectors, block, split);
   }
 };
 
-// y from the mean and invstd that are there. `tensors`: see with_layout.
+// Computes y from a given mean and invstd. `tensors`: see with_tiling.
 template <typename Args>
 void normalize_given(const Args& args, const Epilogue& epilogue, int tensors) {
   const Problem problem = normal_form(args.problem);
   const Coefficients weight(args.weight, 1, problem);
   const Coefficients bias(args.bias, 0, problem);
   const AffineVectors affine{args.mean.data, args.invstd.data, weight.data(), bias.data()};
-  with_layout(problem, tensors, false, [&](const Layout& layout, int64_t) {
-    run_apply(layout, problem.elements(),
-              [&](int64_t block, int64_t split) { layout.normalize(data_of(args, epilogue), affine, block, split); });
+  with_tiling(problem, tensors, false, [&](const Tiling& tiling, int64_t) {
+    run_apply(tiling, problem.elements(),
+              [&](int64_t block, int64_t split) { tiling.normalize(data_of(args, epilogue), affine, block, split); });
   });
   write_relu_bounds(epilogue, problem, affine);
 }
@@ -171,17 +173,17 @@ void forward_train(const ForwardTrainArgs& args) {
   const Coefficients bias(args.bias, 0, problem);
   const AffineVectors affine{args.mean.data, args.invstd.data, weight.data(), bias.data()};
   const int tensors = args.epilogue.residual != nullptr ? 3 : 2;
-  with_layout(problem, tensors, true, [&](const Layout& layout, int64_t block_bytes) {
-    const TrainForward work{{layout, args.x, underflow_floor(args.eps)},
+  with_tiling(problem, tensors, true, [&](const Tiling& tiling, int64_t block_bytes) {
+    const TrainForward work{{tiling, args.x, underflow_floor(args.eps)},
                             args,
                             affine,
                             factor,
                             static_cast<double>(problem.elements_per_channel())};
-    run(layout, work, problem.elements(), block_bytes);
+    run(tiling, work, problem.elements(), block_bytes);
   });
   write_relu_bounds(args.epilogue, problem, affine);
   if (args.num_batches_tracked != nullptr)
-    *args.num_batches_tracked = count;  // last: a call that throws counts nothing
+    *args.num_batches_tracked = count;  // last, so that a call that throws does not count
 }
 
 void forward_eval(const ForwardEvalArgs& args) {
@@ -209,23 +211,23 @@ void backward(const BackwardArgs& args) {
                                 mean_g.data(),
                                 args.training ? slope.data() : nullptr,
                                 {args.relu_low.data, args.relu_high.data}};
-  with_layout(problem, has_partials ? 3 : 1, has_partials, [&](const Layout& layout, int64_t block_bytes) {
-    const Backward work{args,           layout,        vectors,
+  with_tiling(problem, has_partials ? 3 : 1, has_partials, [&](const Tiling& tiling, int64_t block_bytes) {
+    const Backward work{args,           tiling,        vectors,
                         mean_g.space(), slope.space(), static_cast<double>(problem.elements_per_channel()),
                         has_apply};
     if (has_partials) {
-      run(layout, work, problem.elements(), block_bytes);
+      run(tiling, work, problem.elements(), block_bytes);
     } else {
-      run_apply(layout, problem.elements(), [&](int64_t block, int64_t split) { work.apply(block, split); });
+      run_apply(tiling, problem.elements(), [&](int64_t block, int64_t split) { work.apply(block, split); });
     }
   });
 }
 
-// The steps of a batch on several ranks. What joins ranks, and needs no layout, is in ranks.cpp.
+// The steps of a batch norm across ranks that need a tiling. Combining the ranks needs none, see ranks.cpp.
 
 namespace {
 
-struct StatisticsOfRank : MomentsOf {
+struct StatisticsOfRank : StatisticsOf {
   const StatisticsArgs& args;
   static constexpr bool has_apply = false;
 
@@ -241,9 +243,9 @@ struct StatisticsOfRank : MomentsOf {
 void statistics(const StatisticsArgs& args) {
   const Problem problem = normal_form(args.problem);
   args.row[2 * problem.channels] = static_cast<double>(problem.elements_per_channel());
-  with_layout(problem, 1, true, [&](const Layout& layout, int64_t block_bytes) {
-    const StatisticsOfRank work{{layout, args.x, underflow_floor(args.eps)}, args};
-    run(layout, work, problem.elements(), block_bytes);
+  with_tiling(problem, 1, true, [&](const Tiling& tiling, int64_t block_bytes) {
+    const StatisticsOfRank work{{tiling, args.x, underflow_floor(args.eps)}, args};
+    run(tiling, work, problem.elements(), block_bytes);
   });
 }
 
@@ -260,9 +262,9 @@ void grad_input(const GradInputArgs& args) {
     write(slope.space(), c, invstd * (total.second / *args.count));
   }
   const GradientVectors vectors{args.mean.data, scale.data(), mean_g.data(), slope.data(), {}};
-  with_layout(problem, 3, false, [&](const Layout& layout, int64_t) {
-    run_apply(layout, problem.elements(), [&](int64_t block, int64_t split) {
-      layout.gradient(args.grad_y, args.x, args.grad_x, vectors, block, split);
+  with_tiling(problem, 3, false, [&](const Tiling& tiling, int64_t) {
+    run_apply(tiling, problem.elements(), [&](int64_t block, int64_t split) {
+      tiling.gradient(args.grad_y, args.x, args.grad_x, vectors, block, split);
     });
   });
 }

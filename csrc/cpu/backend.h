@@ -1,4 +1,4 @@
-// The CPU backend's entry points. Arguments were checked by ops.cpp; every pointer is host memory.
+// Entry points of the CPU backend. csrc/torch/ops.cpp has checked the arguments; every pointer is host memory.
 #pragma once
 
 #include "../core/problem.h"
@@ -10,7 +10,7 @@ void forward_train(const ForwardTrainArgs& args);
 void forward_eval(const ForwardEvalArgs& args);
 void backward(const BackwardArgs& args);
 
-// The steps of a batch on several ranks.
+// The steps of a synchronized batch norm across ranks (problem_sync.h).
 void statistics(const StatisticsArgs& args);
 void combine_statistics(const CombineStatisticsArgs& args);
 void normalize(const NormalizeArgs& args);

@@ -1,24 +1,25 @@
-// Columns: channels-last, and channels-first with runs too short for vectors.
+// Columns: channels-last, and channels-first with runs that are shorter than a vector.
 //
-// The problem [outer][channels][inner] is `outer` contiguous rows of channels*inner columns. Where a row is shorter than
-// a few vectors, kFold rows are taken as one. A column then belongs to channel (column / inner) % channels, and a
-// channel's statistics are those of its columns, merged in order; in the plain case (inner 1, no fold) a column is a channel.
+// The problem [outer][channels][inner] is `outer` contiguous rows of channels*inner columns. If a row is shorter than a
+// few vectors, kFold rows are processed as one. A column belongs to channel (column / inner) % channels, and the
+// statistics of a channel combine those of its columns, in order. In the plain case (inner 1, no fold) a column is a
+// channel.
 #include <algorithm>
 #include <cstring>
 
-#include "layout.h"
 #include "simd/scalar.h"
+#include "tiling.h"
 
 namespace bnk::cpu {
 namespace {
 
-constexpr int64_t kTileRows = 64;    // a tile's float chain
-constexpr int64_t kSplitRows = 128;  // at least, in a chunk
+constexpr int64_t kTileRows = 64;    // length of the float addition chains in a tile
+constexpr int64_t kSplitRows = 128;  // minimum per split
 constexpr int64_t kMaxSplits = 256;
-constexpr int64_t kMinMapRows = 16;   // at least, in a chunk without statistics
-constexpr int64_t kMinColumns = 128;  // of a block: rows of it are still runs of several cache lines
+constexpr int64_t kMinMapRows = 16;   // minimum per split without statistics
+constexpr int64_t kMinColumns = 128;  // minimum per block; a row of the block still spans several cache lines
 constexpr int64_t kPiecesPerThread = 4;
-constexpr int64_t kFold = 32;       // makes any number of columns whole vectors
+constexpr int64_t kFold = 32;       // makes any number of columns a multiple of the vector size
 constexpr int64_t kFoldBelow = 32;  // columns; kFold * kFoldBelow columns fit kMaxColumns
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -26,7 +27,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 }  // namespace
 
 Columns::Columns(const Problem& problem, int tensors, bool has_partials, int threads)
-    : Layout(problem, tensors), backwards_(has_partials) {
+    : Tiling(problem, tensors), backwards_(has_partials) {
   const int64_t columns = problem.channels * problem.inner;
   fold_ = columns < kFoldBelow && problem.outer >= kFold ? kFold : 1;
   rows_ = problem.outer / fold_;
@@ -34,12 +35,12 @@ Columns::Columns(const Problem& problem, int tensors, bool has_partials, int thr
   row_columns_ = columns * fold_;
   if (has_partials) {
     split_rows_ = ceil_div(rows_, std::clamp<int64_t>(rows_ / kSplitRows, 1, kMaxSplits));
-  } else {  // as few rows as pay for the vectors by column
+  } else {  // the fewest rows that amortize the per-column vectors
     split_rows_ = std::max(kMapBytes / (row_columns_ * size_of(problem.dtype)), plain() ? kMinMapRows : kSplitRows);
   }
   splits_ = ceil_div(rows_, split_rows_);
   tile_rows_ = ceil_div(split_rows_, ceil_div(split_rows_, kTileRows));
-  // Whole rows are walked best. Narrower blocks only where there are not pieces enough to occupy the threads.
+  // Whole rows are the fastest to traverse. Narrow the blocks only if there are too few pieces to occupy the threads.
   int64_t width = kMaxColumns;
   while (has_partials && width > kMinColumns && ceil_div(row_columns_, width) * splits_ < kPiecesPerThread * threads)
     width /= 2;
@@ -61,11 +62,11 @@ Columns::Piece Columns::body(int64_t block, int64_t split) const {
           {std::min(split_rows_, rows_ - row), std::min(block_columns_, row_columns_ - column), row_columns_}};
 }
 
-Columns::Piece Columns::rest(int64_t, int64_t split) const {  // there is one only where a block is a whole row
+Columns::Piece Columns::rest(int64_t, int64_t split) const {  // only a block that is a whole row has one
   return {rows_ * row_columns_, {1, split + 1 == splits_ ? rest_columns_ : 0, row_columns_}};
 }
 
-// A vector by channel as a vector by column of the block; `space` holds kMaxColumns doubles.
+// Expands a per-channel vector to a per-column vector of the block; `space` holds kMaxColumns doubles.
 const void* Columns::by_column(const void* vector, int64_t block, void* space) const {
   const int64_t size = size_of(accumulate_dtype(problem_.dtype));
   const char* from = static_cast<const char*>(of_channel(vector, first_channel(block)));
@@ -118,7 +119,7 @@ void Columns::welford(const void* x, double floor, int64_t block, int64_t split,
     for (int64_t c = 0; c < channels; ++c) partials[c] = {mean[c], squares[c]};
     return;
   }
-  // Sets of equal size: the mean of the means, then the squares about it.
+  // The columns of a channel have equally many elements: take the mean of the means, then the squares about it.
   const double rows = static_cast<double>(part.tile.rows);
   const double columns = static_cast<double>(fold_ * problem_.inner);
   std::fill_n(partials, channels, Partial{});
@@ -130,7 +131,7 @@ void Columns::welford(const void* x, double floor, int64_t block, int64_t split,
   });
   const Piece last = rest(block, split);
   if (last.tile.length == 0) return;
-  // One element to a column.
+  // The incomplete last row has one element per column.
   kernels_.column_welford(at(x, last.offset), last.tile, 0, 0, mean, squares);
   double before = rows * columns;
   for (int64_t column = 0; column < last.tile.length; column += channels * problem_.inner) {

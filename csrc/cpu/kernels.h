@@ -1,15 +1,17 @@
-// Kernels: what a SIMD level computes. One table for each level and dtype; the layouts (rows.cpp, columns.cpp) call
-// through it and know nothing of instructions.
+// Kernels: the interface between the layouts (rows.cpp, columns.cpp) and the SIMD levels (simd/). Each SIMD level
+// provides one function table per dtype; the layouts call through it and contain no SIMD code.
 //
-// Two shapes of work, after the two layouts; both walk memory row by row:
+// There are two kinds of kernels, one per layout. Both traverse memory row by row:
 //
-//   row kernels      channels-first: a row holds, one after another, `length` elements of each of `channels` channels
-//   column kernels   channels-last:  a row holds one element of each of `length` channels, a column to a channel
+//   row kernels      channels-first: a row holds `length` contiguous elements of each of `channels` channels
+//   column kernels   channels-last:  a row holds one element of each of `length` channels; a column is a channel
 //
-// Statistics come in tiles small enough for the caches and for short float chains: the mean first, then the centred
-// squares of the same tile, leaving as double. A tile whose float arithmetic overflows (or whose sum of squares falls
-// below `floor`, where float's underflow would count) is done again in double.
-// Pointers may be aligned to their element only. No kernel allocates or throws.
+// Statistics are computed per tile. A tile is small enough for the caches and for short chains of float additions: the
+// first pass computes the mean, the second the centred squares of the same tile. Both are returned as double. A tile
+// whose float arithmetic overflows, or whose sum of squares is below `floor`, where float's underflow would matter, is
+// recomputed in double.
+//
+// Pointers need only element alignment. No kernel allocates or throws.
 #pragma once
 
 #include <cstdint>
@@ -24,45 +26,48 @@ constexpr int kMaxColumns = 1024;
 struct Tile {
   int64_t rows;
   int64_t length;
-  int64_t stride;  // elements from a row to the next
+  int64_t stride;  // elements between the starts of consecutive rows
 };
 
-// Two sums of one channel over some of its elements.
-//   forward: first = mean, second = sum of squares about it.    backward: first = sum(g), second = sum(g*xhat).
+// Two sums over some of a channel's elements.
+//   forward:  first = mean, second = sum of squared deviations from it
+//   backward: first = sum(g), second = sum(g*xhat)
 struct Partial {
   double first;
   double second;
 };
 
-// Coefficients by channel, in the arithmetic type. y = (x - mean)*invstd*weight + bias. The product invstd*weight may be
-// beyond float where every y is not, and mean*invstd cancels where the mean is large: neither is folded.
+// Per-channel coefficients in the arithmetic type: y = (x - mean)*invstd*weight + bias. Nothing is folded:
+// invstd*weight can overflow float where no y does, and mean*invstd cancels where the mean is large.
 struct AffineVectors {
   const void *mean, *invstd, *weight, *bias;
 };
 
-// g stands for 0 in every formula where not low <= x <= high; null: for itself everywhere.
+// ReLU bounds: g is replaced by 0 in every formula unless low <= x <= high. Null if there is no ReLU.
 struct ReluBoundVectors {
   const void *low, *high;
 };
 
-// sum(g) and sum(g*(x - mean)*invstd).
+// The inputs of sum(g) and sum(g*(x - mean)*invstd).
 struct SumVectors {
   const void *mean, *invstd;
   ReluBoundVectors relu_bounds;
 };
 
-// grad_x = scale*(g - mean_g - (x - mean)*slope), with scale = invstd*weight and slope = invstd*mean(g*xhat), both
-// multiplied in double and rounded once. Inference, slope == nullptr: scale*g; x is read for the gate alone.
+// grad_x = scale*(g - mean_g - (x - mean)*slope), with scale = invstd*weight and slope = invstd*mean(g*xhat). Both
+// products are computed in double and rounded once. Inference: slope == nullptr, grad_x = scale*g, and x is read only
+// for the ReLU bounds.
 struct GradientVectors {
   const void *mean, *scale, *mean_g, *slope;
   ReluBoundVectors relu_bounds;
 };
 
 struct Kernels {
-  // Vectors start with the first of the channels; where there are sums, there are at most kMaxRowChannels of them.
-  // `ahead`: elements from this tile to the one that will be read after it, which is asked for while this one is read.
+  // Per-channel vectors start at the first of the `channels` channels; kernels that compute sums take at most
+  // kMaxRowChannels. `ahead`: offset in elements from this tile to the tile read next, which the kernel prefetches.
   void (*row_welford)(const void* x, Tile tile, int64_t ahead, int channels, double floor, Partial* of_tile);
-  // `residual`, where there is one, and `relu`: y = relu(v + residual) of what AffineVectors gives.
+  // y = relu(v + residual), where v is the value that AffineVectors defines; `residual` may be null, `relu` may be
+  // false.
   void (*row_normalize)(const void* x, const void* residual, void* y, Tile tile, int channels,
                         const AffineVectors& affine, bool relu, bool streamed);
   void (*row_sums)(const void* g, const void* x, Tile tile, int64_t ahead, int channels, const SumVectors& vectors,
@@ -70,23 +75,23 @@ struct Kernels {
   void (*row_gradient)(const void* g, const void* x, void* grad_x, Tile tile, int channels,
                        const GradientVectors& gradient, bool streamed);
 
-  // At most kMaxColumns columns. Vectors start with the first of them.
-  // merges the tile into the moments of `before` rows
+  // At most kMaxColumns columns. Per-column vectors start at the tile's first column.
+  // Combines the tile's Welford data into that of the `before` rows before it.
   void (*column_welford)(const void* x, Tile tile, double floor, int64_t before, double* mean, double* squares);
-  // `backwards`: results from the tile's end to its beginning.
+  // `backwards`: writes results from the tile's end to its beginning.
   void (*column_normalize)(const void* x, const void* residual, void* y, Tile tile, const AffineVectors& affine,
                            bool relu, bool streamed, bool backwards);
-  // adds the tile's sums
+  // Adds the tile's sums to sum_g and sum_gx.
   void (*column_sums)(const void* g, const void* x, Tile tile, const SumVectors& vectors, double* sum_g,
                       double* sum_gx);
   void (*column_gradient)(const void* g, const void* x, void* grad_x, Tile tile, const GradientVectors& gradient,
                           bool streamed, bool backwards);
 
-  // After results were written past the cache (streamed), before another thread may read them.
+  // Must follow streamed (non-temporal) writes before another thread reads the results.
   void (*end_of_stream)();
 };
 
-// One definition in each level_*.cpp.
+// Each is defined in its level_*.cpp.
 namespace baseline {
 const Kernels& kernels(Dtype dtype);
 }
@@ -100,7 +105,7 @@ namespace avx512_bf16 {
 const Kernels& kernels(Dtype dtype);
 }
 
-// Of the level chosen at run time (simd_level.cpp).
+// The table of the SIMD level chosen at run time (simd_level.cpp).
 const Kernels& kernels(Dtype dtype);
 
 }  // namespace bnk::cpu

@@ -3,8 +3,8 @@
 #include <cmath>
 
 #include "backend.h"
-#include "layout.h"
 #include "simd/scalar.h"
+#include "tiling.h"
 
 namespace bnk::cpu {
 namespace {

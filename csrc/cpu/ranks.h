@@ -1,4 +1,4 @@
-// Joining what the ranks of a batch have told (../problem_sync.h), one channel at a time, in the order of the ranks.
+// Combines the rows that the ranks exchanged (../core/problem_sync.h), one channel per call, in rank order.
 #pragma once
 
 #include "../core/problem_sync.h"
@@ -6,10 +6,11 @@
 
 namespace bnk::cpu {
 
-// A channel's mean and squares about it; `count`: of all its elements, 0 where no rank had any.
+// A channel's mean and sum of squared deviations. `count` receives the number of its elements on all ranks, which may
+// be 0.
 Partial combine_welford(const RankRows& rows, int64_t channels, int64_t channel, double* count);
 
-// A channel's sums.
+// A channel's sums over all ranks.
 Partial combine_grad_sums(const RankRows& rows, int64_t channels, int64_t channel);
 
 }  // namespace bnk::cpu

@@ -10,13 +10,15 @@ namespace {
 constexpr int64_t kSerialChannels = 1024;  // below, starting threads costs more than it saves
 constexpr int64_t kPieceChannels = 256;
 
-// Of the bits of a 16-bit float: not 0 or less. NaN is not. Widened it could be subnormal, which is slow.
+// Whether the 16-bit float with these bits is greater than 0 or NaN. Tests the bits, as a conversion to float could
+// give a subnormal, which is slow.
 bool passes_relu(uint16_t bits, uint16_t infinity) {
   const uint16_t magnitude = bits & 0x7fff;
   return magnitude > infinity || (magnitude != 0 && magnitude == bits);
 }
 
-// What of a value y is left by storage, and the largest value of which nothing is.
+// Stored<T>: passes(v) is whether y = v is still positive (or NaN) after it is rounded to T; kLargestZero is the
+// largest value that rounds to 0.
 template <typename T>
 struct Stored {
   using opmath_t = T;
@@ -32,7 +34,7 @@ struct Stored<Float16> {
 template <>
 struct Stored<BFloat16> {
   using opmath_t = float;
-  static constexpr float kLargestZero = 0;  // or too near to matter
+  static constexpr float kLargestZero = 0;  // an approximation: the exact value is too small to matter
   static bool passes(float value) { return passes_relu(to_bfloat16(value).bits, 0x7f80); }
 };
 
@@ -46,7 +48,7 @@ void write_bounds(const Epilogue& epilogue, const AffineVectors& affine, int64_t
     const opmath_t bias = static_cast<const opmath_t*>(affine.bias)[c];
     // The formula of AffineVectors, operation by operation.
     const auto passes = [=](opmath_t x) { return Stored<T>::passes((x - mean) * invstd * weight + bias); };
-    // The bias that is given serves the estimate from which the end is searched, and this alone.
+    // The shifted bias only affects the estimate at which the search starts.
     const ReluBounds<opmath_t> range = relu_bounds(mean, invstd, weight, bias - Stored<T>::kLargestZero, passes);
     static_cast<opmath_t*>(epilogue.low.data)[c] = range.low;
     static_cast<opmath_t*>(epilogue.high.data)[c] = range.high;

@@ -1,4 +1,4 @@
-// What the backward of a ReLU asks of the forward, for each channel (../relu_bounds.h).
+// The per-channel ReLU bounds that the forward saves for the backward (../core/relu_bounds.h).
 #pragma once
 
 #include "../core/problem.h"
@@ -6,7 +6,7 @@
 
 namespace bnk::cpu {
 
-// Of the coefficients that y was computed with; nothing where the epilogue has no place for it.
+// Computes the bounds from the coefficients that y was computed with. Does nothing if epilogue.low is null.
 void write_relu_bounds(const Epilogue& epilogue, const Problem& problem, const AffineVectors& affine);
 
 }  // namespace bnk::cpu

@@ -1,7 +1,7 @@
-//   BNKERNELS_CPU_CACHE_MB=1024     at most so much is kept, in MiB; the block freed longest ago goes first. 0: nothing is
-//   BNKERNELS_CPU_HUGE_PAGES=1     blocks are put on 2 MB pages where they fill them; 0: on the usual ones
+//   BNKERNELS_CPU_CACHE_MB=1024    size limit in MiB; the least recently freed block is evicted first. 0: no cache
+//   BNKERNELS_CPU_HUGE_PAGES=1     put blocks on 2 MB pages where they fill them; 0: on regular pages
 //
-// Read once. Linux; elsewhere nothing is kept.
+// Both are read once. Linux only; elsewhere nothing is cached.
 #include "result_cache.h"
 
 #if defined(__linux__)
@@ -25,9 +25,9 @@ namespace {
 
 constexpr size_t kMegabyte = size_t{1} << 20;
 constexpr size_t kHugePage = 2 * kMegabyte;
-constexpr size_t kLeastBytes = kMegabyte / 4;   // smaller blocks an allocator keeps by itself
-constexpr size_t kSizesInADoubling = 8;         // blocks that differ by less than an eighth stand in for each other
-constexpr size_t kNotOffered = 64 * kMegabyte;  // freed last: about to be used again, and marking them has its price
+constexpr size_t kLeastBytes = kMegabyte / 4;   // malloc caches smaller blocks
+constexpr size_t kSizesInADoubling = 8;         // blocks whose sizes differ by less than an eighth are interchangeable
+constexpr size_t kNotOffered = 64 * kMegabyte;  // freed last: about to be reused, and madvise has a cost
 constexpr size_t kDefaultLimit = 1024;          // MiB
 
 size_t setting(const char* name, size_t otherwise, size_t most) {
@@ -41,30 +41,31 @@ size_t setting(const char* name, size_t otherwise, size_t most) {
                            std::to_string(most));
 }
 
-// Sizes that blocks come in. Of kLeastBytes or more.
+// Rounds up to a size class. `bytes` is at least kLeastBytes.
 size_t block_size(size_t bytes) {
   size_t step = kLeastBytes / kSizesInADoubling;
   while (bytes / 2 >= step * kSizesInADoubling) step *= 2;
   return (bytes + step - 1) / step * step;
 }
 
-// How much of a block lies on huge pages: those that it fills, and one that it fills to three quarters.
+// The part of a block that lies on huge pages: the pages that it fills, and one that it fills to at least three
+// quarters.
 size_t huge_part(size_t size) { return (size + kHugePage / 4) / kHugePage * kHugePage; }
 
-// What is mapped for a block.
+// The size of a block's mapping.
 size_t mapped_size(size_t size) { return std::max(size, huge_part(size)); }
 
 struct Block {
   void* data;
   size_t size;
-  bool offered = false;  // to the system
+  bool offered = false;  // to the system: marked with MADV_FREE
 };
 
 void unmap(const Block& block) { (void)munmap(block.data, mapped_size(block.size)); }
 
 class ResultCache {
  public:
-  // Never destroyed, as results may outlive all that is static.
+  // Never destroyed, since results may outlive static objects.
   static ResultCache& instance() {
     static ResultCache& only = *new ResultCache;
     return only;
@@ -125,12 +126,13 @@ class ResultCache {
 
  private:
   ResultCache() {
-    // A process that is forked while another thread holds the mutex would never see it free again.
+    // If another thread held the mutex at a fork, it would stay locked in the child.
     pthread_atfork([] { instance().mutex_.lock(); }, [] { instance().mutex_.unlock(); },
                    [] { instance().mutex_.unlock(); });
   }
 
-  // Marks as free all but the blocks freed last. In the order of their age, so that older than one offered are all.
+  // Marks all blocks as free but the most recently freed ones. Invariant: all blocks older than a marked one are
+  // marked, so the loop ends at the first marked one.
   void offer_older() {
     size_t younger = 0;
     for (auto block = cached_.rbegin(); block != cached_.rend() && !block->offered; ++block) {

@@ -1,23 +1,24 @@
-// Memory of large results, kept for the next ones.
+// Result cache: a caching allocator for large results.
 //
-// A system's allocator gives large blocks back when they are freed, and the next result starts on pages that the system
-// first has to find and clear: more time than the arithmetic takes. Blocks from here stay mapped when their result is
-// freed, and the next result of about that size finds its pages there. What is kept is the system's to take: all but the
-// blocks freed last are marked as free, so that their pages go first when memory is short, and are not written to a swap.
+// The system allocator unmaps large blocks when they are freed, so the next result starts on pages that the kernel
+// first has to find and clear, which takes longer than the arithmetic. Blocks of this cache stay mapped when their
+// result is freed, and the next result of about that size reuses their pages. The system can reclaim cached memory: all
+// blocks but the most recently freed ones are marked as free (MADV_FREE), so when memory is short their pages are
+// reclaimed first, without being written to swap.
 #pragma once
 
 #include <cstddef>
 
 namespace bnk::cpu {
 
-// A block for `bytes`, its contents undefined. nullptr where keeping does not pay or is turned off, or where the system has
-// no more: then it is the caller's to find memory elsewhere.
+// Returns an uninitialized block of `bytes` bytes. Returns nullptr if `bytes` is too small to benefit, if the cache is
+// disabled or if the system is out of memory; the caller then has to allocate elsewhere.
 void* take_memory(size_t bytes);
 
-// Of a block from take_memory(bytes), which nobody uses any more.
+// Returns a block from take_memory(bytes) that is no longer in use to the cache.
 void give_memory_back(void* data, size_t bytes);
 
-// Unmaps what is kept; how many bytes that was.
+// Unmaps all cached blocks and returns their size in bytes.
 size_t empty_result_cache();
 
 }  // namespace bnk::cpu

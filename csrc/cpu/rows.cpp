@@ -1,33 +1,35 @@
 // Rows: channels-first. A channel is `outer` runs of `inner` contiguous elements.
 //
-// Tiles of about kTileBytes: a piece of a long run, or several short runs. A block holds a few channels, so that a thread
-// walks neighbouring runs together: longer stretches of memory, and every cache line that is fetched is used.
+// A tile is about kTileBytes: a segment of a long run, or several short runs. A block holds a few channels, and a
+// thread traverses their neighbouring runs together: the contiguous stretches of memory are longer, and every cache
+// line that is fetched is used in full.
 //
-// Where there are no statistics nothing is visited twice, and memory is best walked from end to end: a block then holds
-// as many channels as make a long stretch, a chunk is one row of them, and a tile is a chunk.
+// Without statistics nothing is visited twice, and memory is best traversed from end to end: a block then holds as many
+// channels as make a long contiguous stretch, a split is one row of them, and a tile is a split.
 #include <algorithm>
 
-#include "layout.h"
+#include "tiling.h"
 
 namespace bnk::cpu {
 namespace {
 
-constexpr int64_t kTileBytes = 8192;  // in the arithmetic type: short chains, and its second pass is from the cache
-constexpr int64_t kSplitTiles = 32;   // at least, in a chunk
+// in the arithmetic type: short addition chains, and the second pass hits the cache
+constexpr int64_t kTileBytes = 8192;
+constexpr int64_t kSplitTiles = 32;  // minimum per split
 constexpr int64_t kMaxSplits = 256;
 constexpr int64_t kStreamedRunBytes = 4096;
-constexpr int64_t kBlockChannels = 4;       // of a block, unless
-constexpr int64_t kMinStretchBytes = 1024;  // a row of it is shorter: then more, up to kMaxRowChannels
-constexpr int64_t kBlockBytes = 524288;     // it is larger, too much for a second-level cache: then fewer
+constexpr int64_t kBlockChannels = 4;       // channels per block, unless
+constexpr int64_t kMinStretchBytes = 1024;  // a row of the block is shorter: then more, up to kMaxRowChannels
+constexpr int64_t kBlockBytes = 524288;     // the block is larger, too much for a second-level cache: then fewer
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 
-Rows::Rows(const Problem& problem, int tensors, bool has_partials) : Layout(problem, tensors) {
+Rows::Rows(const Problem& problem, int tensors, bool has_partials) : Tiling(problem, tensors) {
   const int64_t inner = problem.inner;
   const int64_t run_bytes = inner * size_of(problem.dtype);
-  // Past the cache only whole lines: the ends of short runs would be written to the same lines both ways.
+  // Only whole cache lines may be streamed: the ends of short runs would mix cached and streamed writes to one line.
   streamed_ = streamed_ && run_bytes >= kStreamedRunBytes;
   if (!has_partials) {
     length_ = std::min(inner, kMapBytes / size_of(problem.dtype));
@@ -48,14 +50,15 @@ Rows::Rows(const Problem& problem, int tensors, bool has_partials) : Layout(prob
     length_ = inner;
     segments_ = 1;
     tiles_ = ceil_div(problem.outer, tile_elements / inner);
-    tile_rows_ = ceil_div(problem.outer, tiles_);  // alike, as each asks for the next in its own shape
+    // of equal size, since each tile prefetches the next in its own shape
+    tile_rows_ = ceil_div(problem.outer, tiles_);
     tiles_ = ceil_div(problem.outer, tile_rows_);
   }
   split_tiles_ = std::max(kSplitTiles, ceil_div(tiles_, kMaxSplits));
-  const bool whole_runs = segments_ <= split_tiles_;  // in a chunk; a longer run is a block of its own
+  const bool whole_runs = segments_ <= split_tiles_;  // per split; a longer run is a block of its own
   if (whole_runs) split_tiles_ = ceil_div(split_tiles_, segments_) * segments_;
   splits_ = ceil_div(tiles_, split_tiles_);
-  // Powers of two, so that a block begins with a cache line more often.
+  // Powers of two, so that more blocks begin at a cache line.
   block_channels_ = whole_runs ? kBlockChannels : 1;
   while (block_channels_ < kMaxRowChannels && block_channels_ * run_bytes < kMinStretchBytes) block_channels_ *= 2;
   while (block_channels_ > 1 && block_channels_ * run_bytes * problem.outer > kBlockBytes) block_channels_ /= 2;
@@ -84,7 +87,7 @@ Rows::Piece Rows::piece(int64_t block, int64_t split, int64_t index) const {
     const int64_t tile = first_tile(split) + index;
     return {offset(block, tile), tile_at(tile), elements_before(tile) - before, 0, channels(block)};
   }
-  // Row by row, channel by channel, tile by tile: a chunk is whole runs here.
+  // Row by row, channel by channel, tile by tile: a split consists of whole runs here.
   const int64_t row = index / (channels(block) * segments_);
   const int64_t channel = index / segments_ % channels(block);
   const int64_t tile = first_tile(split) + row * segments_ + index % segments_;
@@ -92,7 +95,7 @@ Rows::Piece Rows::piece(int64_t block, int64_t split, int64_t index) const {
           static_cast<int>(channel), 1};
 }
 
-// Elements from a piece to the one that the same thread most likely reads after it.
+// Offset in elements from a piece to the piece that the same thread most likely reads next.
 int64_t Rows::to_next(int64_t block, int64_t split, int64_t index) const {
   const int64_t here = piece(block, split, index).offset;
   if (index + 1 < pieces(block, split)) return piece(block, split, index + 1).offset - here;

@@ -15,7 +15,7 @@
 namespace bnk::cuda {
 namespace {
 
-// Blocks of a cluster that every device with clusters takes (CUDA C++ Programming Guide, "Thread Block Clusters").
+// Largest cluster that every device with clusters supports (CUDA C++ Programming Guide, "Thread Block Clusters").
 constexpr int kPortableCluster = 8;
 
 cudaError_t query_limits(int device, DeviceLimits* limits) {
@@ -34,7 +34,7 @@ cudaError_t query_limits(int device, DeviceLimits* limits) {
     const cudaError_t error = cudaDeviceGetAttribute(answer, attribute, device);
     if (error != cudaSuccess) return error;
   }
-  ClusterCodeExecutor cluster;  // of one persistent kernel: all are compiled for the same architectures
+  ClusterCodeExecutor cluster;  // any persistent kernel will do: all are compiled for the same architectures
   persistent::forward_train({}, {}, nullptr, nullptr, cluster);
   if (cluster.error != cudaSuccess) return cluster.error;
   limits->shared_per_multiprocessor = shared_per_multiprocessor;
@@ -45,10 +45,11 @@ cudaError_t query_limits(int device, DeviceLimits* limits) {
   return cudaSuccess;
 }
 
-// A persistent kernel on a device, and what of a plan decides how many of its groups run at a time.
+// A persistent kernel on a device, and the properties of its plan that determine how many groups run at once.
 using KernelKey = std::tuple<int, Dtype, Pass, bool, Layout, GroupKind, int, int, int64_t>;
 
-// Groups that run at a time, by kernel and plan. Queried once per key, without the mutex: a query may load the kernel.
+// Groups that run at once, by kernel and plan. Queried once per key, without holding the mutex: a query may load the
+// kernel.
 class Occupancy {
  public:
   // Query: cudaError_t(int* groups).
@@ -68,7 +69,7 @@ class Occupancy {
     return cudaSuccess;
   }
 
-  // A launch of plan.groups groups was refused. Fewer cooperative groups may fit; clusters of this size never will.
+  // CUDA refused to launch plan.groups groups. Fewer cooperative groups may fit; clusters of this size never will.
   void refuse(const KernelKey& key, const PersistentPlan& plan) {
     const std::lock_guard<std::mutex> lock(mutex_);
     int& groups = groups_[key];
@@ -85,8 +86,8 @@ Occupancy& occupancy() {
   return all;
 }
 
-// Whether the runtime refused a launch that the current context cannot hold at once: fewer multiprocessors than the
-// device has (green contexts, MPS), or kernels that a tool has instrumented. Nothing has run, and the context is intact.
+// Whether the runtime refused a launch because the current context cannot hold it at once: fewer multiprocessors than
+// the device has (green contexts, MPS), or kernels instrumented by a tool. Nothing has run, and the context is intact.
 bool is_refusal(cudaError_t error) {
   return error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorInvalidClusterSize ||
          error == cudaErrorLaunchOutOfResources;
@@ -94,7 +95,7 @@ bool is_refusal(cudaError_t error) {
 
 int64_t bytes_of(int64_t doubles) { return doubles * static_cast<int64_t>(sizeof(double)); }
 
-// A call that has a persistent kernel: what run() needs to know of it. persistent(plan, scratch, workspace, executor) and
+// A call that has a persistent kernel, as run() sees it. persistent(plan, scratch, workspace, executor) and
 // two_pass(plan, scratch, executor) are its launch sequences.
 template <typename Persistent, typename TwoPass>
 struct Sequences {
@@ -105,7 +106,7 @@ struct Sequences {
   TwoPass two_pass;
 };
 
-// Plans the pass and runs it: by the persistent kernel if the device holds the plan's groups at a time, else in two passes.
+// Plans the pass and runs it: with the persistent kernel if the device can hold the plan's groups, else in two passes.
 template <typename Persistent, typename TwoPass>
 cudaError_t run(const Problem& problem, const void* x, const Sequences<Persistent, TwoPass>& call,
                 const Context& context) {
@@ -128,7 +129,7 @@ cudaError_t run(const Problem& problem, const void* x, const Sequences<Persisten
                         persistent.launch.block,
                         persistent.shared_bytes};
     const auto query = [&](int* groups) {
-      // Blocks alone wait for no other, however many run at a time.
+      // Single CTAs never wait for each other, so any number may run at once.
       *groups = std::numeric_limits<int>::max();
       if (persistent.group == GroupKind::kCta) return cudaSuccess;
       OccupancyExecutor found;
@@ -138,7 +139,7 @@ cudaError_t run(const Problem& problem, const void* x, const Sequences<Persisten
     };
     int fit = 0;
     if ((error = occupancy().groups(key, query, &fit)) != cudaSuccess) return error;
-    // Clusters may take turns. The groups of a cooperative launch may not.
+    // Clusters may run one after another. The groups of a cooperative launch must all be resident.
     if (persistent.group == GroupKind::kCluster && fit > 0 && fit < persistent.groups) {
       persistent.groups = fit;
       persistent.launch.grid = int64_t{fit} * persistent.group_size;
@@ -153,7 +154,7 @@ cudaError_t run(const Problem& problem, const void* x, const Sequences<Persisten
                                                                : persistent::backward_scratch(persistent);
       call.persistent(persistent, static_cast<double*>(context.host.scratch(bytes_of(doubles))), workspace, executor);
       if (!is_refusal(executor.error())) return executor.error();
-      (void)cudaGetLastError();  // clears it: nothing has gone wrong that the caller should find
+      (void)cudaGetLastError();  // clears the error, which the call recovers from
       occupancy().refuse(key, persistent);
       context.host.warn(std::string("bnkernels: CUDA refused to launch a kernel of ") +
                         std::to_string(persistent.launch.grid) + " blocks (" + cudaGetErrorName(executor.error()) +
@@ -169,7 +170,7 @@ cudaError_t run(const Problem& problem, const void* x, const Sequences<Persisten
   return executor.error();
 }
 
-// A call that has the two-pass path alone: run(plan, executor).
+// A call that only has the two-pass path: run(plan, executor).
 template <typename Run>
 cudaError_t run_two_pass(const Problem& problem, const void* x, const Context& context, const Run& run) {
   DeviceLimits limits;
@@ -180,7 +181,8 @@ cudaError_t run_two_pass(const Problem& problem, const void* x, const Context& c
   return executor.error();
 }
 
-// Backward without grad_x, or of inference, has no result that waits for the sums: nothing is to be kept.
+// The backward without grad_x, or of inference, has no result that depends on the sums, so caching its inputs has no
+// use.
 Pass pass_of(const BackwardArgs& args) {
   return args.training && args.grad_x != nullptr ? Pass::kBackwardTrain : Pass::kBackwardEval;
 }

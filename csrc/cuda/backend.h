@@ -1,7 +1,8 @@
-// The CUDA backend's entry points. torch/ops.cpp has checked the arguments; every pointer is memory of the current device.
+// Entry points of the CUDA backend. torch/ops.cpp has checked the arguments; every pointer is memory of the current
+// device.
 //
-// Each call plans, enqueues its kernels on the stream and returns the first error. It does not synchronize, so it can be
-// captured in a CUDA graph.
+// Each call plans, enqueues its kernels on the stream and returns the first error. It does not synchronize, so it can
+// be captured in a CUDA graph.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -13,7 +14,7 @@
 
 namespace bnk::cuda {
 
-// What the backend asks of its caller, on the current device. Each function may throw.
+// Services that the caller provides, for the current device. Each function may throw.
 class Host {
  public:
   // Uninitialized memory for work on the call's stream, valid until this object is destroyed.
@@ -26,14 +27,14 @@ class Host {
   ~Host() = default;
 };
 
-// Where and how a call runs.
+// The stream, options and services of a call.
 struct Context {
   cudaStream_t stream;
   PlanOptions options;
   Host& host;
 };
 
-// The limits of the current device as this build can use them: without code for clusters, max_cluster is 0. Queried once
+// The limits of the current device for this build: max_cluster is 0 if the build has no code for clusters. Queried once
 // per device.
 cudaError_t current_device_limits(DeviceLimits* limits);
 
@@ -41,7 +42,7 @@ cudaError_t forward_train(const ForwardTrainArgs& args, const Context& context);
 cudaError_t forward_eval(const ForwardEvalArgs& args, const Context& context);
 cudaError_t backward(const BackwardArgs& args, const Context& context);
 
-// The steps of a batch that lies on several ranks (core/problem_sync.h), on the two-pass path.
+// The steps of synchronized BatchNorm (core/problem_sync.h), on the two-pass path.
 cudaError_t statistics(const StatisticsArgs& args, const Context& context);
 cudaError_t combine_statistics(const CombineStatisticsArgs& args, const Context& context);
 cudaError_t normalize(const NormalizeArgs& args, const Context& context);

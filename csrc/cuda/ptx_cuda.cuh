@@ -1,40 +1,40 @@
-// ptx.cuh on the GPU.
+// Implementation of ptx.cuh on the GPU.
 //
-// Every instruction that orders memory or is written as PTX (PTX ISA 9.0, "Memory Consistency Model" and the instruction's
-// own section):
+// Every instruction that orders memory or is written as PTX (PTX ISA 9.0, "Memory Consistency Model" and the
+// instruction's own section):
 //
-//   instruction                         from   scope    order     why it suffices
-//   ----------------------------------  -----  -------  --------  -----------------------------------------------------
-//   bar.sync (__syncthreads)            all    block    acq_rel   all threads of the block, converged, call it
-//   shfl.sync.bfly (__shfl_xor_sync)    all    warp     none      moves registers only; all 32 lanes, converged, call it
-//   atom.add.acq_rel.gpu                sm_70  gpu      acq_rel   arrival at group_barrier. The bar.sync before it puts the
-//                                                                 whole block's accesses before thread 0's release; the
-//                                                                 additions of all members form one chain of atomic
-//                                                                 read-modify-writes, so whoever observes the last one
-//                                                                 synchronizes with each of them.
-//   ld.acquire.gpu                      sm_70  gpu      acquire   thread 0's wait for the flipped bit. The bar.sync after
-//                                                                 it puts the whole block's later accesses after it, weak
-//                                                                 loads through L1 included.
-//   atom.inc.acq_rel.gpu                sm_70  gpu      acq_rel   last_to_arrive: [word] = old >= count-1 ? 0 : old+1. One
-//                                                                 chain as above, so the last caller's stores come after
-//                                                                 all callers' loads. An old value above count-1 wraps
-//                                                                 too, and no caller is the last: the word must be 0.
-//   barrier.cluster.arrive.release,     sm_90  cluster  release,  a member's stores to its shared memory come before the
-//   barrier.cluster.wait.acquire                        acquire   other members' loads, and those before it may exit.
-//                                                                 .aligned: the calls are outside of divergent code.
-//   mapa.shared::cluster                sm_90  -        none      address arithmetic
-//   ld.shared::cluster                  sm_90  -        weak      between two cluster barriers, volatile so that it stays
-//                                                                 there
-//   createpolicy.fractional.L2          sm_80  -        none      a value; a hint has no meaning beyond time
-//   ld.global.L2::cache_hint            sm_80  -        weak      not volatile: only of memory that the launch does not
-//                                                                 write, so moving or merging such loads changes nothing
-//   ld.global.cs, st.global.cs          all    -        weak      as ld.global, st.global; "evict first"
+//   instruction                      from   scope    order     why it suffices
+//   -------------------------------  -----  -------  --------  -----------------------------------------------------
+//   bar.sync (__syncthreads)         all    block    acq_rel   all threads of the block, converged, call it
+//   shfl.sync.bfly (__shfl_xor_sync) all    warp     none      moves registers only; all 32 lanes, converged, call it
+//   atom.add.acq_rel.gpu             sm_70  gpu      acq_rel   arrival at group_barrier. The preceding bar.sync orders
+//                                                              the whole block's accesses before thread 0's release;
+//                                                              the additions of all CTAs of the group form one chain
+//                                                              of atomic read-modify-writes, so observing the last one
+//                                                              synchronizes with each of them.
+//   ld.acquire.gpu                   sm_70  gpu      acquire   thread 0's wait for the flipped bit. The following
+//                                                              bar.sync orders the whole block's later accesses after
+//                                                              it, weak loads through L1 included.
+//   atom.inc.acq_rel.gpu             sm_70  gpu      acq_rel   last_to_arrive: [word] = old >= count-1 ? 0 : old+1. One
+//                                                              chain as above, so the last caller's stores come after
+//                                                              all callers' loads. An old value above count-1 wraps
+//                                                              too, and no caller is the last: the word must be 0.
+//   barrier.cluster.arrive.release,  sm_90  cluster  release,  orders a CTA's stores to its shared memory before its
+//   barrier.cluster.wait.acquire                     acquire   peers' loads, and those loads before the CTA exits.
+//                                                              .aligned: the calls are outside of divergent code.
+//   mapa.shared::cluster             sm_90  -        none      address arithmetic
+//   ld.shared::cluster               sm_90  -        weak      between two cluster barriers; volatile so that it stays
+//                                                              between them
+//   createpolicy.fractional.L2       sm_80  -        none      creates a value; a hint affects performance only
+//   ld.global.L2::cache_hint         sm_80  -        weak      not volatile: only for memory that the launch does not
+//                                                              write, so moving or merging such loads changes nothing
+//   ld.global.cs, st.global.cs       all    -        weak      as ld.global, st.global; "evict first"
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-// One block a multiprocessor is all that is promised: left to itself, ptxas spills to fit in one more.
+// min_blocks must be given: without it, ptxas spills registers to fit one more block per multiprocessor.
 #define BNK_KERNEL(max_threads, min_blocks) __global__ void __launch_bounds__(max_threads, min_blocks)
 #define BNK_DEVICE __device__ __forceinline__
 #define BNK_SHARED(T, name, count) __shared__ T name[count]
@@ -53,9 +53,9 @@ BNK_DEVICE void block_barrier() { __syncthreads(); }
 
 BNK_DEVICE double shuffle_xor(double value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
-// One thread speaks for its block: what its block has done is ordered before its arrival, and what others have done after
-// its wait, by the block's own barriers. The members of rank other than 0 add 1 each and rank 0 as much as flips the top
-// bit when all are there.
+// Thread 0 arrives and waits for its block: the block barriers order the block's earlier accesses before the arrival
+// and its later accesses after the wait. Rank 0 adds 0x80000000 - (group_size - 1) and every other CTA adds 1, so the
+// top bit flips when all have arrived.
 BNK_DEVICE void group_barrier(unsigned* word, unsigned group_size, unsigned rank) {
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -69,7 +69,7 @@ BNK_DEVICE void group_barrier(unsigned* word, unsigned group_size, unsigned rank
   __syncthreads();
 }
 
-// Before sm_90 there are no clusters, and none are launched.
+// Devices before sm_90 have no clusters, and the plan launches none.
 BNK_DEVICE void cluster_barrier() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
@@ -98,7 +98,8 @@ BNK_DEVICE bool last_to_arrive(unsigned* word, unsigned count) {
 template <typename Value>
 BNK_DEVICE void expect_uniform(int64_t /*key*/, Value /*value*/) {}
 
-// Elements travel as the unsigned integer of their size: the cache-hint intrinsics are overloaded for those.
+// Elements are loaded and stored as the unsigned integer of their size: the cache-hint intrinsics are overloaded for
+// those.
 template <int kBytes>
 struct Bits;
 template <>
@@ -137,8 +138,8 @@ BNK_DEVICE void store(T* address, T value) {
   }
 }
 
-// A vector stays in the four registers that it was loaded into until its elements are widened: taking it apart earlier
-// would make a thread wait for this load before it issues the next.
+// A vector stays in the four registers it was loaded into until its elements are converted: unpacking it earlier would
+// make a thread wait for this load before it issues the next.
 template <typename T>
 struct alignas(kVectorBytes) Vector {
   uint32_t words[kVectorBytes / 4];
@@ -163,7 +164,7 @@ BNK_DEVICE Vector<T> load_vector(const T* address) {
   return load<kCacheOp>(reinterpret_cast<const Vector<T>*>(address));
 }
 
-// Before sm_80 a load takes no hint.
+// Before sm_80, loads ignore the hint.
 struct CacheHint {
   uint64_t policy;
 };

@@ -5,13 +5,12 @@
 namespace bnk {
 namespace {
 
-constexpr int kVectorBytes = 16;
-// Channels that a block joins side by side, at least: so many doubles are one memory sector.
+// Minimum number of channels that a CTA combines at once: this many doubles fill one memory sector.
 constexpr int kMinCombineThreadsC = 4;
-// A tile iterator counts the units of its share in 32 bits, and may step past its end once.
+// A tile iterator counts the units of its work tile in 32 bits and may step past the end once.
 constexpr int64_t kMaxSplitSize = int64_t{1} << 30;
 
-// Windows that cover a row: of the least number if every row starts on a vector boundary, else wherever it starts.
+// Vectors that cover a row: the minimum if every row starts on a vector boundary, else enough for any start.
 int64_t vectors_per_row(const Problem& problem, bool aligned) {
   const int vector = vector_elements(problem.dtype);
   if (aligned && problem.inner % vector == 0) return problem.inner / vector;

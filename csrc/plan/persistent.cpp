@@ -6,53 +6,50 @@
 namespace bnk {
 namespace {
 
-constexpr int kVectorBytes = 16;
-
-// A cooperative launch starts when all its blocks fit at once. One in so many multiprocessors is left free, so that it does
-// not wait for, say, the collectives that run beside it; memory is saturated without them.
+// A cooperative launch starts only when all its CTAs fit at once. Leave one in this many multiprocessors free, so that
+// the launch does not wait for concurrent kernels such as collectives; the other multiprocessors saturate memory.
 constexpr int kSparedOf = 16;
 
-// A cluster lies within one of the device's processing clusters. Those of Hopper and Blackwell have 16
-// multiprocessors or a few more, and no attribute tells how many: confirm() in cuda/backend.cpp asks for the groups that fit.
+// A cluster lies within one graphics processing cluster (GPC). The GPCs of Hopper and Blackwell have 16 multiprocessors
+// or a few more, and no device attribute gives the number: run() in cuda/backend.cu queries how many clusters fit.
 constexpr int64_t kClusterMultiprocessors = 16;
 
-// What is not streaming costs a round of a group, in bytes that a block could move meanwhile: on an H200 with two blocks on
-// each multiprocessor that is 16 KB a microsecond. Estimates, to be tuned by measurement.
-constexpr int64_t kRoundCost = 24 * 1024;          // the first load's latency, the block's reductions
-constexpr int64_t kClusterBarrierCost = 8 * 1024;  // a barrier of a cluster, and the loads behind it
-constexpr int64_t kBarrierCost = 32 * 1024;        // the same of a virtual one
-// Partials that every member may have to read before the join is divided among them.
+// Cost of one round of a group apart from streaming, as the bytes that a CTA could move in that time: 16 KB per
+// microsecond on an H200 with two CTAs per multiprocessor. Estimates, to be tuned by measurement.
+constexpr int64_t kRoundCost = 24 * 1024;          // latency of the first load, reductions within the CTA
+constexpr int64_t kClusterBarrierCost = 8 * 1024;  // a cluster barrier and the loads after it
+constexpr int64_t kBarrierCost = 32 * 1024;        // a grid group's barrier and the loads after it
+// Use the two-shot all-reduce when a one-shot CTA would read more than this many bytes of partials.
 constexpr int64_t kTwoShotAbove = 24 * 1024;
 constexpr int64_t kPartialBytes = 3 * sizeof(double);
-constexpr int64_t kMostRounds = 8;  // that are tried
+constexpr int64_t kMostRounds = 8;  // upper bound of the search
 
-// The first vectors are the sample that the others are centred on (persistent_forward.cuh), so they must be one.
-constexpr int64_t kMinCachedShare = 16;  // one in so many
-// As in plan_two_pass.cpp.
-constexpr int64_t kMaxVectorsPerThreadFloat64 = 128;
+// The cached vectors are the sample whose mean is the pivot of all others (persistent_forward.cuh), so they must be a
+// sizeable part.
+constexpr int64_t kMinCachedShare = 16;  // at least one vector in this many
 
-// The persistent kernels count channel tiles, and a row's elements, in 32 bits, and may step past the last once.
+// The persistent kernels count channel tiles, and the elements of a row, in 32 bits and may step past the last once.
 constexpr int64_t kMaxChannelTiles = int64_t{1} << 30;
 constexpr int64_t kMaxPersistentRow = int64_t{1} << 30;
 
-// Vectors of a packed row that are walked side by side, at least: runs of several cache lines.
+// Minimum number of adjacent vectors per packed row: contiguous runs of several cache lines.
 constexpr int64_t kMinPackedThreadsC = 16;
 
 int64_t round_up(int64_t value, int64_t multiple) { return ceil_div(value, multiple) * multiple; }
 
-// How an array may be walked, and by how many threads.
+// A candidate layout and CTA size.
 struct Shape {
   Layout layout;
   int threads_c;
   int block;
 };
 
-// Units of a split that a block takes at a time.
+// Units of a split that a CTA covers per step.
 int64_t step_of(const Shape& shape) {
   return shape.layout == Layout::kChannelsFirst ? shape.block : shape.block / shape.threads_c;
 }
 
-// The threads of a block that walks `units` units of each of `lanes` lanes.
+// The CTA for `units` units of each of `threads_c` threads along C.
 Shape shape_of(Layout layout, int64_t threads_c, int64_t units) {
   const int64_t rows = std::min(units, persistent_threads(layout) / threads_c);
   return {layout, static_cast<int>(threads_c), static_cast<int>(round_up(threads_c * rows, kPlanWarp))};
@@ -70,7 +67,7 @@ void each_shape(const Problem& problem, bool aligned, const Visit& visit) {
   visit(shape_of(Layout::kChannelsFirst, 1, units));
   const int64_t vector = vector_elements(problem.dtype);
   if (!aligned || problem.inner < vector || problem.channels * problem.inner % vector != 0) return;
-  // So many channels begin and end on a vector.
+  // The smallest number of channels that begins and ends on a vector boundary.
   const int64_t least = vector / std::gcd(vector, problem.inner);
   const int64_t most = std::min<int64_t>(kMaxTileChannels<Layout::kPacked>, problem.channels);
   for (int64_t channels = least; channels <= most; channels += channels) {
@@ -83,16 +80,16 @@ void each_shape(const Problem& problem, bool aligned, const Visit& visit) {
 
 struct Room {
   int64_t multiprocessors;
-  int64_t beside;       // blocks on each
-  int64_t cooperating;  // blocks on the device at once, of a cooperative launch
-  int cached_vectors;   // vectors of each tensor that a thread of each can keep
+  int64_t beside;       // CTAs per multiprocessor
+  int64_t cooperating;  // CTAs that a cooperative launch can run at once
+  int cached_vectors;   // vectors of each tensor that each thread can cache
 };
 
 Room room_for(const Shape& shape, Pass pass, const DeviceLimits& limits) {
   const int64_t threads = limits.max_threads_per_multiprocessor;
-  // The kernels' registers are bounded so that kMinBlocksPerMultiprocessor of the largest blocks fit.
+  // The kernels' registers are bounded so that kMinBlocksPerMultiprocessor CTAs of the largest size fit.
   const int64_t by_registers = kMinBlocksPerMultiprocessor * persistent_threads(shape.layout) / shape.block;
-  // So many that each keeps a tile.
+  // Each CTA must have shared memory for at least one tile of kVectorsPerThread vectors per thread.
   const int64_t tile = int64_t{kVectorBytes} * kVectorsPerThread * shape.block * tensors_read(pass);
   const int64_t by_shared =
       limits.shared_per_multiprocessor / (limits.shared_reserved + persistent_overhead(shape.layout) + tile);
@@ -107,7 +104,7 @@ Room room_for(const Shape& shape, Pass pass, const DeviceLimits& limits) {
   return {limits.multiprocessors, beside, beside * cooperating, static_cast<int>(std::max<int64_t>(0, vectors))};
 }
 
-// Groups that run at a time. Those of one block, and clusters, wait for no other and need spare nothing.
+// Groups that run at once. Single CTAs and clusters never wait for another group, so no multiprocessors are left free.
 int64_t groups_at_once(const Room& room, GroupKind group, int64_t group_size) {
   if (group == GroupKind::kGrid) return std::min<int64_t>(room.cooperating / group_size, kMaxBarrierGroups);
   if (group == GroupKind::kCta) return room.multiprocessors * room.beside;
@@ -116,7 +113,7 @@ int64_t groups_at_once(const Room& room, GroupKind group, int64_t group_size) {
   return whole * (kClusterMultiprocessors * room.beside / group_size) + rest * room.beside / group_size;
 }
 
-// A row's first and last vectors may be partly another's: half of each is the row's own, and is written element by element.
+// In a partial first or last vector of a row, about half of the elements belong to the row; they are stored one by one.
 int64_t written_in_parts(const Problem& problem, Layout layout, bool aligned, const TilePartition& partition,
                          int64_t vectors) {
   const int vector = vector_elements(problem.dtype);
@@ -126,7 +123,7 @@ int64_t written_in_parts(const Problem& problem, Layout layout, bool aligned, co
 
 struct Candidate {
   PersistentChoice choice;
-  // Bytes that one of kMinBlocksPerMultiprocessor blocks beside each other could move in the time that the pass takes.
+  // The pass's time, as the bytes that one of kMinBlocksPerMultiprocessor resident CTAs could move in it.
   int64_t cost;
 };
 
@@ -135,13 +132,13 @@ GroupKind group_of(int64_t group_size, bool cluster) {
   return cluster ? GroupKind::kCluster : GroupKind::kGrid;
 }
 
-// The choice with a given number of members; cost < 0: there is none.
+// The choice with the given group size; cost < 0 if it is not feasible.
 Candidate candidate(const Problem& problem, Pass pass, bool aligned, const Shape& shape, const Room& room, bool cluster,
                     int64_t group_size) {
   const TilePartition partition =
       make_partition(problem, shape.layout, shape.threads_c, aligned, shape.block, group_size);
   const GroupKind group = group_of(partition.splits, cluster);
-  const int64_t vectors = ceil_div(partition.split_size, step_of(shape));  // of a thread
+  const int64_t vectors = ceil_div(partition.split_size, step_of(shape));  // per thread
   const int64_t cached_vectors = std::min<int64_t>(vectors, room.cached_vectors);
   if (cached_vectors * kMinCachedShare < vectors) return {{}, -1};
   if (partition.channel_tiles.value > kMaxChannelTiles || problem.inner > kMaxPersistentRow) return {{}, -1};
@@ -165,11 +162,11 @@ Candidate candidate(const Problem& problem, Pass pass, bool aligned, const Shape
                                 static_cast<int>(cached_vectors),
                                 two_shot,
                                 cluster};
-  // The more blocks share a multiprocessor, the longer each takes.
+  // The more CTAs share a multiprocessor, the longer each takes.
   return {choice, rounds * (moved * kVectorBytes * shape.block * room.beside / kMinBlocksPerMultiprocessor + waited)};
 }
 
-// Of all shapes and numbers of members, the cheapest.
+// The cheapest feasible choice over all shapes and group sizes.
 Candidate cheapest(const Problem& problem, Pass pass, bool aligned, const DeviceLimits& limits) {
   Candidate best{{}, -1};
   each_shape(problem, aligned, [&](const Shape& shape) {
@@ -182,20 +179,20 @@ Candidate cheapest(const Problem& problem, Pass pass, bool aligned, const Device
       const Candidate one = candidate(problem, pass, aligned, shape, room, cluster, group_size);
       if (one.cost >= 0 && (best.cost < 0 || one.cost < best.cost)) best = one;
     };
-    const int64_t shares = ceil_div(units, step_of(shape));  // at most
-    // So few keep all of it.
+    const int64_t shares = ceil_div(units, step_of(shape));  // upper bound of a useful group size
+    // The smallest group that caches the whole channel tile.
     const int64_t enough = ceil_div(units, room.cached_vectors * step_of(shape));
-    // A cluster keeps all of it, or is as large as can be where there is no larger group.
+    // Clusters must cache the whole channel tile. Without cooperative launches the largest cluster is considered too.
     const int64_t most_in_cluster = std::min<int64_t>(limits.max_cluster, shares);
     const int64_t least_in_cluster = limits.cooperative_launch ? enough : std::min(enough, most_in_cluster);
     for (int64_t group_size = std::max<int64_t>(2, least_in_cluster); group_size <= most_in_cluster; ++group_size) {
       consider(group_size, true);
     }
     const int64_t most = limits.cooperative_launch ? std::min(room.cooperating, shares) : 1;
-    // If none keep all of it, as many as there are keep the most.
+    // If no group caches the whole channel tile, the largest group caches the most.
     const int64_t least = std::min(enough, most);
     consider(least);
-    // As many groups as these are, of all the blocks that there are.
+    // The same number of groups, enlarged to use all CTAs that can run at once.
     const int64_t groups = std::min(room.cooperating / least, channel_tiles);
     if (groups > 0) consider(std::min(room.cooperating / groups, most));
     for (int64_t rounds = 1; rounds <= std::min(channel_tiles, kMostRounds); ++rounds) {
@@ -207,15 +204,15 @@ Candidate cheapest(const Problem& problem, Pass pass, bool aligned, const Device
   return best;
 }
 
-// Of a channel of each tensor, in bytes: what no member keeps.
+// Bytes of one channel of each tensor that are not cached and therefore read twice.
 int64_t read_again(const Problem& problem, const PersistentPlan& plan, int64_t units) {
   const Shape shape{plan.partition.layout, plan.partition.threads_c, plan.launch.block};
   const int64_t cached_vectors = plan.cached_vectors * step_of(shape);
   const int64_t last = units - (plan.partition.splits - 1) * plan.partition.split_size;
   const int64_t again = (plan.partition.splits - 1) * std::max<int64_t>(0, plan.partition.split_size - cached_vectors) +
                         std::max<int64_t>(0, last - cached_vectors);
-  // A unit is a row, or a vector, which has its part of a row. Neighbouring vectors of rows that begin and end within a
-  // vector share that vector: counted whole, short rows would be read many times over.
+  // A unit is a row or a vector's part of a row. Adjacent rows that meet inside a vector share that vector; counting it
+  // fully for each would count short rows many times over.
   const int64_t row_bytes = problem.inner * size_of(problem.dtype);
   return shape.layout == Layout::kChannelsFirst ? again * row_bytes / plan.partition.row_vectors.value
                                                 : again * row_bytes;
@@ -227,7 +224,8 @@ Traffic exchanged_by(const PersistentPlan& plan, Pass pass) {
   const int64_t bytes = plan.partition.channels * static_cast<int64_t>(sizeof(double));
   const int64_t partials = (forward ? 3 : 2) * bytes * plan.group_size;
   if (!plan.two_shot) return {partials * plan.group_size, partials};
-  // Who has joined a channel tells the others two values; those of the forward are its results.
+  // In the two-shot exchange, the CTA that reduces a channel passes two values to the others. In the forward these are
+  // its results (mean and invstd), which it writes anyway.
   return forward ? Traffic{partials, partials} : Traffic{partials + 2 * bytes * plan.group_size, partials + 2 * bytes};
 }
 

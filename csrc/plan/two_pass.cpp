@@ -5,17 +5,14 @@
 namespace bnk {
 namespace {
 
-// Threads that walk an array: enough warps a block to hide latency, few enough that two blocks fit beside each other
-// with the registers that a tile in flight takes.
+// Threads per CTA of the tile kernels: enough warps to hide latency, few enough that two CTAs fit on a multiprocessor
+// with the registers of a tile in flight.
 constexpr int kBlockThreads = 256;
-// Threads that join what ranks have told: each waits for one value a rank, so small blocks spread over the device.
+// Threads per CTA that combine the ranks' rows: each waits for one value per rank, so small CTAs spread over the
+// device.
 constexpr int kCombineThreads = 128;
-// Windows a thread should at least have before a channel tile is cut finer: one tile, so that its loads overlap.
+// Minimum vectors per thread before a channel tile is split further: one tile, so that its loads overlap.
 constexpr int64_t kMinVectorsPerThread = 4;
-// Windows a thread may at most have of float64 data. Its sums are of the data's own precision, and equal values added one
-// after the other all round the same way: the chain, not the tree above it, sets the error. (The sums of smaller dtypes
-// are joined in double, where no chain is too long.)
-constexpr int64_t kMaxVectorsPerThreadFloat64 = 128;
 
 Layout layout_of(const Problem& problem) {
   return problem.channels_last() ? Layout::kChannelsLast : Layout::kChannelsFirst;
@@ -25,7 +22,7 @@ int threads_c_of(const Problem& problem) { return problem.channels_last() ? wide
 
 int choose_block(const Problem& problem, bool aligned) {
   if (problem.channels_last()) return kBlockThreads;
-  // A small channel gets a small block, so that its threads have something to do.
+  // A small channel gets a small CTA, so that all threads have work.
   const int64_t threads = ceil_div(tile_units(problem, Layout::kChannelsFirst, aligned), kPlanWarp) * kPlanWarp;
   return static_cast<int>(std::min<int64_t>(threads, kBlockThreads));
 }
@@ -46,8 +43,8 @@ TwoPassPlan plan_two_pass(const Problem& problem, bool aligned, const DeviceLimi
   const int block = choose_block(problem, aligned);
   const Layout layout = layout_of(problem);
   const TilePartition whole = make_partition(problem, layout, threads_c_of(problem), aligned, block, 1);
-  // As many shares as could at most be resident at once: enough to fill the device in any case, and no more than the
-  // partials that they leave are worth.
+  // At most as many work tiles as could be resident at once: enough to fill the device, and more would cost additional
+  // partials without benefit.
   const int64_t resident =
       static_cast<int64_t>(limits.multiprocessors) * std::max(1, limits.max_threads_per_multiprocessor / block);
   const int64_t wanted = ceil_div(resident, whole.channel_tiles.value);

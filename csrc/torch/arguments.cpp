@@ -59,7 +59,7 @@ Input describe_input(const at::Tensor& x) {
 
 namespace {
 
-// who: the call; what: the tensor, with its article.
+// who: the function, for error messages; what: the tensor, with its article.
 at::Tensor dense_like(const at::Tensor& tensor, const Input& input, const char* who, const char* what) {
   const at::Tensor& x = input.tensor;
   TORCH_CHECK(tensor.sizes() == x.sizes(), who, ": expected ", what, " of shape ", x.sizes(), ", but got ",
@@ -81,11 +81,11 @@ at::Tensor residual_like(const at::Tensor& residual, const Input& input) {
   return dense_like(residual, input, "batch_norm", "a residual");
 }
 
-Vector::Vector(const OptionalTensor& given, const char* name, const Input& input)
-    : Vector(given, name, input.problem.channels, input.tensor.scalar_type(), input.tensor.device()) {}
+ChannelVector::ChannelVector(const OptionalTensor& given, const char* name, const Input& input)
+    : ChannelVector(given, name, input.problem.channels, input.tensor.scalar_type(), input.tensor.device()) {}
 
-Vector::Vector(const OptionalTensor& given, const char* name, int64_t channels, at::ScalarType data,
-               at::Device device) {
+ChannelVector::ChannelVector(const OptionalTensor& given, const char* name, int64_t channels, at::ScalarType data,
+                             at::Device device) {
   if (!given.has_value() || !given->defined()) return;
   TORCH_CHECK(given->numel() == channels, name, " should contain ", channels, " elements not ", given->numel());
   TORCH_CHECK(given->device() == device, "batch_norm: expected ", name, " on the input's device, ", device,
@@ -98,14 +98,14 @@ Vector::Vector(const OptionalTensor& given, const char* name, int64_t channels, 
   dense_ = given_.resolve_neg().contiguous();
 }
 
-PerChannel Vector::pointer() const {
+PerChannel ChannelVector::pointer() const {
   if (!defined()) return {nullptr, Dtype::kFloat32};
   return {dense_.data_ptr(), to_dtype(dense_.scalar_type())};
 }
 
 namespace {
 
-// Where the elements of a tensor lie in its storage, ascending.
+// The offsets of a tensor's elements in its storage, ascending.
 std::vector<int64_t> places_of(const at::Tensor& tensor) {
   std::vector<int64_t> places{tensor.storage_offset()};
   for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
@@ -120,7 +120,7 @@ std::vector<int64_t> places_of(const at::Tensor& tensor) {
   return places;
 }
 
-// Of two tensors of one dtype. torch itself looks at dense ones alone.
+// Whether two tensors of the same dtype share an element. at::assert_no_overlap only decides this for dense tensors.
 bool share_an_element(const at::Tensor& a, const at::Tensor& b) {
   if (!a.storage().is_alias_of(b.storage()) || a.numel() == 0) return false;
   const std::vector<int64_t> of_a = places_of(a);
@@ -131,7 +131,7 @@ bool share_an_element(const at::Tensor& a, const at::Tensor& b) {
 
 }  // namespace
 
-void Vector::check_writable(const Vector& other) const {
+void ChannelVector::check_writable(const ChannelVector& other) const {
   if (!defined()) return;
   at::assert_no_internal_overlap(given_);
   if (!other.defined()) return;
@@ -142,32 +142,32 @@ void Vector::check_writable(const Vector& other) const {
               "clone() one of them");
 }
 
-void Vector::check_apart(const at::Tensor& read) const {
+void ChannelVector::check_apart(const at::Tensor& read) const {
   if (defined() && read.defined()) at::assert_no_overlap(given_, read);
 }
 
-void Vector::write_back() {
+void ChannelVector::write_back() {
   if (!defined()) return;
   if (!dense_.is_same(given_)) {
-    // Gradients are the caller's business, as where the kernel writes to the tensor itself.
+    // Autograd is the caller's responsibility, just as if the kernel wrote to the tensor directly.
     const at::AutoDispatchBelowADInplaceOrView guard;
     given_.copy_(dense_);
   }
   mark_changed(given_);
 }
 
-void check_same_dtype(const Vector& a, const char* a_name, const Vector& b, const char* b_name) {
+void check_same_dtype(const ChannelVector& a, const char* a_name, const ChannelVector& b, const char* b_name) {
   if (!a.defined() || !b.defined()) return;
   TORCH_CHECK(a.scalar_type() == b.scalar_type(), "batch_norm: expected ", a_name, " and ", b_name,
               " of one dtype, but got ", a.scalar_type(), " and ", b.scalar_type());
 }
 
-Vector saved_statistic(const at::Tensor& given, const char* name, const Input& input) {
+ChannelVector saved_statistic(const at::Tensor& given, const char* name, const Input& input) {
   const at::ScalarType expected = to_scalar_type(accumulate_dtype(input.problem.dtype));
   TORCH_CHECK(given.scalar_type() == expected, "batch_norm: expected ", name, " of dtype ", expected,
               ", as the forward returned it, but got ", given.scalar_type());
-  // The saved statistics of 16-bit inputs are float32, which is what Vector allows beside the input's own dtype.
-  return Vector(given, name, input);
+  // The saved statistics of 16-bit inputs are float32, which ChannelVector accepts in addition to the input's own dtype.
+  return ChannelVector(given, name, input);
 }
 
 at::Tensor saved_relu_bounds(const at::Tensor& given, const Input& input) {

@@ -1,5 +1,5 @@
-// The translation unit of the ops. Each of these files takes longer to read torch's headers than to compile: together they
-// read them once.
+// The translation unit of the ops. Parsing torch's headers takes longer than compiling any of these files, so they
+// share one parse.
 #include "arguments.cpp"
 #include "dispatch.cpp"
 #include "ops.cpp"

@@ -1,7 +1,7 @@
-// The Python module bnkernels._C: the ops by a direct call, and what this build was made with.
+// The Python module bnkernels._C: direct calls of the ops, and build information.
 //
-// A call from here is cheaper than one through torch.ops, which matches its arguments against a schema; both end in the
-// same ops.
+// A call through this module is cheaper than one through torch.ops, which matches its arguments against a schema. Both
+// call the same registered ops.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/utils/pybind.h>
@@ -22,12 +22,12 @@ namespace py = pybind11;
 namespace bnk {
 namespace {
 
-// What this library was built with, to be found in the file itself: a library that does not load cannot be asked. Volatile,
-// so that a compiler does not copy the text in pieces and leave the whole out.
+// The build information as text that can be found in the file, for a library that fails to load. Volatile, so that the
+// compiler does not split the text into pieces and drop the whole.
 const char* const volatile kBuildTag = "bnkernels-build torch=" BNK_BUILD_TORCH " cuda=" BNK_BUILD_CUDA;
 
-// A call of a registered op, through the dispatcher but below autograd: the ops have no gradients to record, which are
-// bnkernels/autograd's.
+// Calls a registered op through the dispatcher, but below autograd: the ops record no gradients (see
+// bnkernels/autograd).
 template <typename Signature>
 class Op;
 template <typename Result, typename... Args>
@@ -46,7 +46,7 @@ class Op<Result(Args...)> {
   c10::TypedOperatorHandle<Result(Args...)> handle_;
 };
 
-// What a forward returns to Python: relu_bounds of size 0 become None.
+// Wraps a forward op for Python: relu_bounds of size 0 become None.
 template <typename... Args>
 auto forward(FourTensors (&)(Args...), const char* name) {
   return [op = Op<FourTensors(Args...)>(name)](Args... args) {
@@ -57,7 +57,7 @@ auto forward(FourTensors (&)(Args...), const char* name) {
 
 using Gradients = std::tuple<OptionalTensor, OptionalTensor, OptionalTensor>;
 
-// None for the gradients that were not asked for.
+// Returns None for gradients that were not requested.
 Gradients backward(const at::Tensor& grad, const at::Tensor& x, const OptionalTensor& weight, const at::Tensor& mean,
                    const at::Tensor& invstd, bool training, bool need_input, bool need_weight, bool need_bias,
                    const OptionalTensor& relu_bounds) {
@@ -104,7 +104,7 @@ py::dict build_info() {
 }  // namespace bnk
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
-  module.doc() = "The compiled part of bnkernels; bnkernels/ops.py is its only user.";
+  module.doc() = "The compiled part of bnkernels; bnkernels/_ops is its only user.";
   using py::arg;
   module.def("forward_train", bnk::forward(bnk::batch_norm_train, "bnkernels::batch_norm_train"), arg("x"),
              arg("weight"), arg("bias"), arg("running_mean"), arg("running_var"), arg("num_batches_tracked"),

@@ -11,7 +11,8 @@ namespace py = pybind11;
 namespace bnk {
 namespace {
 
-// Bytes of a tensor, at most: more than any address space holds, and a plan's sums of bytes stay far below 2^63.
+// Limit on the size of a tensor in bytes: larger than any address space, and small enough for a plan's sums of bytes to
+// stay far below 2^63.
 constexpr int64_t kMaxTensorBytes = int64_t{1} << 57;
 
 Dtype dtype_of(const std::string& name) {
@@ -146,7 +147,7 @@ py::dict dict_of(const PersistentPlan& plan) {
   return result;
 }
 
-// Everything of a plan. The limits are named as device_limits() names them.
+// Returns a plan as a dict. The limits have the names of device_limits().
 py::dict plan(int64_t outer, int64_t channels, int64_t inner, const std::string& dtype, const std::string& pass,
               bool aligned, int multiprocessors, int max_threads_per_multiprocessor, int max_blocks_per_multiprocessor,
               int64_t shared_per_multiprocessor, int64_t shared_per_block, int64_t shared_reserved,

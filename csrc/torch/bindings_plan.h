@@ -1,4 +1,4 @@
-// The plan as Python sees it: pure arithmetic, no GPU is asked and none needs to be there.
+// Python bindings of the planner: pure arithmetic that needs no GPU.
 #pragma once
 
 #include <torch/csrc/utils/pybind.h>

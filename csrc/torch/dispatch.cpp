@@ -35,14 +35,14 @@ PlanOptions plan_options() {
   static const PlanOptions options = [] {
     const char* value = std::getenv("BNKERNELS_PLAN");
     const std::string text = value == nullptr ? "" : value;
-    TORCH_CHECK(text.empty() || text == "auto" || text == "streaming", "BNKERNELS_PLAN=", text,
-                ": expected auto or streaming");
-    return PlanOptions{.force_two_pass = text == "streaming"};
+    TORCH_CHECK(text.empty() || text == "auto" || text == "two_pass", "BNKERNELS_PLAN=", text,
+                ": expected auto or two_pass");
+    return PlanOptions{.force_two_pass = text == "two_pass"};
   }();
   return options;
 }
 
-// A stream of the current device on which nothing is ever captured. torch's own streams may be capturing.
+// A stream of the current device that is never captured. torch's own streams may be capturing.
 cudaStream_t stream_for_allocations() {
   static std::mutex mutex;
   static std::map<c10::DeviceIndex, cudaStream_t> streams;
@@ -52,20 +52,20 @@ cudaStream_t stream_for_allocations() {
   return stream;
 }
 
-// Memory from torch's caching allocator: it frees what it caches when the device has nothing left.
+// Memory from torch's caching allocator, which frees its cached blocks when the device is out of memory.
 class TorchHost final : public cuda::Host {
  public:
-  // On the current stream, so that it is reused without a synchronization.
+  // Allocated on the current stream, so that the memory is reused without a synchronization.
   void* scratch(int64_t bytes) override {
     if (bytes == 0) return nullptr;
     cached_.push_back(c10::cuda::CUDACachingAllocator::get()->allocate(static_cast<size_t>(bytes)));
     return cached_.back().get();
   }
 
-  // On a stream and a thread of its own. The allocator takes memory from a graph's or a user's pool while the current
-  // stream captures, or while the calling thread allocates to that pool (torch.cuda.use_mem_pool, warm-ups of
-  // torch.compile's CUDA graphs); this memory outlives both. Other calls that a capture forbids are allowed to a thread
-  // in relaxed mode.
+  // Allocated on a separate stream and thread. The allocator takes memory from a graph's or a user's pool while the
+  // current stream captures, or while the calling thread allocates to that pool (torch.cuda.use_mem_pool, warm-ups of
+  // torch.compile's CUDA graphs); this memory outlives both. Relaxed capture mode allows a thread to make calls that a
+  // capture otherwise forbids.
   void* zeros(int64_t bytes) override {
     void* memory = nullptr;
     std::exception_ptr error;
@@ -111,9 +111,10 @@ void run_on_cuda(const at::Tensor& x, const Call& call) {
 namespace {
 
 [[noreturn]] void no_cuda(const char* wanted) {
-  TORCH_CHECK(false, "bnkernels was built for the CPU only, but ", wanted,
-              ". Build it again where torch.version.cuda is set and nvcc is on PATH (FORCE_CUDA=1 makes a build fail "
-              "that would leave CUDA out)");
+  TORCH_CHECK(
+      false, "bnkernels was built for the CPU only, but ", wanted,
+      ". Rebuild it with a CUDA build of torch and with nvcc on PATH (set FORCE_CUDA=1 to get an error if the build "
+      "would leave CUDA out)");
 }
 
 }  // namespace
@@ -141,7 +142,7 @@ DeviceLimits device_limits(int device) {
 #ifdef BNK_WITH_CUDA
   const int count = c10::cuda::device_count();
   TORCH_CHECK(device >= 0 && device < count, "expected a CUDA device below ", count, ", but got ", device,
-              count == 0 ? ": this machine has none that torch can use" : "");
+              count == 0 ? ": torch finds no CUDA device on this machine" : "");
   const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
   DeviceLimits limits;
   C10_CUDA_CHECK(cuda::current_device_limits(&limits));

@@ -21,10 +21,10 @@ PerChannel row_of(const at::Tensor& bounds, int64_t row, const Input& input) {
   return {static_cast<char*>(bounds.data_ptr()) + row * input.problem.channels * size_of(dtype), dtype};
 }
 
-// The tensors that an epilogue reads and writes, checked.
+// The tensors that an epilogue reads and writes, after their checks.
 struct EpilogueTensors {
   at::Tensor residual;     // dense in the layout of the input, or undefined
-  at::Tensor relu_bounds;  // (2, C), or of size 0: only ReLU without a residual has them
+  at::Tensor relu_bounds;  // (2, C) for a ReLU without a residual, otherwise of size 0
   bool relu;
 
   EpilogueTensors(const OptionalTensor& added, bool relu, const Input& input) : relu(relu) {
@@ -55,10 +55,10 @@ FourTensors batch_norm_train(const at::Tensor& x, const OptionalTensor& weight, 
                              const OptionalTensor& num_batches_tracked, std::optional<double> momentum, double eps,
                              const OptionalTensor& residual, bool relu) {
   const Input input = describe_input(x);
-  Vector average_mean(running_mean, "running_mean", input);
-  Vector average_var(running_var, "running_var", input);
-  const Vector scale(weight, "weight", input);
-  const Vector shift(bias, "bias", input);
+  ChannelVector average_mean(running_mean, "running_mean", input);
+  ChannelVector average_var(running_var, "running_var", input);
+  const ChannelVector scale(weight, "weight", input);
+  const ChannelVector shift(bias, "bias", input);
   check_same_dtype(scale, "weight", shift, "bias");
   check_updated(average_mean, average_var, x, scale, shift, residual.value_or(at::Tensor()));
   check_counter(num_batches_tracked, input.tensor.device());
@@ -76,7 +76,7 @@ FourTensors batch_norm_train(const at::Tensor& x, const OptionalTensor& weight, 
   const EpilogueTensors epilogue(residual, relu, input);
   const at::Tensor y = empty_result(input);
   if (input.problem.elements() == 0) {
-    // Nothing to average: the running statistics stay, the batch counts.
+    // Nothing to average: the running statistics do not change, but the batch is counted.
     const at::Tensor none = at::zeros({input.problem.channels}, statistic_options(input));
     const at::Tensor zeros = at::zeros_like(none);
     if (counts) count_batch(*num_batches_tracked);
@@ -112,10 +112,10 @@ FourTensors batch_norm_eval(const at::Tensor& x, const OptionalTensor& weight, c
                             const at::Tensor& running_mean, const at::Tensor& running_var, double eps,
                             const OptionalTensor& residual, bool relu) {
   const Input input = describe_input(x);
-  const Vector average_mean(running_mean, "running_mean", input);
-  const Vector average_var(running_var, "running_var", input);
-  const Vector scale(weight, "weight", input);
-  const Vector shift(bias, "bias", input);
+  const ChannelVector average_mean(running_mean, "running_mean", input);
+  const ChannelVector average_var(running_var, "running_var", input);
+  const ChannelVector scale(weight, "weight", input);
+  const ChannelVector shift(bias, "bias", input);
   check_same_dtype(scale, "weight", shift, "bias");
   check_same_dtype(average_mean, "running_mean", average_var, "running_var");
   TORCH_CHECK(average_mean.defined(), "running_mean must be defined in evaluation mode");
@@ -154,9 +154,9 @@ ThreeTensors batch_norm_backward(const at::Tensor& grad, const at::Tensor& x, co
                                  bool need_weight, bool need_bias, const OptionalTensor& relu_bounds) {
   const Input input = describe_input(x);
   const at::Tensor grad_y = grad_like(grad, input);
-  const Vector scale(weight, "weight", input);
-  const Vector saved_mean = saved_statistic(mean, "mean", input);
-  const Vector saved_invstd = saved_statistic(invstd, "invstd", input);
+  const ChannelVector scale(weight, "weight", input);
+  const ChannelVector saved_mean = saved_statistic(mean, "mean", input);
+  const ChannelVector saved_invstd = saved_statistic(invstd, "invstd", input);
   const at::Tensor bounds = relu_bounds.has_value() ? saved_relu_bounds(*relu_bounds, input) : at::Tensor();
 
   const Dtype parameter_dtype = scale.defined() ? scale.pointer().dtype : accumulate_dtype(input.problem.dtype);
@@ -197,7 +197,7 @@ namespace {
 
 using SevenTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-// batch_norm_train without side effects, which torch.compile can move and fuse around: new buffers are results.
+// batch_norm_train without side effects, so that torch.compile can reorder and fuse around it: returns new buffers.
 SevenTensors batch_norm_train_functional(const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                                          const OptionalTensor& running_mean, const OptionalTensor& running_var,
                                          const OptionalTensor& num_batches_tracked, std::optional<double> momentum,

@@ -1,4 +1,4 @@
-// What the ops have in common: their tags, how they are found, and what they allocate their results with.
+// Common to all ops: their tags and the allocation of their results.
 #pragma once
 
 #include <ATen/ops/empty.h>
@@ -11,11 +11,11 @@
 
 namespace bnk {
 
-// Of every op. flexible_layout: any strides are right, and results follow them. Without it a compiler that has made a model
-// channels_last would bring every input back to the strides that it was traced with, and every result.
+// The tags of every op. flexible_layout: the op accepts any strides, and results follow those of the input. Without it,
+// a compiler that has converted a model to channels_last would restore every input and result to its traced strides.
 inline std::vector<at::Tag> op_tags() { return {at::Tag::pt2_compliant_tag, at::Tag::flexible_layout}; }
 
-// Of mean and invstd.
+// Options of mean and invstd.
 inline at::TensorOptions statistic_options(const Input& input) {
   return input.tensor.options().dtype(to_scalar_type(accumulate_dtype(input.problem.dtype)));
 }
@@ -28,11 +28,11 @@ inline PerChannel pointer_to(const at::Tensor& statistic, const Input& input) {
   return {statistic.data_ptr(), accumulate_dtype(input.problem.dtype)};
 }
 
-// What a result is written to: of the input's shape and dtype, dense in its memory format, whatever the strides of its
-// dimensions of size 1.
+// An uninitialized result of the input's shape and dtype, dense in its memory format. Strides of dimensions of size 1
+// are not preserved.
 inline at::Tensor empty_result(const Input& input) { return empty_result_like(input.tensor); }
 
-// The buffers of a functional op: copies, which it changes and returns in their place.
+// The buffers of a functional op: copies that the op updates and returns.
 struct Changed {
   OptionalTensor running_mean;
   OptionalTensor running_var;
@@ -41,7 +41,7 @@ struct Changed {
   Changed(const OptionalTensor& mean, const OptionalTensor& var, const OptionalTensor& count)
       : running_mean(copy(mean)), running_var(copy(var)), num_batches_tracked(copy(count)) {}
 
-  // A buffer that is not there is a tensor of size 0 in the results; its other properties are those of `like`.
+  // A missing buffer becomes a tensor of size 0 with the options of `like`.
   std::tuple<at::Tensor, at::Tensor, at::Tensor> or_empty(const at::Tensor& like) const {
     const auto or_none = [&](const OptionalTensor& tensor) {
       return tensor.has_value() ? *tensor : at::empty({0}, like.options());

@@ -1,6 +1,6 @@
-// The ops of a batch that lies on several ranks: the steps between which Python exchanges rows (problem_sync.h).
+// The ops of a synchronized batch norm across ranks. Between these steps, Python exchanges rows (problem_sync.h).
 //
-// Shapes: x (N, C, *), N may be 0; weight, bias, running_mean, running_var, mean, invstd (C,); a rank's rows are float64.
+// Shapes: x (N, C, *), where N may be 0; weight, bias, running_mean, running_var, mean, invstd (C,); rows are float64.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
@@ -35,7 +35,7 @@ at::Tensor statistics(const at::Tensor& x, double eps) {
   return row;
 }
 
-// dtype: of the input.
+// dtype: of the input x.
 ThreeTensors combine(const at::Tensor& rows, const OptionalTensor& running_mean, const OptionalTensor& running_var,
                      const OptionalTensor& num_batches_tracked, std::optional<double> momentum, double eps,
                      at::ScalarType dtype) {
@@ -45,8 +45,8 @@ ThreeTensors combine(const at::Tensor& rows, const OptionalTensor& running_mean,
               "sync_batch_norm: expected a row of 2*C + 1 doubles from each rank, with 1 channel or more, ",
               "but got shape ", rows.sizes());
   const at::Tensor dense = rank_rows(rows, statistics_row(channels), device);
-  Vector average_mean(running_mean, "running_mean", channels, dtype, device);
-  Vector average_var(running_var, "running_var", channels, dtype, device);
+  ChannelVector average_mean(running_mean, "running_mean", channels, dtype, device);
+  ChannelVector average_var(running_var, "running_var", channels, dtype, device);
   check_updated(average_mean, average_var, rows);
   check_counter(num_batches_tracked, device);
   const bool counts = num_batches_tracked.has_value() && num_batches_tracked->defined();
@@ -61,7 +61,7 @@ ThreeTensors combine(const at::Tensor& rows, const OptionalTensor& running_mean,
   const at::Tensor mean = at::empty({channels}, rows.options().dtype(to_scalar_type(statistic)));
   const at::Tensor invstd = at::empty_like(mean);
   const at::Tensor count = at::empty({1}, rows.options());
-  // By an operation of its own: on a GPU no block may count while another one reads.
+  // A separate operation: on a GPU, no block may increment the counter while another reads it.
   if (counts) count_batch(*num_batches_tracked);
   run(
       CombineStatisticsArgs{
@@ -96,11 +96,11 @@ SixTensors combine_functional(const at::Tensor& rows, const OptionalTensor& runn
 at::Tensor normalize(const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                      const at::Tensor& mean, const at::Tensor& invstd) {
   const Input input = describe_input(x);
-  const Vector scale(weight, "weight", input);
-  const Vector shift(bias, "bias", input);
+  const ChannelVector scale(weight, "weight", input);
+  const ChannelVector shift(bias, "bias", input);
   check_same_dtype(scale, "weight", shift, "bias");
-  const Vector combined_mean = saved_statistic(mean, "mean", input);
-  const Vector combined_invstd = saved_statistic(invstd, "invstd", input);
+  const ChannelVector combined_mean = saved_statistic(mean, "mean", input);
+  const ChannelVector combined_invstd = saved_statistic(invstd, "invstd", input);
   const at::Tensor y = empty_result(input);
   if (input.problem.elements() == 0) return y;
   run(
@@ -121,9 +121,9 @@ ThreeTensors grad_sums(const at::Tensor& grad, const at::Tensor& x, const Option
                        const at::Tensor& mean, const at::Tensor& invstd, bool need_weight, bool need_bias) {
   const Input input = describe_input(x);
   const at::Tensor grad_y = grad_like(grad, input);
-  const Vector scale(weight, "weight", input);
-  const Vector combined_mean = saved_statistic(mean, "mean", input);
-  const Vector combined_invstd = saved_statistic(invstd, "invstd", input);
+  const ChannelVector scale(weight, "weight", input);
+  const ChannelVector combined_mean = saved_statistic(mean, "mean", input);
+  const ChannelVector combined_invstd = saved_statistic(invstd, "invstd", input);
 
   const int64_t channels = input.problem.channels;
   const at::TensorOptions parameter_options =
@@ -157,9 +157,9 @@ at::Tensor grad_input(const at::Tensor& grad, const at::Tensor& x, const Optiona
                       const at::Tensor& invstd, const at::Tensor& rows, const at::Tensor& count) {
   const Input input = describe_input(x);
   const at::Tensor grad_y = grad_like(grad, input);
-  const Vector scale(weight, "weight", input);
-  const Vector combined_mean = saved_statistic(mean, "mean", input);
-  const Vector combined_invstd = saved_statistic(invstd, "invstd", input);
+  const ChannelVector scale(weight, "weight", input);
+  const ChannelVector combined_mean = saved_statistic(mean, "mean", input);
+  const ChannelVector combined_invstd = saved_statistic(invstd, "invstd", input);
   const at::Tensor dense = rank_rows(rows, grad_sums_row(input.problem.channels), x.device());
   TORCH_CHECK(count.numel() == 1 && count.scalar_type() == at::kDouble && count.device() == x.device(),
               "sync_batch_norm: expected the count as one double on ", x.device(), ", but got shape ", count.sizes(),

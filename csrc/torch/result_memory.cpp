@@ -21,14 +21,14 @@ struct Block {
   size_t bytes;
 };
 
-// torch's memory profiler is told of a block as of one from torch's own allocator.
+// torch's memory profiler records blocks of the result cache like blocks of torch's own allocator.
 void give_back(void* context) {
   const std::unique_ptr<Block> block(static_cast<Block*>(context));
   c10::profiledCPUMemoryReporter().Delete(block->data);
   cpu::give_memory_back(block->data, block->bytes);
 }
 
-// From the memory that is kept, or from torch's allocator.
+// Allocates from the result cache, with torch's allocator as the fallback.
 class ResultAllocator final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
@@ -45,7 +45,7 @@ class ResultAllocator final : public c10::Allocator {
   void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
 };
 
-// torch.utils.deterministic.fill_uninitialized_memory: what is not written is to show.
+// torch.utils.deterministic.fill_uninitialized_memory: elements that are not written must be recognizable.
 bool fills_fresh_memory() {
   const at::Context& context = at::globalContext();
   return context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory();
@@ -56,7 +56,7 @@ bool fills_fresh_memory() {
 at::Tensor empty_result_like(const at::Tensor& x) {
   const at::MemoryFormat format = x.suggest_memory_format();
   if (!x.is_cpu() || fills_fresh_memory()) return at::empty_like(x, {}, format);
-  static ResultAllocator& allocator = *new ResultAllocator;  // never destroyed: results may outlive all that is static
+  static ResultAllocator& allocator = *new ResultAllocator;  // never destroyed: results may outlive static objects
   return at::detail::empty_generic(x.sizes(), &allocator, c10::DispatchKeySet(c10::DispatchKey::CPU), x.scalar_type(),
                                    format);
 }

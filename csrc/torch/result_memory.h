@@ -1,4 +1,4 @@
-// What results are written to.
+// Allocation of results.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -7,11 +7,11 @@
 
 namespace bnk {
 
-// Uninitialised, of x's shape, dtype and device, dense in the memory format that torch suggests for x.
+// An uninitialized tensor of x's shape, dtype and device, dense in the memory format that torch suggests for x.
 at::Tensor empty_result_like(const at::Tensor& x);
 
-// Uninitialised, of shape (size,), on x's device. A small allocation on the CPU takes no way through the dispatcher, which costs
-// more than the allocation.
+// An uninitialized tensor of shape (size,) on x's device. On the CPU this bypasses the dispatcher, which costs more
+// than a small allocation.
 at::Tensor empty_vector(int64_t size, Dtype dtype, const at::Tensor& x);
 
 }  // namespace bnk

@@ -1,9 +1,10 @@
-// Column kernels: channels-last (kernels.h says what each computes; column_spans.h, how they walk). Part of level.h.
+// Column kernels: channels-last. kernels.h documents what each computes, column_spans.h how they traverse a tile. Part
+// of level.h.
 
 constexpr int64_t kSumRows = 8;
-constexpr int64_t kMapRows = 4;       // where one tensor is read and another written
-constexpr int64_t kGradientRows = 2;  // two tensors are read and a third is written: fewer lines in flight
-constexpr int64_t kSumsAhead = 8192;  // bytes; a gradient comes from memory
+constexpr int64_t kMapRows = 4;       // one tensor is read and another written
+constexpr int64_t kGradientRows = 2;  // two tensors are read and a third is written: fewer cache lines in flight
+constexpr int64_t kSumsAhead = 8192;  // bytes; gradients are read from memory
 
 // ---- forward statistics ----
 
@@ -40,7 +41,7 @@ struct ColumnCenteredSums {
     const Lanes<A> c = center[s];
     Lanes<A> s1 = sum[s], s2 = squares[s];
     for (const T* from = x + row * stride + span.begin; rows > 0; --rows, from += stride) {
-      prefetch_read(from, tile_bytes);  // the next tile, as this one is in the cache already and memory would idle
+      prefetch_read(from, tile_bytes);  // the next tile: this one is in the cache already, and memory would idle
       const Lanes<A> d = load_span<kWhole>(from, span) - c;
       s1 = s1 + d;
       s2 = s2 + d * d;
@@ -50,7 +51,8 @@ struct ColumnCenteredSums {
   }
 };
 
-// See row_welford for the formula. Every column has the same number of rows, so Chan's merge has the same factors.
+// See row_welford for the formula. Every column has the same number of rows, so the factors of Chan's formula are the
+// same for all columns.
 template <typename T>
 void column_welford(const void* data, Tile tile, double floor, int64_t before, double* mean, double* squares) {
   using A = Accumulate<T>;
@@ -60,7 +62,7 @@ void column_welford(const void* data, Tile tile, double floor, int64_t before, d
   const double rows = static_cast<double>(tile.rows);
   const double inverse = 1 / rows;
   const double share = rows / (static_cast<double>(before) + rows);
-  const double invstd_or_var = static_cast<double>(before) * share;
+  const double delta_weight = static_cast<double>(before) * share;
 
   Lanes<A> center[kMaxSpans<A>], sum[kMaxSpans<A>], square[kMaxSpans<A>];
   for (int s = 0; s < spans; ++s) center[s] = {};
@@ -100,7 +102,7 @@ void column_welford(const void* data, Tile tile, double floor, int64_t before, d
     for (int j = span.first; j < span.last; ++j) {
       const double delta = tile_mean[j] - to_mean[j];
       to_mean[j] += delta * share;
-      to_squares[j] += tile_squares[j] + delta * delta * invstd_or_var;
+      to_squares[j] += tile_squares[j] + delta * delta * delta_weight;
     }
   }
 }
@@ -189,7 +191,7 @@ void column_sums(const void* g_data, const void* x_data, Tile tile, const SumVec
 
 // ---- elementwise ----
 
-// Where rows follow each other, memory is read and written from end to end: it may come from beyond the caches.
+// If rows are contiguous, memory is read and written from end to end, since the data may not be in the caches.
 template <int64_t kRows, typename Strip>
 BNK_INLINE void visit_map(const Tile& tile, bool backwards, const Strip& strip) {
   using A = typename Strip::A;
@@ -197,14 +199,14 @@ BNK_INLINE void visit_map(const Tile& tile, bool backwards, const Strip& strip) 
   visit_strips<A, kRows>(tile, strip, backwards);
 }
 
-// In the direction of the walk.
+// Prefetch distance, in the direction of the traversal.
 template <int64_t kRows, typename T>
 BNK_INLINE int64_t map_ahead(const Tile& tile, bool backwards) {
   const int64_t ahead = strip_ahead<kRows, T>(tile.stride, kReadAhead);
   return backwards ? -ahead : ahead;
 }
 
-// Writes an operation's rows of a span, past the cache if that is asked for and every row's span is aligned.
+// Writes an operation's rows of a span. Uses non-temporal stores if `streamed` and the span of every row is aligned.
 template <bool kWhole, typename T, typename Operation>
 BNK_INLINE void write_span(bool streamed, T* to, int64_t at, int64_t rows, int64_t stride, const Span& span,
                            const Operation& operation) {
@@ -330,7 +332,7 @@ template <typename T, typename EpilogueBackward>
 struct ScaledSpan {
   using A = Accumulate<T>;
   const T* g;
-  const T* x;  // if the gate asks for it
+  const T* x;  // null unless the epilogue reads x
   const EpilogueBackward epilogue;
   int64_t ahead;  // bytes
   const Lanes<A> scale;
@@ -351,7 +353,7 @@ template <typename T, typename EpilogueBackwards>
 struct ScaledColumns {
   using A = Accumulate<T>;
   const T* g;
-  const T* x;  // if the gates ask for it
+  const T* x;  // null unless the epilogues read x
   T* grad_x;
   const EpilogueBackwards epilogues;
   int64_t stride;

@@ -1,14 +1,14 @@
-// Spans: how column kernels walk a tile. Part of level.h.
+// Spans: how column kernels traverse a tile. Part of level.h.
 //
-// Vectors run along the columns, so a lane is a channel and no lane is ever summed with another. Memory is walked a
-// strip of a few rows at a time, in order; accumulators and coefficients wait in the first-level cache and serve a whole
-// strip whenever they are loaded. A row is cut into spans of one vector. The last span ends with the row and may
-// overlap the one before: its first lanes are then not new and not counted. A row shorter than a vector is a single span,
+// Vectors run along the columns: a lane is a channel, and no lane is ever summed with another. A tile is traversed in
+// strips of a few rows, in memory order. Accumulators and coefficients stay in the first-level cache, and each is
+// loaded once per strip. A row is divided into spans of one vector. The last span ends with the row and may overlap the
+// span before it; its first lanes are then repeats and are not counted. A row shorter than a vector is a single span,
 // read and written through a padded copy.
 
 struct Span {
   int64_t begin;  // column
-  int first;      // its lanes [first, last) are new
+  int first;      // lanes [first, last) are not in the span before
   int last;
 };
 
@@ -28,7 +28,7 @@ BNK_INLINE Span span_of(int64_t columns, int s) {
   return {begin, static_cast<int>(s * kCount - begin), static_cast<int>(kCount)};
 }
 
-// Bytes from a strip to what is asked for meanwhile: the next one, or as many as make `least` bytes.
+// Prefetch distance in bytes from a strip: to the next strip, but at least `least`.
 template <int64_t kRows, typename T>
 BNK_INLINE int64_t strip_ahead(int64_t stride, int64_t least) {
   const int64_t strip = kRows * stride * static_cast<int64_t>(sizeof(T));
@@ -47,7 +47,7 @@ BNK_INLINE void store_span(T* to, const Lanes<Accumulate<T>>& value, const Span&
   store_first(to, value, span.last);
 }
 
-// A vector of coefficients by column, as lanes of T by span.
+// Per-column coefficients, as one vector of lanes per span, in the lane order of T.
 template <typename T>
 struct Coefficients {
   using A = Accumulate<T>;
@@ -64,7 +64,7 @@ struct Coefficients {
   }
 };
 
-// A gate by column.
+// The epilogue's backward per column.
 template <typename T>
 struct IdentityBackwards {
   static constexpr bool kReadsX = false;
@@ -83,7 +83,8 @@ struct ReluBackwards {
   BNK_INLINE ReluBackward<T> of_span(int s) const { return {low.of_span[s], high.of_span[s]}; }
 };
 
-// Calls strip(span number, span, first row, rows) over the tile, strip by strip; backwards, the last span of the last first.
+// Calls strip.run(span number, span, first row, rows) over the tile, strip by strip. `backwards` reverses the order of
+// the strips and of their spans.
 template <typename A, int64_t kRows, typename Strip>
 BNK_INLINE void visit_strips(const Tile& tile, Strip& strip, bool backwards = false) {
   const int spans = spans_of<A>(tile.length);

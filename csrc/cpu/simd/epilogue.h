@@ -1,8 +1,8 @@
-// Fusion: what lies between a normalised value and the result, as types: a kernel is compiled for each, and chooses by one
-// branch for a tile. Where nothing is fused, nothing is left of them. Part of level.h.
+// Epilogue: what follows the normalization, as types. A kernel is compiled for each type and selects one with a single
+// branch per tile; the types without an epilogue compile to nothing. Part of level.h.
 //
-//   forward    y = relu(v + residual), each part if it is there
-//   backward   g, or, behind a ReLU, g where low <= x <= high and 0 elsewhere (../relu_bounds.h)
+//   forward    y = relu(v + residual), where the residual and the ReLU are optional
+//   backward   g; after a ReLU, g where low <= x <= high and 0 elsewhere (../../core/relu_bounds.h)
 
 template <typename T>
 struct NoEpilogue {
@@ -23,7 +23,7 @@ struct ReluEpilogue : NoEpilogue<T> {
   BNK_INLINE Lanes<A> part(const Lanes<A>& value, int64_t, int64_t) const { return at_least(value, Lanes<A>{}); }
 };
 
-// With or without a ReLU behind it: that is hidden by the memory that a residual is read from.
+// One type with and without a ReLU: the cost of the comparison is hidden by reading the residual from memory.
 template <typename T>
 struct ResidualEpilogue {
   using A = Accumulate<T>;
@@ -68,7 +68,7 @@ struct ReluBackward {
   BNK_INLINE Lanes<A> operator()(const Lanes<A>& g, const Lanes<A>& x) const { return keep_within(g, x, low, high); }
 };
 
-// The same for one element in double, whichever of them it is.
+// The backward of one element in double, with or without a ReLU.
 struct ExactBackward {
   double low, high;
 

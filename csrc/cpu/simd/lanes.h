@@ -1,15 +1,16 @@
-// Lanes<A>: 128 bytes of arithmetic type A (32 floats or 16 doubles), and what passes between it and memory.
+// Lanes<A>: 128 bytes of the arithmetic type A (32 floats or 16 doubles), with its loads, stores and conversions.
 //
-// Included by level.h once for each SIMD level, inside that level's namespace and compiled for it. A level decides how
-// many native registers hold one Lanes and which instructions convert; it never decides what is computed. Every level
-// has the same lanes, the same accumulators and no fused multiply-add, so every level gives the same bits.
+// level.h includes this file once per SIMD level, inside that level's namespace and compiled for its instruction set. A
+// level decides how many native registers hold one Lanes and which instructions convert, but never what is computed.
+// Every level has the same lanes and the same accumulators and uses no fused multiply-add, so all levels give the same
+// bits.
 //
-// Lanes of bfloat16 hold the even elements first, then the odd ones: a 32-bit word of memory is two elements, and a
-// shift and a mask are all that it takes to widen them, no shuffle. Whatever meets such lanes element by element (a
-// coefficient of its own for each column) is brought into the same order by load_like and store_like.
+// Lanes of bfloat16 hold the even elements first, then the odd ones: a 32-bit word of memory holds two elements, so a
+// shift and a mask widen them without a shuffle. load_like and store_like bring other operands of such lanes (for
+// example per-column coefficients) into the same order.
 //
-// Memory may be aligned to its element only. Level: BNK_NATIVE_BYTES (16, 32 or 64); BNK_X86, BNK_AVX2, BNK_AVX512,
-// BNK_AVX512_BF16 (0 or 1).
+// Pointers need only element alignment. A level defines BNK_NATIVE_BYTES (16, 32 or 64) and BNK_X86, BNK_AVX2,
+// BNK_AVX512, BNK_AVX512_BF16 (0 or 1).
 
 #define BNK_INLINE inline __attribute__((always_inline))
 
@@ -76,14 +77,14 @@ BNK_INLINE Lanes<A> operator*(const Lanes<A>& a, const Lanes<A>& b) {
   return r;
 }
 
-// ---- lanes that count, where a run does not end with a whole vector ----
+// ---- masks, for runs that do not end with a whole vector ----
 
 template <typename A>
 struct Mask {
   typename NativeOf<A>::Bits part[kParts];
 };
 
-// Zeros, then as many ones: a window that starts at element i has its last i lanes set.
+// Zeros, then as many ones: a vector loaded from element i has its last i lanes set.
 constexpr int kHalfCount32 = kLanesBytes / 2 / 4;
 alignas(64) constexpr int32_t kSteps[2 * kHalfCount32] = {
     0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
@@ -105,7 +106,7 @@ BNK_INLINE Mask<Accumulate<T>> last_elements(int64_t remainder) {
   return mask;
 }
 
-// Zero, whatever the lane held (NaN too), where the mask is not set.
+// Zeroes the lanes whose mask is not set, whatever they hold (NaN too).
 template <typename A>
 BNK_INLINE Lanes<A> keep(const Lanes<A>& a, const Mask<A>& mask) {
   using Native = typename NativeOf<A>::Vector;
@@ -116,7 +117,7 @@ BNK_INLINE Lanes<A> keep(const Lanes<A>& a, const Mask<A>& mask) {
   return r;
 }
 
-// The greater one; NaN stays NaN.
+// The maximum; NaN stays NaN.
 template <typename A>
 BNK_INLINE Lanes<A> at_least(const Lanes<A>& a, const Lanes<A>& least) {
   Lanes<A> r;
@@ -125,7 +126,8 @@ BNK_INLINE Lanes<A> at_least(const Lanes<A>& a, const Lanes<A>& least) {
   return r;
 }
 
-// Zero, whatever the lane held (NaN too), where x is less than low or greater than high. A NaN is neither.
+// Zeroes the lanes where x is less than low or greater than high, whatever they hold (NaN too). A NaN in x is neither
+// less nor greater.
 template <typename A>
 BNK_INLINE Lanes<A> keep_within(const Lanes<A>& a, const Lanes<A>& x, const Lanes<A>& low, const Lanes<A>& high) {
   constexpr typename NativeOf<A>::Vector kZero = {};
@@ -148,8 +150,9 @@ BNK_INLINE Lanes<A> load(const A* from) {
   return r;
 }
 
-// How results are written: into the cache, or past it, which spares reading the lines first that will be overwritten as
-// a whole. Past the cache only at multiples of kStreamAlignment, and followed by end_of_stream() before other threads read.
+// Regular or non-temporal stores. Non-temporal stores bypass the cache, which saves reading lines that are about to be
+// overwritten completely. They need addresses aligned to kStreamAlignment, and end_of_stream() before other threads
+// read.
 enum class Write { kCached, kStreamed };
 constexpr int64_t kStreamAlignment = 64;
 
@@ -197,8 +200,8 @@ BNK_INLINE Lanes<float> load(const BFloat16* from) {
   return r;
 }
 
-// To nearest even, in the upper half of each lane; the lower half is left as it comes. NaN is never rounded, as the carry
-// could leave it infinite or zero; it is quiet already, coming from arithmetic.
+// Rounds to nearest even into the upper half of each lane; the lower half is unspecified. NaN is not rounded, since the
+// carry could turn it into infinity or zero. A NaN that results from arithmetic is already quiet.
 BNK_INLINE NativeUint32 round_to_bfloat16(NativeFloat a) {
 #if BNK_AVX512
   const __m512i bits = (__m512i)a;
@@ -215,7 +218,7 @@ BNK_INLINE NativeUint32 round_to_bfloat16(NativeFloat a) {
 
 BNK_INLINE NativeUint32 pack_bfloat16(NativeFloat even, NativeFloat odd) {
 #if BNK_AVX512_BF16
-  // The instruction rounds likewise, but takes subnormals for zero: where there is one, the integers have to do it.
+  // The instruction also rounds to nearest even, but treats subnormals as zero; those go through the integer path.
   constexpr int kSubnormal = 0x20;
   const int exceptions =
       _mm512_fpclass_ps_mask((__m512)even, kSubnormal) | _mm512_fpclass_ps_mask((__m512)odd, kSubnormal);
@@ -256,7 +259,7 @@ BNK_INLINE void from_opmath(Float16* to, NativeFloat a) {
   put<kWrite>(to, bits);
 }
 #else
-// Not inlined: long, and a call is little beside it.
+// Not inlined: the bodies are long, and a call costs little in comparison.
 inline __attribute__((noinline)) NativeFloat to_opmath(const Float16* from) {
   NativeFloat r;
   for (int i = 0; i < Lanes<float>::kNativeCount; ++i) r[i] = to_float(from[i]);
@@ -281,7 +284,7 @@ BNK_INLINE void store(Float16* to, const Lanes<float>& a) {
   for (int p = 0; p < kParts; ++p) from_opmath<kWrite>(to + p * Lanes<float>::kNativeCount, a.part[p]);
 }
 
-// Arithmetic values in memory order, from and to lanes in the order that lanes loaded from T have.
+// Arithmetic values in memory order, to and from lanes in the order of lanes loaded from T.
 template <typename T>
 BNK_INLINE Lanes<Accumulate<T>> load_like(const Accumulate<T>* from) {
   if constexpr (!std::is_same<T, BFloat16>::value) {
@@ -312,7 +315,7 @@ BNK_INLINE void store_like(Accumulate<T>* to, const Lanes<Accumulate<T>>& a) {
   }
 }
 
-// The first `count` elements of a vector that memory does not hold as a whole; the other lanes are zero.
+// The first `count` elements of a partial vector; the other lanes are zero.
 template <typename T>
 BNK_INLINE Lanes<Accumulate<T>> load_first(const T* from, int64_t count) {
   T padded[Lanes<Accumulate<T>>::kCount] = {};
@@ -327,7 +330,7 @@ BNK_INLINE void store_first(T* to, const Lanes<Accumulate<T>>& a, int64_t count)
   std::memcpy(to, padded, static_cast<size_t>(count) * sizeof(T));
 }
 
-// The sum of all lanes, as a tree, in double.
+// Sums all lanes as a tree, in double.
 template <typename A>
 BNK_INLINE double sum_of_lanes(const Lanes<A>& a) {
   constexpr int kCount = Lanes<A>::kCount;
@@ -344,8 +347,8 @@ BNK_INLINE double sum_of_lanes(const Lanes<A>& a) {
 
 // Prefetching.
 //
-// Reads ask for what is read next. For statistics that is the tile after this one, which their caller knows; results, and
-// what is walked from end to end, ask for what lies this far ahead.
+// Reads prefetch what is read next. For statistics, that is the next tile, whose offset the caller passes. Elementwise
+// kernels and other end-to-end traversals prefetch at these fixed distances.
 constexpr int64_t kReadAhead = 2048;   // bytes
 constexpr int64_t kWriteAhead = 1024;  // bytes
 

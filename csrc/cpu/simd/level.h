@@ -1,8 +1,8 @@
-// The body of a SIMD level: its vectors, its kernels, its table. Included once by each level_*.cpp, inside namespace
-// bnk::cpu::<level> and after the pragma that names the level's instructions.
+// The body of a SIMD level: its vectors, its kernels and its function table. Included once by each level_*.cpp, inside
+// namespace bnk::cpu::<level> and after the pragma that selects the level's instructions.
 //
-// Everything from outside (std, scalar.h) must be included before that pragma: an inline function shared with other
-// files, compiled here, could otherwise be the linker's choice for all of them, and not run on lesser processors.
+// All other headers (std, scalar.h) must be included before that pragma. Otherwise, the linker could pick the copy of
+// an inline function that is compiled here for the whole program, which would then fail on older processors.
 
 template <typename T>
 struct AccumulateOf {
@@ -22,7 +22,7 @@ BNK_INLINE double to_double(float value) { return value; }
 BNK_INLINE double to_double(BFloat16 value) { return to_float(value); }
 BNK_INLINE double to_double(Float16 value) { return to_float(value); }
 
-// Whether a float sum can be trusted: finite, and not below `floor`. Sums in double are always final.
+// Whether a float sum can be trusted: it is finite and not below `floor`. Sums in double are always accepted.
 template <typename A>
 BNK_INLINE bool in_range(double sum, double floor = -__builtin_huge_val()) {
   return sizeof(A) == sizeof(double) || ((sum >= floor) & (__builtin_fabs(sum) < __builtin_huge_val()));
@@ -35,7 +35,7 @@ BNK_INLINE bool all_in_range(const double*, double = 0) {
 template <int kCount>
 BNK_INLINE bool all_in_range(const float* sums, double floor = -__builtin_huge_val()) {
   const float least = static_cast<float>(floor);
-  int32_t bad = 0;  // integers all the way, as only their reductions are vectorised
+  int32_t bad = 0;  // integers throughout, since only integer reductions are vectorized
   for (int i = 0; i < kCount; ++i) {
     int32_t bits;
     std::memcpy(&bits, sums + i, sizeof(bits));
@@ -44,15 +44,15 @@ BNK_INLINE bool all_in_range(const float* sums, double floor = -__builtin_huge_v
   return bad == 0;
 }
 
-// NaN stays.
+// Clamps to 0 from below; NaN stays NaN.
 BNK_INLINE double not_negative(double value) { return value < 0 ? 0 : value; }
 
 #include "epilogue.h"
-// after these two, which both kinds of kernels use
+// Needs the two above, which both kinds of kernels use.
 #include "row_kernels.h"
-// after row_kernels.h, whose exact_* the column kernels use
+// Needs row_kernels.h: the column kernels use its exact_*.
 #include "column_spans.h"
-// after how columns are walked
+// Needs column_spans.h.
 #include "column_kernels.h"
 
 template <typename T>

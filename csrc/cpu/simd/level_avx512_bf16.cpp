@@ -2,7 +2,7 @@
 #if defined(__x86_64__)
 
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of gcc 9-12's own _mm512_undefined_epi32()
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // caused by _mm512_undefined_epi32() in gcc 9-12
 #endif
 #include <immintrin.h>
 

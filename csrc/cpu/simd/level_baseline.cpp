@@ -1,4 +1,4 @@
-// The baseline SIMD level: what every processor of the architecture has (SSE2 on x86-64). See level.h.
+// The baseline SIMD level: instructions that every processor of the architecture has (SSE2 on x86-64). See level.h.
 #if defined(__x86_64__)
 #include <emmintrin.h>
 #endif

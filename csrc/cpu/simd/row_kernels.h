@@ -1,9 +1,9 @@
-// Row kernels: channels-first (kernels.h says what each computes). Part of level.h.
+// Row kernels: channels-first. kernels.h documents what each computes. Part of level.h.
 //
-// A row's channels follow each other in memory and are walked in that order, each with its accumulators or coefficients;
-// a channel on its own is the case channels == 1. A channel's elements in a row are a run, visited in whole vectors; what is
-// left at its end is covered by one more vector that ends with the run and overlaps the one before. A sum masks the elements
-// that were seen; an elementwise result is written twice, with the same value.
+// The channels of a row are contiguous in memory and are traversed in that order, each with its own accumulators or
+// coefficients; a single channel is the case channels == 1. A channel's elements in a row are a run, traversed in whole
+// vectors. One more vector covers the remainder; it ends with the run and overlaps the vector before it. Sums mask the
+// repeated elements; elementwise kernels write them twice, with the same value.
 
 // Runs of at least one vector.
 template <typename A, typename Visitor>
@@ -16,7 +16,7 @@ BNK_INLINE void visit_run(int64_t length, const Mask<A>& mask, Visitor& visitor)
 
 // ---- forward statistics ----
 
-// Two passes in double, element by element: for runs shorter than a vector and for tiles that overflow float.
+// Two passes in double, element by element, for runs shorter than a vector and for tiles that overflow float.
 template <typename T>
 __attribute__((noinline)) Partial exact_welford(const T* x, const Tile& tile) {
   const double count = static_cast<double>(tile.rows * tile.length);
@@ -57,7 +57,7 @@ struct CenteredSums {
     squares = squares + d * d;
   }
   BNK_INLINE void whole(int64_t i) {
-    prefetch_read(x + i, ahead);  // in the second pass, as memory would idle while it is fed from the cache
+    prefetch_read(x + i, ahead);  // in the second pass, which reads from the cache while memory would idle
     add(load(x + i) - center);
   }
   BNK_INLINE void tail(int64_t i, const Mask<A>& mask) {
@@ -66,8 +66,8 @@ struct CenteredSums {
   }
 };
 
-// Any center c gives the mean c + S1/n and the squares S2 - S1*S1/n; with c the rounded mean the subtracted part is
-// within rounding of nothing, so nothing cancels.
+// Any center c gives the mean c + S1/n and the sum of squares S2 - S1*S1/n, with S1 and S2 the sums of x - c and (x -
+// c)^2. Here c is the rounded mean, so the subtracted term is of the order of the rounding error and nothing cancels.
 template <typename T>
 void row_welford(const void* data, Tile tile, int64_t ahead, int channels, double floor, Partial* of_tile) {
   using A = Accumulate<T>;
@@ -204,7 +204,8 @@ void row_sums(const void* g_data, const void* x_data, Tile tile, int64_t ahead, 
 
 // ---- elementwise ----
 
-// Writes a visitor's run: into the cache, or past it between the first and the last multiple of the stream's alignment.
+// Writes a visitor's run: with regular stores, or with non-temporal ones between the first and the last multiple of
+// kStreamAlignment.
 template <Write kWrite, typename T, typename Visitor>
 BNK_INLINE void write_run(int64_t length, const T* to, const Visitor& visitor) {
   constexpr int64_t kCount = Lanes<Accumulate<T>>::kCount;
@@ -311,7 +312,7 @@ template <typename T, typename EpilogueBackward>
 struct ScaledGradient {
   using A = Accumulate<T>;
   const T* g;
-  const T* x;  // if the gate asks for it
+  const T* x;  // null unless the epilogue reads x
   T* grad_x;
   const EpilogueBackward epilogue;
   Lanes<A> scale;

@@ -1,7 +1,8 @@
-// One element at a time: the 16-bit formats in plain C++ and the per-channel vectors of any dtype.
+// Scalar code: conversions of the 16-bit formats in plain C++, and access to per-channel vectors of any dtype.
 //
-// Exact on every machine: bfloat16 and float16 to float lose nothing, back they round to nearest even, NaN stays NaN.
-// The vector code (lanes.h) does the same in hardware; this is its fallback, and what reads and writes parameters.
+// Results are the same on every machine: conversions to float are exact, conversions from float round to nearest even,
+// and NaN stays NaN. The vector code (lanes.h) does the same in hardware; this code is its fallback, and reads and
+// writes parameters.
 #pragma once
 
 #include <cmath>
@@ -35,8 +36,8 @@ inline float float_of(uint32_t bits) {
 inline float to_float(BFloat16 value) { return float_of(static_cast<uint32_t>(value.bits) << 16); }
 
 inline float to_float(Float16 value) {
-  // The 15 bits without sign, moved to float's place, are the value times 2^-112; float's own subnormals make that true
-  // of float16's subnormals too. Infinity and NaN (exponent 31) need float's all-ones exponent.
+  // The 15 bits without the sign, shifted to float's position, are the value times 2^-112. Float's subnormals make this
+  // hold for float16's subnormals too. Infinity and NaN (exponent 31) need float's all-ones exponent.
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
   const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7fffu) << 13;
   if (magnitude >= 0x0f800000u) return float_of(sign | 0x7f800000u | magnitude);
@@ -56,14 +57,15 @@ inline Float16 to_float16(float value) {
   if (magnitude > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00u | ((magnitude >> 13) & 0x3ffu))};
   if (magnitude >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00u)};  // 65520 and more
   if (magnitude < 0x38800000u) {                                                 // below 2^-14: subnormal
-    // Adding 0.5 leaves the value in units of 2^-24, rounded to nearest even, in the sum's low bits.
+    // Adding 0.5 leaves the value in units of 2^-24, rounded to nearest even, in the low bits of the sum.
     return {static_cast<uint16_t>(sign | (bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f)))};
   }
   const uint32_t rounded = magnitude + 0x0fffu + ((magnitude >> 13) & 1u);
   return {static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13))};
 }
 
-// double to float, rounded to odd: a second rounding to a 16-bit format is then as if done from the double at once.
+// Converts double to float with rounding to odd. Rounding the result to a 16-bit format then gives the same as rounding
+// the double directly.
 inline float to_odd_float(double value) {
   const float nearest = static_cast<float>(value);
   const double back = nearest;
@@ -87,12 +89,12 @@ inline double read(ConstPerChannel vector, int64_t channel) {
   return 0;
 }
 
-// The value of a parameter that may be absent.
+// The value of an optional parameter.
 inline double read_or(ConstPerChannel vector, int64_t channel, double otherwise) {
   return vector.data == nullptr ? otherwise : read(vector, channel);
 }
 
-// Rounded once, to nearest even. An absent vector takes nothing.
+// Rounds once, to nearest even. Does nothing if the vector is null.
 inline void write(PerChannel vector, int64_t channel, double value) {
   if (vector.data == nullptr) return;
   switch (vector.dtype) {

@@ -1,11 +1,11 @@
-// Which SIMD level runs: the widest that this processor has, or what BNKERNELS_CPU_SIMD names.
+// Selects the SIMD level: the widest one that this processor supports, or the one that BNKERNELS_CPU_SIMD names.
 //
 //   BNKERNELS_CPU_SIMD=baseline|avx2|avx512|avx512_bf16    read once, at the first call
 //
-// Every level gives the same bits.
+// All levels give the same bits.
 //
-// A name that is none of these, or a level that this processor or build has not, is an error: a test that asks for a
-// level must not silently run another.
+// An unknown name, or a level that this processor or build does not have, is an error: a test that asks for a level
+// must not silently run another.
 #include <cstdlib>
 #include <stdexcept>
 #include <string>

@@ -1,29 +1,46 @@
-// Joining what the threads of a block gathered, in a fixed order: the same bits on every run.
+// Block-wide reduction in a fixed order: the same bits on every run.
 //
-// Thread t has kColumns accumulators, for the columns of lane t % lanes (lanes: a power of two <= 32). First the threads of
-// a warp that share a lane join by shuffles, then the first `lanes` threads of each warp put theirs in shared memory,
-// where one thread per column joins them: the later half of the warps before the earlier half, which so share the same
-// memory.
+// Thread t has kColumns accumulators, for the columns of index t % threads_c along C (threads_c: a power of two <= 32).
+// The threads of a warp with the same index along C first combine by shuffles. Then the first threads_c threads of each
+// warp store their results to shared memory, where one thread per column combines them. The later half of the warps
+// goes before the earlier half, so that both use the same shared memory.
 #pragma once
 
 #include "../../plan/plan.h"
-#include "sums.cuh"
+#include "../ptx.cuh"
 
 namespace bnk {
+
+// Two sums accumulated together, in double.
+struct Sums {
+  double first;
+  double second;
+};
+
+BNK_DEVICE void combine(Sums& a, const Sums& b) {
+  a.first += b.first;
+  a.second += b.second;
+}
+
+BNK_DEVICE Sums shuffle_xor(const Sums& sums, int mask) {
+  return {shuffle_xor(sums.first, mask), shuffle_xor(sums.second, mask)};
+}
+
+BNK_DEVICE void combine(double& a, const double& b) { a += b; }
 
 inline constexpr int kMaxWarps = kMaxBlockThreads / kWarpThreads;
 static_assert(kMaxWarps % 2 == 0);
 
-// Shared memory that reduce_block needs, in accumulators, for up to kLanes lanes. Where there are several warps, they have a
-// thread for each column.
+// Shared memory of reduce_block, in accumulators, for up to kThreadsC threads along C. A CTA of several warps has at
+// least one thread per column.
 template <int kColumns, int kThreadsC>
 inline constexpr int kReduceSlots = kMaxWarps / 2 * kColumns * kThreadsC;
 
-// Columns whose accumulators are in registers at a time.
+// Columns whose accumulators are in registers at once.
 template <int kColumns>
 inline constexpr int kReduceColumns = kColumns > 4 ? kColumns / 2 : kColumns;
 
-// Joins at(column) of the threads of a warp that share a lane, and puts the lanes' results in `slots`.
+// Combines at(column) over the threads of a warp with the same index along C and stores the results in `slots`.
 template <int kColumns, typename Accumulator, typename At>
 BNK_DEVICE void reduce_warp(const At& at, int threads_c, Accumulator* slots) {
   constexpr int kPart = kReduceColumns<kColumns>;
@@ -44,10 +61,10 @@ BNK_DEVICE void reduce_warp(const At& at, int threads_c, Accumulator* slots) {
   }
 }
 
-// Calls done(column, joined) once for each of the lanes * kColumns columns, from one thread each; column c is column
-// c % kColumns of lane c / kColumns. at(column) is the calling thread's accumulator of one of its own kColumns columns.
-// Every thread of the block calls it; what done() wrote to shared memory is there for all when it returns, and `slots` may
-// be used again.
+// Calls done(column, combined) once for each of the threads_c * kColumns columns, from one thread each; column c is
+// column c % kColumns of index c / kColumns along C. at(column) is the calling thread's accumulator for one of its own
+// kColumns columns. All threads of the CTA must call it. On return, all threads see what done() wrote to shared memory,
+// and `slots` may be reused.
 template <int kColumns, typename Accumulator, typename At, typename Done>
 BNK_DEVICE void reduce_block(const At& at, int threads_c, Accumulator* slots, const Done& done) {
   const int thread = static_cast<int>(thread_rank());
@@ -56,11 +73,11 @@ BNK_DEVICE void reduce_block(const At& at, int threads_c, Accumulator* slots, co
   const int warps = threads / kWarpThreads;
   const int half = (warps + 1) / 2;
   const int width = threads_c * kColumns;
-  Accumulator later{};  // of column `thread`, over the later warps
+  Accumulator later{};  // column `thread` over the later warps
   for (int first = half < warps ? half : 0;; first = 0) {
     const int end = first > 0 ? warps : half;
     if (warp >= first && warp < end) reduce_warp<kColumns>(at, threads_c, slots + (warp - first) * width);
-    block_barrier();  // these warps' slots are written before they are read
+    block_barrier();  // the slots of these warps are written before they are read
     if (first > 0) {
       for (int other = 0; other < end - first && thread < width; ++other) combine(later, slots[other * width + thread]);
     } else {
@@ -71,7 +88,7 @@ BNK_DEVICE void reduce_block(const At& at, int threads_c, Accumulator* slots, co
         done(column, combined);
       }
     }
-    block_barrier();  // the slots are read before they are overwritten, by the earlier warps or the next reduction
+    block_barrier();  // the slots are read before the earlier warps or the next reduction overwrite them
     if (first == 0) return;
   }
 }

@@ -1,10 +1,10 @@
-// Joining what the threads of a block gathered of a channel tile: for every channel one value, in a fixed order.
+// Block-wide reduction of a channel tile: one value per channel, in a fixed order.
 //
-// A thread brings one accumulator for each element of its vectors. Those of a channel are
+// Each thread contributes one accumulator per element of its vectors. The accumulators of a channel are
 //
-//   channels-first   all of them, of all threads
-//   channels-last    one column of the threads that share a lane
-//   packed           some columns of neighbouring lanes; a lane's columns are of two channels at most
+//   channels-first   all accumulators of all threads
+//   channels-last    one column of the threads with the same index along C
+//   packed           some columns of adjacent indices along C; the columns of a thread belong to at most two channels
 #pragma once
 
 #include "block_reduce.cuh"
@@ -12,7 +12,7 @@
 
 namespace bnk {
 
-// Shared memory that reduce_channel_tile needs, in accumulators.
+// Shared memory of reduce_channel_tile, in accumulators.
 template <typename T, Layout kLayout>
 inline constexpr int kChannelTileSlots =
     kLayout == Layout::kPacked ? 2 * kMaxBlockThreads
@@ -24,9 +24,9 @@ BNK_DEVICE Accumulator combine_warp(Accumulator partial) {
   return partial;
 }
 
-// Calls done(local, joined) once for each channel that the channel tile has, from one thread each. at(element) is the calling
-// thread's accumulator of one of its vectors' elements. Every thread of the block calls it; what done() wrote to shared
-// memory is there for all when it returns, and `slots` may be used again.
+// Calls done(local, combined) once for each channel of the channel tile, from one thread each. at(element) is the
+// calling thread's accumulator for one element of its vectors. All threads of the CTA must call it. On return, all
+// threads see what done() wrote to shared memory, and `slots` may be reused.
 template <typename T, typename InRow, typename Accumulator, typename At, typename Done>
 BNK_DEVICE void reduce_channel_tile(const TilePartition& partition,
                                     const TileIterator<T, Layout::kChannelsFirst, InRow>& /*tile iterator*/,

@@ -1,7 +1,11 @@
-// Epilogue: what a normalised value passes before it is written, and what is left of it for the backward (problem.h).
+// Epilogue: applied to each normalised value before it is written, and its backward (problem.h).
 //
-//   v = (x - mean) * invstd * weight + bias      y = relu(v + residual), each part if it is there
+//   forward    v = (x - mean) * invstd * weight + bias      y = relu(v + residual); residual and ReLU are optional
+//   backward   g = grad_y if there is no ReLU, else  g = grad_y where low <= x <= high, 0 elsewhere  (relu_bounds.h)
 #pragma once
+
+#include <limits>
+#include <type_traits>
 
 #include "../../core/relu_bounds.h"
 #include "per_channel.cuh"
@@ -21,8 +25,8 @@ BNK_DEVICE opmath_t relu(opmath_t value) {
   return value < 0 ? opmath_t(0) : value;
 }
 
-// The residual of a tile of vectors on its way out. kAhead: whole vectors are loaded ahead, all of a tile's together, as far
-// as there are registers for it; others when their turn comes.
+// Residual values of one output tile. kAhead: load full vectors ahead of the arithmetic, all vectors of a tile
+// together, if there are registers for them. All other vectors are loaded when they are added.
 template <typename T, int kVectors, bool kAhead>
 struct ResidualTile {
   Vector<T> bits[kVectors];
@@ -53,7 +57,7 @@ BNK_DEVICE void relu(bool enabled, opmath_t (&values)[kElements]) {
   for (int element = 0; element < kElements; ++element) values[element] = relu(values[element]);
 }
 
-// By one thread for each channel, of the values that the channel was normalised with.
+// Called by one thread per channel, with the values by which the channel was normalised.
 template <typename T>
 BNK_DEVICE void write_relu_bounds(const Epilogue& epilogue, int64_t channel, opmath_type<T> mean, opmath_type<T> invstd,
                                   opmath_type<T> weight, opmath_type<T> bias) {
@@ -65,5 +69,39 @@ BNK_DEVICE void write_relu_bounds(const Epilogue& epilogue, int64_t channel, opm
   write(epilogue.low, channel, range.low);
   write(epilogue.high, channel, range.high);
 }
+
+// One end of the ReLU bounds is infinite. Storing the finite end and one bit takes half the registers of both ends:
+// where y decreases as x increases, the bound and x are compared with their signs flipped.
+template <typename opmath_t, int kColumns>
+struct ReluBackward {
+  opmath_t edge[kColumns];
+  unsigned falling = 0;
+
+  BNK_DEVICE void read_channel(const ConstPerChannel& lows, const ConstPerChannel& highs, int column, int64_t channel) {
+    const opmath_t low = static_cast<opmath_t>(read(lows, channel));
+    const opmath_t high = static_cast<opmath_t>(read(highs, channel));
+    const bool falls = high < std::numeric_limits<opmath_t>::infinity();
+    edge[column] = falls ? -high : low;
+    falling |= falls ? 1u << column : 0;
+  }
+
+  // The gradient of one element of a vector. A NaN x, whose y is NaN, passes g.
+  BNK_DEVICE opmath_t operator()(int element, opmath_t x, opmath_t g) const {
+    const int column = element % kColumns;
+    const opmath_t side = (falling >> column & 1u) != 0 ? -x : x;
+    return side < edge[column] ? opmath_t(0) : g;
+  }
+};
+
+template <typename opmath_t, int kColumns>
+struct IdentityBackward {
+  BNK_DEVICE void read_channel(const ConstPerChannel&, const ConstPerChannel&, int, int64_t) {}
+  BNK_DEVICE opmath_t operator()(int, opmath_t, opmath_t g) const { return g; }
+};
+
+// kHasRelu: the forward ended with a ReLU.
+template <bool kHasRelu, typename opmath_t, int kColumns>
+using EpilogueBackward =
+    std::conditional_t<kHasRelu, ReluBackward<opmath_t, kColumns>, IdentityBackward<opmath_t, kColumns>>;
 
 }  // namespace bnk

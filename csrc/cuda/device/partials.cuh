@@ -1,7 +1,7 @@
-// Partials: what one kernel leaves for each (split, channel) and the next one joins, in split order.
+// Partials: one kernel stores a partial per (split, channel), the next kernel combines them in split order.
 //
-// An accumulator is a struct of doubles; field f of (split, channel) lies at [f][split][channel], so that neighbouring
-// threads, on neighbouring channels, touch neighbouring memory.
+// An accumulator is a struct of doubles. Field f of (split, channel) lies at [f][split][channel], so adjacent threads,
+// which handle adjacent channels, access adjacent memory.
 #pragma once
 
 #include "block_reduce.cuh"
@@ -22,7 +22,7 @@ BNK_DEVICE void store_partial(double* partial, const TilePartition& partition, i
   }
 }
 
-// Joins what the threads of a block gathered for a share, and stores the share's partials.
+// Reduces the accumulators of a CTA and stores the work tile's partials.
 template <int kColumns, typename Accumulator>
 BNK_DEVICE void store_work_tile(double* partial, const TilePartition& partition, const WorkTile& work_tile,
                                 const Accumulator (&local)[kColumns], Accumulator* slots) {
@@ -44,9 +44,9 @@ BNK_DEVICE Accumulator load_partial(const double* partial, const Finalize& final
   return result;
 }
 
-// Joins the partials of the channels first .. first + count - 1 and calls done(channel - first, joined), once per channel
-// in all, from one thread. Each of several workers, a block each, takes `lanes` neighbouring channels at a time; its
-// threads of the same lane share the splits of one channel.
+// Combines the partials of the channels first .. first + count - 1 and calls done(channel - first, combined) once per
+// channel, from one thread. Each of `workers` CTAs takes threads_c adjacent channels per iteration; its threads with
+// the same index along C divide the splits of one channel.
 template <typename Accumulator, typename Done>
 BNK_DEVICE void combine_channels(const Finalize& finalize, const double* partial, int64_t first, int64_t count,
                                  int64_t worker, int64_t workers, Accumulator* slots, const Done& done) {
@@ -66,7 +66,7 @@ BNK_DEVICE void combine_channels(const Finalize& finalize, const double* partial
   }
 }
 
-// The same for all channels, by all blocks.
+// Combines the partials of all channels, with all CTAs of the grid as workers.
 template <typename Accumulator, typename Done>
 BNK_DEVICE void finalize_channels(const Finalize& finalize, const double* partial, Accumulator* slots,
                                   const Done& done) {

@@ -1,7 +1,7 @@
 // Per-channel vectors: parameters and statistics of any dtype, read and written one value at a time.
 //
-// The dtype is looked at when the kernel runs: a value is read once per thread, not once per element, and the kernels
-// need no instantiation for each mix of dtypes.
+// The dtype is dispatched at run time: a thread reads each value once, not once per element, and the kernels need no
+// instantiation per combination of dtypes.
 #pragma once
 
 #include "../../core/problem.h"
@@ -26,7 +26,7 @@ BNK_DEVICE double read_or(const ConstPerChannel& vector, int64_t channel, double
   return vector.data == nullptr ? otherwise : read(vector, channel);
 }
 
-// Does nothing if the vector is not there. 16-bit values are rounded from float: twice in all, as torch does.
+// Does nothing if the vector is null. 16-bit values are rounded twice, double -> float -> 16-bit, as in torch.
 BNK_DEVICE void write(const PerChannel& vector, int64_t channel, double value) {
   if (vector.data == nullptr) return;
   switch (vector.dtype) {

@@ -1,4 +1,4 @@
-// What the persistent kernels share: groups of blocks, the vectors that a block keeps on chip, and the exchange within a
+// Shared parts of the persistent kernels: CTA groups, the shared memory cache of vectors, and the exchange within a
 // group (PersistentPlan, in plan.h).
 #pragma once
 
@@ -11,14 +11,14 @@
 
 namespace bnk {
 
-// Windows that a thread sums in the elements' compute type before the block goes on in double, behind those it keeps.
+// Vectors after the cached ones that a thread sums in opmath_t before the CTA accumulates the sums in double.
 inline constexpr int kChainVectors = 64;
 
-// A word of the barrier workspace (plan.h). Its meaning never changes, so that a launch finds it in one state, whatever
-// ran before:
+// A word of the barrier workspace (plan.h). The use of each word never changes, so every launch finds the words in the
+// same state, whichever kernel used them before:
 //
 //   word 0        last_to_arrive of a launch: 0 between launches
-//   word 1 + g    group_barrier of group g: 0 but for its top bit between launches
+//   word 1 + g    group_barrier of group g: 0 except for its top bit between launches
 struct alignas(kBarrierWordBytes) BarrierWord {
   unsigned value;
 };
@@ -30,15 +30,16 @@ struct PersistentParams {
   int cached_vectors;
   bool two_shot;
   int combine_threads_c;
-  double* partial;             // of a grid group: partials.cuh
+  double* partial;             // grid groups only, see partials.cuh
   BarrierWord* barrier_words;  // null if the launch uses none
 };
 
-// Shared memory of all of a persistent kernel's reductions, in doubles: of a channel tile's sums, and of a group's Welford data.
+// Shared memory of a persistent kernel's reductions, in doubles: of a channel tile's sums and of a group's Welford
+// data.
 template <typename T, Layout kLayout>
 inline constexpr int kSumSlots = kFields<Sums> * kChannelTileSlots<T, kLayout>;
 template <Layout kLayout>
-inline constexpr int kCombineThreadsC = kLayout == Layout::kChannelsFirst ? 1 : kWarpThreads;  // at most
+inline constexpr int kCombineThreadsC = kLayout == Layout::kChannelsFirst ? 1 : kWarpThreads;  // upper bound
 template <Layout kLayout>
 inline constexpr int kCombineSlots = kFields<WelfordData> * kReduceSlots<1, kCombineThreadsC<kLayout>>;
 template <typename T, Layout kLayout>
@@ -50,14 +51,14 @@ BNK_DEVICE Accumulator* slots_of(double* slots) {
   return reinterpret_cast<Accumulator*>(slots);
 }
 
-// Channel tiles whose partials a member of a cluster holds: one that others may still read, and the next.
+// Channel tiles whose partials a CTA of a cluster holds: one that other CTAs may still be reading, and the next.
 inline constexpr int kPartialBuffers = 2;
 
-// A plan that keeps a part of each row on chip counts rows in 32 bits (kMaxPersistentRow, in plan_persistent.cpp).
+// Plans of the persistent kernel count the elements of a row in 32 bits (kMaxPersistentRow, in plan/persistent.cpp).
 template <typename T, Layout kLayout>
 using PersistentTileIterator = TileIterator<T, kLayout, int>;
 
-// This block's place.
+// This CTA's position in the grid.
 struct CtaCoord {
   int group;
   int rank;
@@ -68,26 +69,26 @@ BNK_DEVICE CtaCoord cta_coord(const PersistentParams& persistent) {
   return {block / persistent.group_size, block % persistent.group_size};
 }
 
-// True in one thread of the launch, of the last block to come here: when no other thread will read what it read before a
-// barrier of its block.
+// True in one thread of the launch, in the last CTA to call it. Everything that other CTAs read before a block barrier
+// that precedes their call has been read by then.
 BNK_DEVICE bool last_of_launch(const PersistentParams& persistent) {
   return thread_rank() == 0 && last_to_arrive(&persistent.barrier_words[0].value, grid_blocks());
 }
 
-// Finite floats may have a sum, and products have it soon, that is not finite. A thread sums those again, in units so large that
-// it cannot happen; in double, what it tells its block is scaled back. Only those: the sums of its other elements may be of
-// other channels, whose values are nothing in such units.
+// Overflow rescale. Sums of finite floats can overflow, and sums of products soon do. Re-accumulate those elements
+// scaled by kOverflowScale and undo the scale in double. Elements whose sums are finite are not rescaled: they may
+// belong to other channels, whose values would underflow at this scale.
 template <typename opmath_t>
 inline constexpr opmath_t kOverflowScale = sizeof(opmath_t) == 4 ? opmath_t(0x1p-80) : opmath_t(1);
 
-// Two sums for each element of a vector.
+// Two sums per element of a vector.
 template <typename T>
 struct ElementSums {
   using opmath_t = opmath_type<T>;
   static constexpr int kElements = kVectorElements<T>;
   opmath_t first[kElements];
   opmath_t second[kElements];
-  unsigned rescaled;  // a bit for each element: its sums are in units of 1 / kOverflowScale and of that squared
+  unsigned rescaled;  // bit i: the sums of element i are scaled by kOverflowScale and by its square
 
   BNK_DEVICE void clear() {
 #pragma unroll
@@ -95,7 +96,7 @@ struct ElementSums {
     rescaled = 0;
   }
 
-  // Clears what is not finite, to be summed again. False: nothing is.
+  // Clears the sums that are not finite, for re-accumulation. Returns false if all are finite.
   BNK_DEVICE bool needs_rescale() {
 #pragma unroll
     for (int i = 0; i < kElements; ++i) {
@@ -115,7 +116,8 @@ struct ElementSums {
   }
 };
 
-// The first vectors of each thread, of one tensor, in shared memory. A thread reads back only what it wrote: no barrier.
+// Shared memory cache of each thread's first vectors of one tensor. A thread reads only what it wrote: no barrier
+// needed.
 template <typename T>
 struct SmemCache {
   Vector<T>* slots;
@@ -125,7 +127,7 @@ struct SmemCache {
   }
 };
 
-// A tile of kept vectors, of which `first` is the first.
+// Loads a tile of cached vectors, starting at vector `first`.
 template <typename T, typename Access, int kVectors>
 BNK_DEVICE void load_cached(const SmemCache<T>& cache, const Access (&accesses)[kVectors], int first,
                             Vector<T> (&bits)[kVectors]) {
@@ -144,8 +146,9 @@ BNK_DEVICE void cache_vectors(const SmemCache<T>& cache, const Access (&accesses
   }
 }
 
-// Visits a thread's vectors tile by tile (visit_vectors): those not kept first, the last of them before the others, as what was
-// read last is likeliest still in L2. Calls visit(vectors, number, is_cached), where is_cached.value is a constant.
+// Visits a thread's vectors tile by tile (visit_vectors): first the vectors that are not cached in shared memory, in
+// reverse order because the most recently read ones are most likely still in L2, then the cached ones. Calls
+// visit(vectors, number, is_cached), where is_cached.value is a compile-time constant.
 template <int kVectors, typename Iterator, typename Visit>
 BNK_DEVICE void revisit_vectors(Iterator& iterator, int cached_vectors, bool whole, const Visit& visit) {
   const auto again = [&](const auto& accesses, int first) { visit(accesses, first, std::false_type{}); };
@@ -168,15 +171,15 @@ BNK_DEVICE int64_t first_channel(const TilePartition& partition, int channel_til
   return int64_t{channel_tile} * partition.tile_channels;
 }
 
-// Channels of a channel tile; the last one may have fewer.
+// Channels of a channel tile; the last tile may have fewer.
 BNK_DEVICE int channels_of(const TilePartition& partition, int channel_tile) {
   const int64_t rest = partition.channels - first_channel(partition, channel_tile);
   return rest < partition.tile_channels ? static_cast<int>(rest) : partition.tile_channels;
 }
 
-// Sums a share, chain by chain: of the vectors that a thread keeps first, then of kChainVectors at a time. sum(first, count)
-// sums the thread's vectors from `first` on, at(element) are the sums; those of the block, of all chains, are added up in
-// totals[local], and are there for all when it returns.
+// Sums a work tile in steps: first the cached vectors of each thread, then kChainVectors vectors per thread and step.
+// sum(first, count) sums the thread's vectors from `first` on, and at(element) returns the sums. The CTA's sums over
+// all steps are accumulated in totals[local] and visible to all threads on return.
 template <typename T, Layout kLayout, typename Sum, typename At>
 BNK_DEVICE void sum_work_tile(const TilePartition& partition, PersistentTileIterator<T, kLayout>& iterator,
                               int channel_tile, int cached_vectors, Sums* slots, Sums* totals, const Sum& sum,
@@ -193,16 +196,18 @@ BNK_DEVICE void sum_work_tile(const TilePartition& partition, PersistentTileIter
   }
 }
 
-// What the members of a group found of a channel tile's channels becomes known to all. mine(local) is what this block found of a
-// channel; finish(local, joined) is called with what all of them did, from one thread for each channel, in one of two ways:
+// All-reduces the per-channel partials of a channel tile across the CTA group. local_partial(local) is this CTA's
+// partial of a channel; on_reduced(local, all) is called with the combined value, from one thread per channel, in one
+// of two ways:
 //
-//   each for itself   by every member for all channels
-//   divided           by one member for each channel; finish leaves its results in global memory, and recall(local) is
-//                     called by every member, from one thread for each channel, to read them
+//   one-shot   every CTA combines all channels
+//   two-shot   each channel is combined by one CTA, whose on_reduced stores the results to global memory; then every
+//              CTA calls reload(local), from one thread per channel, to read them
 //
-// What either wrote to shared memory is there for the block when it returns. There are two bodies of it.
+// On return, all threads of the CTA see what on_reduced and reload wrote to shared memory. Clusters and single CTAs use
+// exchange_on_chip, grid groups use exchange_in_memory.
 
-// What a member has told. `told` is this block's own: in every member's shared memory it lies in the same place.
+// The partial of the CTA of the given rank. `partials` points to this CTA's own; it has the same address in every CTA.
 template <typename Accumulator>
 BNK_DEVICE Accumulator peer_partial(int rank, const Accumulator* partials) {
   Accumulator result;
@@ -214,22 +219,22 @@ BNK_DEVICE Accumulator peer_partial(int rank, const Accumulator* partials) {
   return result;
 }
 
-// A block alone, or in a cluster: told[local] is where it tells the others. They may read it until they come to the
-// next barrier of the cluster, so that the next channel tile must be told elsewhere.
+// Single CTAs and clusters. The CTA publishes its partials in partials[local]. Its peers may read them until they reach
+// the next cluster barrier, so the next channel tile needs another buffer.
 template <typename Accumulator, typename LocalPartial, typename OnReduced>
 BNK_DEVICE void exchange_on_chip(const PersistentParams& persistent, int channels, Accumulator* partials,
                                  const LocalPartial& local_partial, const OnReduced& on_reduced) {
   for (int local = thread_rank(); local < channels; local += block_threads()) partials[local] = local_partial(local);
-  if (persistent.group == GroupKind::kCluster) cluster_barrier();  // every member has told before the others read
+  if (persistent.group == GroupKind::kCluster) cluster_barrier();  // all partials are written before peers read them
   for (int local = thread_rank(); local < channels; local += block_threads()) {
     Accumulator all{};
     for (int rank = 0; rank < persistent.group_size; ++rank) combine(all, peer_partial(rank, partials + local));
     on_reduced(local, all);
   }
-  block_barrier();  // what finish wrote to shared memory is there for all
+  block_barrier();  // all threads see what on_reduced wrote to shared memory
 }
 
-// In a grid group: partials.cuh.
+// Grid groups, through the partials in global memory (partials.cuh).
 template <typename Accumulator, typename LocalPartial, typename OnReduced, typename Reload>
 BNK_DEVICE void exchange_in_memory(const PersistentParams& persistent, const TilePartition& partition,
                                    const CtaCoord& cta, int channel_tile, Accumulator* slots,
@@ -242,17 +247,17 @@ BNK_DEVICE void exchange_in_memory(const PersistentParams& persistent, const Til
   for (int local = thread_rank(); local < channels; local += block_threads()) {
     store_partial(persistent.partial, partition, cta.rank, first + local, local_partial(local));
   }
-  group_barrier(counter, persistent.group_size, cta.rank);  // every member's partials are stored before they are read
+  group_barrier(counter, persistent.group_size, cta.rank);  // all partials are stored before they are read
   const int worker = persistent.two_shot ? cta.rank : 0;
   const int workers = persistent.two_shot ? persistent.group_size : 1;
   combine_channels(partials, persistent.partial, first, channels, worker, workers, slots, on_reduced);
   if (!persistent.two_shot) return;
-  group_barrier(counter, persistent.group_size, cta.rank);  // every channel's results are stored before they are read
+  group_barrier(counter, persistent.group_size, cta.rank);  // all results are stored before they are reloaded
   for (int local = thread_rank(); local < channels; local += block_threads()) reload(local);
-  block_barrier();  // what recall wrote to shared memory is there for all
+  block_barrier();  // all threads see what reload wrote to shared memory
 }
 
-// told: kPartialBuffers * kMaxTileChannels of shared memory, which a group's channel tiles take in turn.
+// partials: kPartialBuffers * kMaxTileChannels accumulators in shared memory, a buffer per channel tile in rotation.
 template <Layout kLayout, typename Accumulator, typename LocalPartial, typename OnReduced, typename Reload>
 BNK_DEVICE void exchange(const PersistentParams& persistent, const TilePartition& partition, const CtaCoord& cta,
                          int channel_tile, Accumulator* partials, Accumulator* slots, const LocalPartial& local_partial,
@@ -266,10 +271,10 @@ BNK_DEVICE void exchange(const PersistentParams& persistent, const TilePartition
   }
 }
 
-// Before a block ends.
+// Called by all threads before a CTA exits.
 BNK_DEVICE void leave(const PersistentParams& persistent) {
   if (persistent.group == GroupKind::kCluster)
-    cluster_barrier();  // what this block told is read before its memory goes
+    cluster_barrier();  // peers have read this CTA's partials before its shared memory is released
 }
 
 }  // namespace bnk

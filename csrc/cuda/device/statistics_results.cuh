@@ -1,4 +1,4 @@
-// What the Welford data of a channel become: the saved statistics and the running ones (Ioffe & Szegedy 2015, Algorithm 1).
+// Results of a channel's Welford data: the saved statistics and the running ones (Ioffe & Szegedy 2015, Algorithm 1).
 //
 //   mean,  invstd = 1/sqrt(m2/n + eps)
 //   running_mean += factor*(mean - running_mean)    running_var += factor*(m2/(n-1) - running_var)
@@ -15,8 +15,8 @@ struct StatisticsResults {
   double eps;
   PerChannel mean;
   PerChannel invstd;
-  PerChannel running_mean;  // or null
-  PerChannel running_var;   // or null
+  PerChannel running_mean;  // may be null
+  PerChannel running_var;   // may be null
 };
 
 template <typename Args>
@@ -32,7 +32,7 @@ StatisticsResults results_of(const Args& args) {
   };
 }
 
-// count: of batches, this one among them. Looked at if the average is cumulative.
+// count: batches so far, including this one; used only by cumulative averages.
 BNK_DEVICE double running_factor(const StatisticsResults& results, int64_t count) {
   return results.cumulative ? 1 / static_cast<double>(count) : results.momentum;
 }
@@ -47,7 +47,7 @@ BNK_DEVICE double invstd_of(const StatisticsResults& results, const WelfordData&
   return reciprocal_sqrt(all.m2 / all.count + results.eps);
 }
 
-// By one thread for each channel.
+// Called by one thread per channel.
 BNK_DEVICE void write_statistics(const StatisticsResults& results, int64_t channel, const WelfordData& all,
                                  double factor) {
   write(results.mean, channel, all.mean);

@@ -1,17 +1,18 @@
-// TileIterators: the only place that knows where an element lies and which thread visits it (TilePartition, in plan.h).
+// TileIterator: the vectors that one thread visits in one work tile (TilePartition, in plan.h). No other code maps
+// threads to elements.
 //
-// A tile iterator is one thread's way through one share, vector by vector, from the first or from anywhere. kColumns tells of how
-// many channels a vector's elements may be: all of one (channels-first), or each of its own.
+// A tile iterator visits the thread's vectors in order, starting from any of them. kColumns is the number of
+// accumulators per vector: 1 if all elements belong to one channel (channels-first), else one per element.
 #pragma once
 
 #include "vector_access.cuh"
 
 namespace bnk {
 
-// How often a thread is in turn that begins at `rank` of `size` and goes on in steps.
+// Iterations of a loop that starts at `rank`, ends at `size` and advances by `step`.
 BNK_DEVICE int turns(int size, int rank, int step) { return size <= rank ? 0 : (size - rank + step - 1) / step; }
 
-// InRow: what elements and vectors of a row are counted with. Where rows are known to be short enough, 32 bits are faster.
+// InRow: the integer type that counts the elements and vectors of a row. 32 bits are faster if rows are short enough.
 template <typename T, Layout kLayout, typename InRow = int64_t>
 class TileIterator;
 
@@ -21,9 +22,9 @@ class TileIterator<T, Layout::kChannelsFirst, InRow> {
   using Element = T;
   static constexpr int kElements = kVectorElements<T>;
   static constexpr int kColumns = 1;
-  static constexpr int kThreadsC = 1;  // at most
+  static constexpr int kThreadsC = 1;  // upper bound
 
-  // Windows are aligned to `lead`, the tensor whose speed matters most.
+  // Vectors are aligned to `lead`, the tensor whose access speed matters most.
   BNK_DEVICE TileIterator(const TilePartition& partition, WorkTile work_tile, const T* lead)
       : partition_(partition),
         channel_(work_tile.channel_tile),
@@ -39,18 +40,18 @@ class TileIterator<T, Layout::kChannelsFirst, InRow> {
     return phase_of(data) == phase_of(lead) && elements_of(partition) >= kElements;
   }
 
-  // Whether every row is of whole vectors. (Of a tensor that is not aligned, a row is covered by one more than it is long.)
+  // Whether every row consists of full vectors. (An unaligned tensor needs one more vector per row than its length.)
   BNK_DEVICE static bool is_whole(const TilePartition& partition) {
     return partition.row_vectors.value * kElements == partition.inner && partition.row_vectors.value <= kMaxFullVectors;
   }
 
-  // Of this thread, in all.
+  // Vectors of this thread.
   BNK_DEVICE int vectors() const { return count_; }
 
-  // Of any thread of the block, at most.
+  // Upper bound of vectors() over the threads of the CTA.
   BNK_DEVICE int max_vectors() const { return turns(size_, 0, static_cast<int>(block_threads())); }
 
-  // On to the thread's vector of this number.
+  // Moves to the thread's vector with this number.
   BNK_DEVICE void seek(int number) {
     at_ = number;
     if (!more()) return;
@@ -62,7 +63,7 @@ class TileIterator<T, Layout::kChannelsFirst, InRow> {
 
   BNK_DEVICE bool more() const { return at_ < count_; }
 
-  // The current vector, and on to the thread's next. Empty when there are no more.
+  // Returns the current vector and advances to the thread's next one. Empty at the end.
   BNK_DEVICE VectorAccess next() {
     if (!more()) return {0, 0, 0};
     const InRow in_row = row_vector_ * kElements - shift_of(row_start_);
@@ -80,7 +81,7 @@ class TileIterator<T, Layout::kChannelsFirst, InRow> {
     return access;
   }
 
-  // The way on from the current vector where all are whole: a jump to each, and another behind a row's end.
+  // Iterates over full vectors from the current one on: a fixed step, plus a skip at the end of a row.
   struct Whole {
     const TilePartition& partition;
     int64_t step;
@@ -108,12 +109,12 @@ class TileIterator<T, Layout::kChannelsFirst, InRow> {
 
   BNK_DEVICE int64_t channel(int /*column*/) const { return channel_; }
   BNK_DEVICE bool has_channel(int /*column*/) const { return true; }
-  // A channel's place in the channel tile.
+  // The channel's index in the channel tile.
   BNK_DEVICE int local(int /*column*/) const { return 0; }
-  // Whether this thread is the one of its block that speaks for its channels.
+  // Whether this thread is the one in its CTA that writes the results of its channels.
   BNK_DEVICE bool first_in_block() const { return thread_rank() == 0; }
 
-  // Elements of each channel in the share: of all its vectors, or of the first `vectors` of every thread.
+  // Elements per channel of the work tile: of all its vectors, or of the first `vectors` vectors of every thread.
   BNK_DEVICE int64_t elements() const { return elements_before(first_ + size_) - elements_before(first_); }
   BNK_DEVICE int64_t elements_of_first(int vectors) const {
     const int size = vectors * static_cast<int>(block_threads());
@@ -121,14 +122,14 @@ class TileIterator<T, Layout::kChannelsFirst, InRow> {
   }
 
  private:
-  // Whole counts them in 32 bits, and may step past a row's end once.
+  // Whole counts row vectors in 32 bits and may step past the end of a row once.
   static constexpr int64_t kMaxFullVectors = int64_t{1} << 30;
 
   BNK_DEVICE int shift_of(int64_t row_start) const {
     return static_cast<int>(static_cast<uint64_t>(phase_ + row_start) % kElements);
   }
 
-  // Of the channel, before a vector of it.
+  // Elements of the channel that precede one of its vectors.
   BNK_DEVICE int64_t elements_before(int64_t position) const {
     const int64_t row = quotient(position, partition_.row_vectors);
     const int64_t row_vector = position - row * partition_.row_vectors.value;
@@ -139,22 +140,22 @@ class TileIterator<T, Layout::kChannelsFirst, InRow> {
   const TilePartition& partition_;
   int64_t channel_;
   int phase_;
-  int64_t first_;  // vector of the channel that the share begins with
-  int size_;       // vectors of the share
-  int count_;      // of those, this thread's
-  int at_;         // of those, the current one: window_ of the row that starts at row_start_
+  int64_t first_;  // the work tile's first vector, as an index in the channel
+  int size_;       // vectors of the work tile
+  int count_;      // vectors of this thread
+  int at_;         // number of the current vector, which is row_vector_ of the row that starts at row_start_
   int64_t row_start_ = 0;
   InRow row_vector_ = 0;
 };
 
-// Channels-last and packed: a thread stays on one vector of columns and goes down the rows.
+// Channels-last and packed: a thread stays at one vector of columns and advances along the rows.
 template <typename T, Layout kLayout>
 class ColumnTileIterator {
  public:
   using Element = T;
   static constexpr int kElements = kVectorElements<T>;
   static constexpr int kColumns = kElements;
-  static constexpr int kThreadsC = kLayout == Layout::kPacked ? kMaxPackedThreadsC : kMaxThreadsC;  // at most
+  static constexpr int kThreadsC = kLayout == Layout::kPacked ? kMaxPackedThreadsC : kMaxThreadsC;  // upper bound
 
   BNK_DEVICE ColumnTileIterator(const TilePartition& partition, WorkTile work_tile, const T* /*lead*/)
       : partition_(partition),
@@ -163,7 +164,7 @@ class ColumnTileIterator {
     const int64_t first_row = work_tile.split * partition.split_size;
     const int64_t rest = partition.outer - first_row;
     rows_ = static_cast<int>(rest < partition.split_size ? rest : partition.split_size);
-    const int64_t first_column = (channel_tile_ * partition.threads_c + thread_c_) * kElements;  // of its vector
+    const int64_t first_column = (channel_tile_ * partition.threads_c + thread_c_) * kElements;  // of the vector
     const int64_t columns = row_columns() - first_column;
     columns_ = columns < 0 ? 0 : columns < kElements ? static_cast<int>(columns) : kElements;
     if constexpr (kLayout == Layout::kPacked) {
@@ -173,7 +174,8 @@ class ColumnTileIterator {
     }
     step_ = static_cast<int>(block_threads()) / partition.threads_c;
     const int rank = static_cast<int>(thread_rank()) / partition.threads_c;
-    // Threads beyond the last whole row of lanes have nothing to do, nor have those beyond the array's columns.
+    // Threads beyond the last complete row of threads_c threads have no vectors, nor have threads beyond the last
+    // column.
     count_ = rank >= step_ || columns_ == 0 ? 0 : turns(rows_, rank, step_);
     first_ = (first_row + rank) * row_columns() + first_column;
     seek(0);
@@ -183,7 +185,7 @@ class ColumnTileIterator {
     return partition.channels * partition.inner % kElements == 0 && phase_of(data) == 0;
   }
 
-  // Whether every thread's vectors are whole.
+  // Whether every thread's vectors are full.
   BNK_DEVICE static bool is_whole(const TilePartition& partition) {
     return partition.channels * partition.inner % kElements == 0;
   }
@@ -206,7 +208,7 @@ class ColumnTileIterator {
     return access;
   }
 
-  // The way on from the current vector where all are whole.
+  // Iterates over full vectors from the current one on.
   struct Whole {
     int64_t step;
     int64_t offset;
@@ -239,15 +241,15 @@ class ColumnTileIterator {
   const TilePartition& partition_;
   int64_t channel_tile_;
   int thread_c_;
-  int rows_;          // of the share
-  int columns_;       // of its vector that the array has
-  int local_ = 0;     // packed: the channel tile's channel that its first column is of ...
-  int boundary_ = 0;  // ... and the first of its columns that is of the next one
-  int step_;          // rows from one of its vectors to the next
-  int count_;         // of its vectors
-  int64_t first_;     // of its vector in the first of them
-  int at_;            // the current one ...
-  int64_t offset_;    // ... and of its vector in it
+  int rows_;          // rows of the work tile
+  int columns_;       // columns of this thread's vector that lie inside the array
+  int local_ = 0;     // packed: channel of the vector's first column, as an index in the channel tile ...
+  int boundary_ = 0;  // ... and the vector's first column of the next channel
+  int step_;          // rows between consecutive vectors of this thread
+  int count_;         // vectors of this thread
+  int64_t first_;     // offset of the first vector
+  int at_;            // number of the current vector ...
+  int64_t offset_;    // ... and its offset
 };
 
 template <typename T, typename InRow>

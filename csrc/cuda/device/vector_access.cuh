@@ -1,8 +1,8 @@
-// Vector accesses: the unit in which kernels reach an [outer][channels][inner] array.
+// VectorAccess: the unit of access to an [outer][channels][inner] array.
 //
-// A vector is kVectorElements<T> consecutive elements of which [begin, end) belong to the iterator's row; who visits which
-// is told by tile_iterator.cuh. A full vector of a tensor that is aligned alike is one 16-byte access; every other vector is
-// accessed element by element, so heads, tails and odd alignments are correct by construction.
+// A vector is kVectorElements<T> consecutive elements, of which [begin, end) belong to the iterator's row;
+// tile_iterator.cuh assigns vectors to threads. A full vector of an equally aligned tensor is one 16-byte access. Every
+// other vector is accessed element by element, so heads, tails and odd alignments are correct by construction.
 #pragma once
 
 #include "../../plan/plan.h"
@@ -12,7 +12,7 @@ namespace bnk {
 
 struct VectorAccess {
   static constexpr bool kFull = false;
-  int64_t offset;  // of its element 0, in elements from the tensor's start; that element itself may lie outside
+  int64_t offset;  // of element 0, in elements from the tensor's start; element 0 may lie outside
   int begin;
   int end;
 
@@ -20,7 +20,7 @@ struct VectorAccess {
   BNK_DEVICE bool is_full(int elements) const { return begin == 0 && end == elements; }
 };
 
-// A vector of which it is known when the kernel is compiled that it is full, and its tensors wide (View).
+// A vector known at compile time to be full, in tensors known to be wide (View).
 template <typename T>
 struct FullVector {
   static constexpr bool kFull = true;
@@ -32,14 +32,14 @@ struct FullVector {
   BNK_DEVICE static constexpr bool is_full(int /*elements*/) { return true; }
 };
 
-// One block's work: share s of a partition is split s / channel tiles of channel tile s % channel tiles, so that blocks which run side by side read
-// neighbouring memory.
+// Work of one CTA. Work tile i of a partition is split i / channel_tiles of channel tile i % channel_tiles, so CTAs
+// that run concurrently read adjacent memory.
 struct WorkTile {
   int64_t channel_tile;
   int64_t split;
 };
 
-// a / b, rounded down, for a >= 0. The product is off by few at most: by one below 2^51, which is where it ends in practice.
+// floor(a / b) for a >= 0. The rounded product is off by a few at most: by at most one below 2^51, the practical limit.
 BNK_DEVICE int64_t quotient(int64_t a, const Divisor& b) {
   int64_t result = static_cast<int64_t>(static_cast<double>(a) * b.reciprocal);
   while (result * b.value > a) --result;
@@ -59,13 +59,14 @@ BNK_DEVICE WorkTile work_tile_at(const TilePartition& partition, int64_t index) 
   return {index - split * partition.channel_tiles.value, split};
 }
 
-// Where in its 16-byte vector a tensor starts, in elements.
+// Offset of a tensor's start from a 16-byte boundary, in elements.
 template <typename T>
 BNK_DEVICE int phase_of(const T* data) {
   return static_cast<int>((reinterpret_cast<uintptr_t>(data) / sizeof(T)) % kVectorElements<T>);
 }
 
-// A tensor as a kernel sees it. wide: the partition's vectors lie on 16-byte boundaries of it, and it is not smaller than one.
+// A tensor as a kernel sees it. wide: the partition's vectors lie on its 16-byte boundaries, and it has at least one
+// full vector of elements.
 template <typename T, Layout kLayout>
 struct View {
   T* data;
@@ -73,15 +74,15 @@ struct View {
   bool wide;
 };
 
-// Loading is in two steps, so that a thread can have several vectors in flight before it waits for the first:
-// load_vectors only issues the loads, unpack_access looks at the bits.
+// Loads take two steps, so that a thread can have several vectors in flight before it waits for the first: load_vectors
+// only issues the loads, unpack_access uses the bits.
 //
-// A vector that lies inside the tensor is loaded whole, also where only a part of it is the iterator's row: the other
+// A vector that lies inside the tensor is loaded fully even if only part of it belongs to the iterator's row: the other
 // elements share its memory sectors anyway. They are then masked out.
 template <typename T, Layout kLayout>
 BNK_DEVICE bool is_inside(const View<const T, kLayout>& view, const VectorAccess& access) {
-  if constexpr (kLayout != Layout::kChannelsFirst) return true;  // whole columns of vectors, if they are wide
-  // In one comparison: an offset below 0 is a large one.
+  if constexpr (kLayout != Layout::kChannelsFirst) return true;  // columns of full vectors, if the view is wide
+  // A single comparison: as an unsigned integer, a negative offset is too large.
   return static_cast<uint64_t>(access.offset) <= static_cast<uint64_t>(view.elements - kVectorElements<T>);
 }
 
@@ -97,7 +98,7 @@ BNK_DEVICE Vector<T> load_access(const View<const T, kLayout>& view, const Vecto
   return bits;
 }
 
-// What is loaded as the code says ...
+// Loads with a cache operator known at compile time.
 template <CacheOp kCacheOp>
 struct Loads {
   template <typename T>
@@ -110,7 +111,7 @@ struct Loads {
   }
 };
 
-// ... or as a hint does.
+// Loads with a cache hint known at run time.
 struct HintedLoads {
   CacheHint hint;
 
@@ -134,7 +135,7 @@ BNK_DEVICE Vector<T> load_access(const View<const T, kLayout>& view, const FullV
   return load_vector<kCacheOp>(view.data + access.offset);
 }
 
-// The elements of a vector; those that are not there are 0.
+// Converts the elements of a vector; elements outside [begin, end) become 0.
 template <typename T, typename Access>
 BNK_DEVICE void unpack_access(const Vector<T>& bits, const Access& access, opmath_type<T> (&out)[kVectorElements<T>]) {
   to_opmath_vector(bits, out);
@@ -147,7 +148,7 @@ BNK_DEVICE void unpack_access(const Vector<T>& bits, const Access& access, opmat
   }
 }
 
-// Writes the elements that are there, and no others. Results are not read again by the kernel that makes them.
+// Writes the elements in [begin, end) only. Results are streamed: the kernel that writes them does not read them again.
 template <typename T, Layout kLayout, typename Access>
 BNK_DEVICE void store_access(const View<T, kLayout>& view, const Access& access,
                              const opmath_type<T> (&values)[kVectorElements<T>]) {
@@ -170,7 +171,8 @@ BNK_DEVICE bool all_full(const Access (&accesses)[kVectors], int elements) {
   return full;
 }
 
-// A tile of vectors. All its loads are issued one behind the other, unless one is not of a vector, which is rare.
+// Loads a tile of vectors. All loads are issued back to back, except in the rare tile with an access that is not one
+// 16-byte load.
 template <typename Loads, typename T, Layout kLayout, typename Access, int kVectors>
 BNK_DEVICE void load_vectors(const View<const T, kLayout>& view, const Access (&accesses)[kVectors],
                              Vector<T> (&bits)[kVectors], const Loads& loads) {

@@ -1,7 +1,7 @@
-// Tiles: a thread's vectors, a few at a time, so that it has several loads under way before it waits for the first.
+// Tiles: groups of a thread's vectors, so that a thread has several loads in flight before it waits for the first.
 //
-// A tile whose vectors are known to be whole when the kernel is compiled (FullVector) has loops of its own, which look at
-// nothing: half of the instructions, where rows begin and end on vectors.
+// Tiles of vectors known at compile time to be full (FullVector) have their own loops without predicates: half the
+// instructions, where rows begin and end on vector boundaries.
 #pragma once
 
 #include <type_traits>
@@ -10,24 +10,24 @@
 
 namespace bnk {
 
-// The iterator's next vectors, `most` of them; empty ones behind its last.
+// The iterator's next `most` vectors, followed by empty ones.
 template <typename Iterator, int kVectors>
 BNK_DEVICE void next_vectors(Iterator& iterator, VectorAccess (&accesses)[kVectors], int most) {
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) accesses[i] = i < most ? iterator.next() : VectorAccess{0, 0, 0};
 }
 
-// Of a tile, as a visit gets it.
+// Vectors of a tile, as passed to a visit.
 template <typename Tile>
 inline constexpr int kAccesses = std::extent_v<std::remove_reference_t<Tile>>;
 
-// Whether a thread's vectors first .. first + kTile - 1 are all there.
+// Whether the thread's vectors first .. first + kVectors - 1 all exist.
 template <int kVectors, typename Iterator>
 BNK_DEVICE bool has_vectors(const Iterator& iterator, int first) {
   return first + kVectors <= iterator.vectors();
 }
 
-// Visits a tile of whole vectors: visit(vectors, number), where `number` is that of the first.
+// Visits a tile of full vectors: visit(vectors, number), where `number` is the number of the first vector.
 template <int kVectors, typename T, typename Way, typename Visit>
 BNK_DEVICE void visit_full(Way& way, int number, const Visit& visit) {
   FullVector<T> accesses[kVectors];
@@ -36,7 +36,7 @@ BNK_DEVICE void visit_full(Way& way, int number, const Visit& visit) {
   visit(accesses, number);
 }
 
-// The same of the iterator's next vectors, `most` of them.
+// Visits a tile of the iterator's next `most` vectors, full or not.
 template <int kVectors, typename Iterator, typename Visit>
 BNK_DEVICE void visit_any(Iterator& iterator, int number, int most, const Visit& visit) {
   VectorAccess accesses[kVectors];
@@ -44,11 +44,11 @@ BNK_DEVICE void visit_any(Iterator& iterator, int number, int most, const Visit&
   visit(accesses, number);
 }
 
-// Visits a thread's vectors from `first` on, `count` of them or as many as there are, tile by tile. A tile's vectors are of
-// type FullVector where all of them are there and `whole` says so (the partition's are, and every tensor is wide): then
-// nothing of them has to be looked at. Otherwise they are of type VectorAccess, and those that are not there are empty.
-// kFirstVectors: whole vectors of a tile, as long as there are so many. The loops are not unrolled: a turn has as many loads
-// under way as there are registers for.
+// Visits up to `count` of a thread's vectors from `first` on, tile by tile. The vectors of a tile have type FullVector,
+// which needs no predicates, if all of them exist and `whole` is set (the partition's vectors are full and every tensor
+// is wide). Otherwise they have type VectorAccess, and missing vectors are empty. kFirstVectors: tile size of the
+// leading full tiles, while enough vectors remain. The loops are not unrolled: an iteration already has as many loads
+// in flight as registers allow.
 template <int kVectors, int kFirstVectors = kVectors, typename Iterator, typename Visit>
 BNK_DEVICE void visit_vectors(Iterator& iterator, int first, int count, bool whole, const Visit& visit) {
   using T = typename Iterator::Element;
@@ -74,7 +74,7 @@ BNK_DEVICE void visit_vectors(Iterator& iterator, int first, int count, bool who
     visit_any<kVectors>(iterator, first + done, count - done, visit);
 }
 
-// The same of all of a thread's vectors.
+// Visits all of a thread's vectors.
 template <int kVectors, typename Iterator, typename Visit>
 BNK_DEVICE void visit_vectors(Iterator& iterator, bool whole, const Visit& visit) {
   visit_vectors<kVectors>(iterator, 0, iterator.vectors(), whole, visit);

@@ -1,9 +1,9 @@
-// Count, mean and sum of squared deviations of a set of values, such that sets can be joined.
+// Welford data: count, mean and sum of squared deviations of a set of values. Two sets can be combined.
 //
-// Values are taken a tile at a time, from registers, in two passes: the tile's mean, then the deviations from it
-// (never E[x^2] - E[x]^2). Tiles are joined by the parallel formula of Chan, Golub & LeVeque, "Updating formulae and a
-// pairwise algorithm for computing sample variances" (1979), in double: a joined mean then loses nothing however far
-// the mean is from zero, and a sum of squares cannot overflow for float data. One join a tile costs a fraction of an
+// Values are taken tile by tile, from registers, in two passes: the tile's mean, then the deviations from it (never
+// E[x^2] - E[x]^2). Tiles are combined by the parallel formula of Chan, Golub & LeVeque, "Updating formulae and a
+// pairwise algorithm for computing sample variances" (1979), in double: the combined mean loses no precision however
+// far it is from zero, and a sum of squares cannot overflow for float data. One combine per tile costs a fraction of an
 // operation per element.
 #pragma once
 
@@ -39,7 +39,7 @@ BNK_DEVICE WelfordData shuffle_xor(const WelfordData& m, int mask) {
   return {shuffle_xor(m.count, mask), shuffle_xor(m.mean, mask), shuffle_xor(m.m2, mask)};
 }
 
-// Two passes over the kCount values at(i), counting only those with has(i) if kMasked; the others must read as 0.
+// Two passes over the kCount values at(i). If kMasked, only values with has(i) count; the others must read as 0.
 template <typename opmath_t, int kCount, bool kMasked, typename At, typename Has>
 BNK_DEVICE WelfordData welford_of(int count, const At& at, const Has& has) {
   opmath_t sum = 0;
@@ -48,7 +48,7 @@ BNK_DEVICE WelfordData welford_of(int count, const At& at, const Has& has) {
   const opmath_t number = static_cast<opmath_t>(kMasked ? count : kCount);
   const opmath_t mean = sum / number;
 
-  opmath_t residual = 0;  // the sum of deviations: what rounding left out of the mean
+  opmath_t residual = 0;  // sum of deviations: the rounding error of the mean
   opmath_t squares = 0;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
@@ -61,8 +61,8 @@ BNK_DEVICE WelfordData welford_of(int count, const At& at, const Has& has) {
   return {static_cast<double>(count), static_cast<double>(mean) + correction, m2 < 0 ? 0 : m2};
 }
 
-// WelfordData of a tile of kCount values in registers, of which `count` >= 1 are there. Sums in the values' own type; where
-// those overflow (finite floats whose squares do not fit), again in double, which they cannot.
+// WelfordData of a tile of kCount values in registers, of which `count` >= 1 are valid. Sums in the values' own type;
+// if those overflow (finite floats whose squares do not fit), sums again in double, which cannot overflow.
 template <int kCount, typename At, typename Has>
 BNK_DEVICE WelfordData tile_welford(int count, const At& at, const Has& has) {
   using Value = decltype(at(0));
@@ -71,8 +71,8 @@ BNK_DEVICE WelfordData tile_welford(int count, const At& at, const Has& has) {
   return is_finite(tile.m2) ? tile : welford_of<double, kCount, true>(count, at, has);
 }
 
-// Joins a tile to a thread's running Welford data. The fraction is rounded to Value: that moves the mean by less than a
-// rounding of the deviations, and spares a double division per tile.
+// Combines a tile with a thread's running Welford data. The fraction is rounded to Value, which moves the mean by less
+// than a rounding of the deviations and saves a double division per tile.
 template <typename Value>
 BNK_DEVICE void combine_tile(WelfordData& total, const WelfordData& tile) {
   const auto fraction = static_cast<Value>(tile.count) / static_cast<Value>(total.count + tile.count);

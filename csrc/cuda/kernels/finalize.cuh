@@ -1,15 +1,16 @@
-// The second kernel of statistics.cuh and of grad_sums.cuh: joins a channel's partials in split order.
+// Finalize: the kernels after statistics.cuh and grad_sums.cuh. Combine each channel's partials in split order.
 //
-//   finalize_statistics   writes what the Welford data become (statistics_results.cuh)
-//   finalize_grad_sums    grad_bias = sum(g),  grad_weight = sum(g*xhat), and both over n for grad_input_kernel
+//   finalize_statistics   writes the results of the Welford data (statistics_results.cuh)
+//   finalize_grad_sums    grad_bias = sum(g),  grad_weight = sum(g*xhat), and both divided by n for grad_input_kernel
 //
-// Each value is written by exactly one thread. These kernels are not templates: every translation unit that includes this file
-// compiles them.
+// A CTA handles threads_c adjacent channels per iteration, and its threads with the same index along C divide a
+// channel's splits (combine_channels, in partials.cuh). Each value is written by exactly one thread. These kernels are
+// not templates: every translation unit that includes this file compiles them.
 #pragma once
 
+#include "../device/block_reduce.cuh"
 #include "../device/partials.cuh"
 #include "../device/statistics_results.cuh"
-#include "../device/sums.cuh"
 
 namespace bnk {
 
@@ -32,10 +33,10 @@ struct FinalizeGradSumsParams {
   Finalize finalize;
   const double* partial;
   double elements_per_channel;
-  PerChannel grad_weight;  // or null
-  PerChannel grad_bias;    // or null
-  PerChannel mean_g;       // double, or null
-  PerChannel mean_g_xhat;  // double, or null
+  PerChannel grad_weight;  // may be null
+  PerChannel grad_bias;    // may be null
+  PerChannel mean_g;       // double, may be null
+  PerChannel mean_g_xhat;  // double, may be null
 };
 
 static BNK_KERNEL(kMaxBlockThreads, 1) finalize_grad_sums(FinalizeGradSumsParams params) {

@@ -1,20 +1,21 @@
-// Backward, the result. With g = grad_y, as its gate lets it through, xhat = (x - mean) * invstd and
-// scale = weight * invstd:
+// Backward, grad_x. g = grad_y after the backward of the epilogue (epilogue.cuh), xhat = (x - mean) * invstd and scale
+// = weight * invstd:
 //
 //   training    grad_x = (g - mean(g) - (x - mean) * slope) * scale    where slope = mean(g*xhat) * invstd
-//   inference   grad_x = g * scale                                     and x is not read, but for that
+//   inference   grad_x = g * scale                                     reads x only if there is a ReLU
 //
-// The statistics do not depend on x in inference, which is why its gradient has no further terms.
+// In inference the statistics do not depend on x, so the gradient has no further terms. CTAs take work tiles
+// round-robin; each thread writes the elements of its own vectors (tile_iterator.cuh).
 #pragma once
 
 #include <type_traits>
 
-#include "../device/relu_backward.cuh"
+#include "../device/epilogue.cuh"
 #include "../device/visit_vectors.cuh"
 
 namespace bnk {
 
-// Windows of each of x and g a thread keeps in flight.
+// Vectors of each of x and g that a thread has in flight.
 inline constexpr int kGradInputTile = 4;
 
 struct GradInputParams {
@@ -25,8 +26,8 @@ struct GradInputParams {
   ConstPerChannel weight;
   ConstPerChannel mean;
   ConstPerChannel invstd;
-  ConstPerChannel mean_g;       // training
-  ConstPerChannel mean_g_xhat;  // training
+  ConstPerChannel mean_g;       // training only
+  ConstPerChannel mean_g_xhat;  // training only
   ConstPerChannel relu_low;     // null: no ReLU
   ConstPerChannel relu_high;
   bool training;
@@ -68,7 +69,7 @@ grad_input_kernel(GradInputParams params) {
       slope[column] = static_cast<opmath_t>(read(params.mean_g_xhat, channel) * invstd);
     }
 
-    // is_training.value is a constant.
+    // is_training.value is a compile-time constant.
     const auto write_tile = [&](const auto& accesses, auto is_training) {
       constexpr bool kReadsX = is_training.value || kHasRelu;
       Vector<T> g_bits[kVectors], x_bits[kVectors];

@@ -1,17 +1,19 @@
-// Backward, the sums: each block sums g and g*xhat over each of its shares into a partial, where g = grad_y, as its gate lets
-// it through, and xhat = (x - mean) * invstd. finalize_grad_sums joins the partials (finalize.cuh).
+// Backward, the sums: sum(g) and sum(g*xhat) per channel, where g = grad_y after the backward of the epilogue
+// (epilogue.cuh) and xhat = (x - mean) * invstd.
 //
-// A thread sums a tile of a few vectors in the elements' compute type and the tiles in double.
+// CTAs take work tiles round-robin and store one partial per work tile and channel; finalize_grad_sums combines them
+// (finalize.cuh). A thread sums the elements of its own vectors (tile_iterator.cuh): a tile of a few vectors in
+// opmath_t, the tiles in double.
 #pragma once
 
+#include "../device/block_reduce.cuh"
+#include "../device/epilogue.cuh"
 #include "../device/partials.cuh"
-#include "../device/relu_backward.cuh"
-#include "../device/sums.cuh"
 #include "../device/visit_vectors.cuh"
 
 namespace bnk {
 
-// Windows of each of x and g a thread keeps in flight.
+// Vectors of each of x and g that a thread has in flight.
 inline constexpr int kGradSumsTile = 4;
 
 struct GradSumsParams {
@@ -67,7 +69,7 @@ grad_sums_kernel(GradSumsParams params) {
       for (int i = 0; i < kGradSumsTile; ++i) {
 #pragma unroll
         for (int element = 0; element < Iterator::kElements; ++element) {
-          // An element that is not there must add nothing, even where the channel's statistics are not finite.
+          // A masked element must add nothing, even if the channel's statistics are not finite.
           if (element < accesses[i].begin || element >= accesses[i].end) continue;
           const int column = element % kColumns;
           const opmath_t xhat = (xs[i][element] - mean[column]) * invstd[column];

@@ -1,15 +1,16 @@
-// Forward, the result:  y = (x - mean) * invstd * weight + bias, through the epilogue
+// Forward, the result:  y = epilogue((x - mean) * invstd * weight + bias)
 //
-// Training takes the statistics that finalize_statistics left; inference takes the running ones, and the first split of
-// each channel tile leaves the mean and invstd it used for the backward. A thread's channels stay the same for a whole share,
-// so their four constants are read once and live in registers.
+// Training uses the statistics of finalize_statistics. Inference uses the running statistics; the first split of each
+// channel tile stores the mean and invstd it used, for the backward. CTAs take work tiles round-robin, and each thread
+// writes the elements of its own vectors (tile_iterator.cuh). A thread's channels stay the same for a whole work tile,
+// so their four constants are read once into registers.
 #pragma once
 
 #include "../device/epilogue.cuh"
 
 namespace bnk {
 
-// Windows a thread keeps in flight.
+// Vectors that a thread has in flight.
 inline constexpr int kNormalizeTile = 4;
 
 struct NormalizeParams {
@@ -21,13 +22,13 @@ struct NormalizeParams {
   ConstPerChannel mean;
   ConstPerChannel invstd_or_var;  // invstd, or the variance if `inference`
   bool inference;
-  double eps;             // inference
-  PerChannel mean_out;    // inference
-  PerChannel invstd_out;  // inference
+  double eps;             // inference only
+  PerChannel mean_out;    // inference only
+  PerChannel invstd_out;  // inference only
   Epilogue epilogue;
 };
 
-// kHasEpilogue: there is an epilogue.
+// kHasEpilogue: params.epilogue.enabled().
 template <typename T, Layout kLayout, bool kHasEpilogue>
 BNK_KERNEL(kMaxBlockThreads, 1)
 normalize_kernel(NormalizeParams params) {

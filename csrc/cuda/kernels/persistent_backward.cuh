@@ -1,17 +1,20 @@
-// Backward of training in one launch: grad_y and x are read once, grad_x is written once.
+// Backward of the training forward in one launch: reads grad_y and x once, writes grad_x once.
 //
-// With g = grad_y, as its gate lets it through, and xhat = (x - mean) * invstd, for each of its channel tiles a group of blocks (plan.h)
+// g = grad_y after the backward of the epilogue (epilogue.cuh) and xhat = (x - mean) * invstd. A CTA group takes one
+// channel tile per round, a CTA one work tile of it (plan.h). In each round, a CTA
 //
-//   1. loads grad_y and x, keeps them on chip, and sums g and g*(x - mean)
-//   2. exchanges the sums (persistent.cuh):  grad_bias = sum(g),  grad_weight = sum(g*(x - mean)) * invstd
-//   3. writes  grad_x = (g - mean(g) - (x - mean) * slope) * scale  from what it kept, where slope = mean(g*xhat) * invstd
-//      and scale = weight * invstd
+//   1. loads grad_y and x, caches them in shared memory, and sums g and g*(x - mean)
+//   2. all-reduces the sums in its group (persistent.cuh):
+//      grad_bias = sum(g),  grad_weight = sum(g*(x - mean)) * invstd
+//   3. writes  grad_x = (g - mean(g) - (x - mean) * slope) * scale  from the cache,
+//      where slope = mean(g*xhat) * invstd  and  scale = weight * invstd
 //
-// What a block could not keep is read in step 1 and, last first, in step 3.
+// Vectors that do not fit in the cache are read in step 1 and, in reverse order, again in step 3. A thread visits the
+// same vectors in steps 1 and 3 (tile_iterator.cuh).
 #pragma once
 
+#include "../device/epilogue.cuh"
 #include "../device/persistent.cuh"
-#include "../device/relu_backward.cuh"
 
 namespace bnk {
 
@@ -25,15 +28,15 @@ struct PersistentBackwardParams {
   ConstPerChannel mean;
   ConstPerChannel invstd;
   double elements_per_channel;
-  PerChannel grad_weight;    // or null
-  PerChannel grad_bias;      // or null
-  PerChannel mean_g;         // double; where the exchange is divided
-  PerChannel mean_g_xhat;    // double; where the exchange is divided
+  PerChannel grad_weight;    // may be null
+  PerChannel grad_bias;      // may be null
+  PerChannel mean_g;         // double; two-shot only
+  PerChannel mean_g_xhat;    // double; two-shot only
   ConstPerChannel relu_low;  // null: no ReLU
   ConstPerChannel relu_high;
 };
 
-// Sums of g and of g*(x - mean), by element of a vector.
+// Sums of g and of g*(x - mean), per element of a vector.
 template <typename T, int kColumns>
 struct Products : ElementSums<T> {
   using opmath_t = opmath_type<T>;
@@ -44,7 +47,7 @@ struct Products : ElementSums<T> {
     this->second[element] = fused_multiply_add(gradient, deviation, this->second[element]);
   }
 
-  // kFull: all elements of all vectors are there. One that is not there adds nothing, whatever the channel's statistics.
+  // kFull: all elements of all vectors are valid. A masked element adds nothing, whatever the channel's statistics.
   template <bool kFull, typename Access, int kVectors, typename Backward>
   BNK_DEVICE void add_tile(const Access (&accesses)[kVectors], const Vector<T> (&x_bits)[kVectors],
                            const Vector<T> (&g_bits)[kVectors], const opmath_t (&mean)[kColumns],
@@ -62,7 +65,7 @@ struct Products : ElementSums<T> {
     }
   }
 
-  // One vector, to those that are rescaled.
+  // Adds one vector to the rescaled sums only.
   template <typename Backward>
   BNK_DEVICE void add_rescaled(const VectorAccess& access, const Vector<T>& x_bits, const Vector<T>& g_bits,
                                const opmath_t (&mean)[kColumns], const Backward& epilogue) {
@@ -79,7 +82,7 @@ struct Products : ElementSums<T> {
   }
 };
 
-// Sums a thread's vectors first .. first + count - 1 again, to the elements that are rescaled.
+// Re-accumulates a thread's vectors first .. first + count - 1 into the rescaled sums.
 template <typename T, Layout kLayout, int kColumns, typename Backward>
 BNK_DEVICE void sum_rescaled(const View<const T, kLayout>& x, const View<const T, kLayout>& g,
                              PersistentTileIterator<T, kLayout>& iterator, int first, int count,
@@ -101,7 +104,7 @@ persistent_backward_kernel(PersistentBackwardParams params) {
   using opmath_t = opmath_type<T>;
   constexpr int kVectors = kVectorsPerThread;
   constexpr int kColumns = Iterator::kColumns;
-  // The coefficients of a gate, one for each column, leave registers for fewer vectors.
+  // The ReLU bounds, one per column, leave registers for fewer vectors.
   constexpr int kResultVectors = kHasRelu && kColumns > 1 ? 1 : kVectors;
   constexpr int kElements = Iterator::kElements;
   constexpr int kTileChannels = kMaxTileChannels<kLayout>;
@@ -139,7 +142,7 @@ persistent_backward_kernel(PersistentBackwardParams params) {
       epilogue.read_channel(params.relu_low, params.relu_high, column, iterator.channel(column));
     }
 
-    // 1. The share, and its sums.
+    // 1. Load the work tile and sum it.
     Products<T, kColumns> sums;
     const auto sum = [&](int first, int count) {
       const bool keeps = first == 0;
@@ -164,7 +167,7 @@ persistent_backward_kernel(PersistentBackwardParams params) {
     sum_work_tile(partition, iterator, channel_tile, persistent.cached_vectors, slots_of<Sums>(slots), totals, sum,
                   sums);
 
-    // 2. Of the whole channel.
+    // 2. All-reduce the sums of the channel.
     const auto set = [&](int local, double mean_g, double mean_g_xhat) {
       const int64_t channel = channel_of(local);
       const double invstd = read(params.invstd, channel);
@@ -197,7 +200,7 @@ persistent_backward_kernel(PersistentBackwardParams params) {
     exchange<kLayout>(persistent, partition, cta, channel_tile, partials, slots_of<Sums>(slots), local_partial,
                       on_reduced, reload);
 
-    // 3. The result.
+    // 3. Write grad_x.
     opmath_t scale[kColumns], mean_g[kColumns], slope[kColumns];
 #pragma unroll
     for (int column = 0; column < kColumns; ++column) {

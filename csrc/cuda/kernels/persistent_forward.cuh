@@ -1,26 +1,29 @@
-// Forward training in one launch: x is read once, y written once (Ioffe & Szegedy 2015, Algorithm 1).
+// Training forward in one launch: reads x once, writes y once (Ioffe & Szegedy 2015, Algorithm 1).
 //
-// A group of blocks owns a channel tile of channels, a block its share of it (plan.h). For each channel tile, a block
+// A CTA group takes one channel tile per round, a CTA one work tile of it (plan.h). In each round, a CTA
 //
-//   1. loads its share, keeps it on chip, and takes the mean of what it kept: the pivot p of each channel
-//   2. sums d = x - p and d^2 from there:  mean = p + sum(d)/n,  m2 = sum(d^2) - sum(d)^2/n.  The pivot is a mean of at least
-//      a sixteenth of the share, so that what is subtracted is small or, where the rest lies elsewhere, part of the variance
-//   3. tells its group its Welford data and joins those of all members (persistent.cuh)
-//   4. writes  y = (x - mean) * invstd * weight + bias, through the epilogue, from what it kept
+//   1. loads its work tile, caches it in shared memory, and takes the mean of the cached part: the pivot p of each
+//      channel
+//   2. sums d = x - p and d^2 from the cache:  mean = p + sum(d)/n,  m2 = sum(d^2) - sum(d)^2/n.  The pivot is a mean
+//      of at least a sixteenth of the work tile, so the subtracted term is small or, if the rest lies elsewhere, part
+//      of the variance
+//   3. all-reduces the Welford data in its group (persistent.cuh)
+//   4. writes  y = epilogue((x - mean) * invstd * weight + bias)  from the cache
 //
-// What it could not keep is read in step 2 and, last first, in step 4. A thread sums a few hundred values at most in the
-// elements' compute type, the block in double.
+// Vectors that do not fit in the cache are read in step 2 and, in reverse order, again in step 4. A thread visits the
+// same vectors in all steps (tile_iterator.cuh). It sums at most a few hundred values in opmath_t, the CTA sums in
+// double.
 #pragma once
 
+#include "../device/block_reduce.cuh"
 #include "../device/epilogue.cuh"
 #include "../device/persistent.cuh"
 #include "../device/statistics_results.cuh"
-#include "../device/sums.cuh"
 
 namespace bnk {
 
-// Whole vectors that a thread loads at a time of what it keeps: as many as the backward does, of two tensors. While one block
-// of a multiprocessor writes, the loads of the other alone keep memory busy.
+// Full vectors that a thread loads per tile of the cached part: as many as the backward loads of its two tensors. While
+// one CTA of a multiprocessor writes, only the loads of the other keep memory busy.
 inline constexpr int kForwardLoadVectors = 2 * kVectorsPerThread;
 
 struct PersistentForwardParams {
@@ -30,12 +33,12 @@ struct PersistentForwardParams {
   void* y;
   ConstPerChannel weight;
   ConstPerChannel bias;
-  int64_t* num_batches_tracked;  // or null
+  int64_t* num_batches_tracked;  // may be null
   StatisticsResults results;
   Epilogue epilogue;
 };
 
-// Sums of d = x - pivot and of d^2, by element of a vector.
+// Sums of d = x - pivot and of d^2, per element of a vector.
 template <typename T, int kColumns>
 struct Deviations : ElementSums<T> {
   using opmath_t = opmath_type<T>;
@@ -46,7 +49,7 @@ struct Deviations : ElementSums<T> {
     this->second[element] = fused_multiply_add(deviation, deviation, this->second[element]);
   }
 
-  // kFull: all elements of all vectors are there.
+  // kFull: all elements of all vectors are valid.
   template <bool kFull, typename Access, int kVectors>
   BNK_DEVICE void add_tile(const Access (&accesses)[kVectors], const Vector<T> (&bits)[kVectors],
                            const opmath_t (&pivot)[kColumns]) {
@@ -62,7 +65,7 @@ struct Deviations : ElementSums<T> {
     }
   }
 
-  // One vector, to those that are rescaled.
+  // Adds one vector to the rescaled sums only.
   BNK_DEVICE void add_rescaled(const VectorAccess& access, const Vector<T>& bits, const opmath_t (&pivot)[kColumns]) {
     constexpr opmath_t kScale = kOverflowScale<opmath_t>;
     opmath_t values[kElements];
@@ -75,7 +78,7 @@ struct Deviations : ElementSums<T> {
   }
 };
 
-// Sums a thread's vectors first .. first + count - 1 again, to the elements that are rescaled.
+// Re-accumulates a thread's vectors first .. first + count - 1 into the rescaled sums.
 template <bool kIsCached, typename T, Layout kLayout, int kColumns>
 BNK_DEVICE void sum_rescaled(const View<const T, kLayout>& x, PersistentTileIterator<T, kLayout>& iterator,
                              const SmemCache<T>& cache, int first, int count, const opmath_type<T> (&pivot)[kColumns],
@@ -87,7 +90,7 @@ BNK_DEVICE void sum_rescaled(const View<const T, kLayout>& x, PersistentTileIter
   }
 }
 
-// Of a thread's vectors first .. first + count - 1, which are kept or not.
+// Sums a thread's vectors first .. first + count - 1, which are all cached or all not cached.
 template <bool kIsCached, typename T, Layout kLayout, int kColumns>
 BNK_DEVICE void sum_deviations(const View<const T, kLayout>& x, PersistentTileIterator<T, kLayout>& iterator,
                                bool whole, const SmemCache<T>& cache, int first, int count,
@@ -110,7 +113,7 @@ BNK_DEVICE void sum_deviations(const View<const T, kLayout>& x, PersistentTileIt
   if (sums.needs_rescale()) sum_rescaled<kIsCached>(x, iterator, cache, first, count, pivot, sums);
 }
 
-// kHasEpilogue: there is an epilogue.
+// kHasEpilogue: params.epilogue.enabled().
 template <typename T, Layout kLayout, bool kHasEpilogue>
 BNK_KERNEL(persistent_threads(kLayout), kMinBlocksPerMultiprocessor)
 persistent_forward_kernel(PersistentForwardParams params) {
@@ -139,7 +142,7 @@ persistent_forward_kernel(PersistentForwardParams params) {
   const T* more = kHasEpilogue ? static_cast<const T*>(params.epilogue.residual) : nullptr;
   T* out = static_cast<T*>(params.y);
   const View<const T, kLayout> x{lead, elements_of(partition), Iterator::is_wide(partition, lead, lead)};
-  // The result and what is added to it are wide together: what the steps keep in registers leaves no room for more.
+  // y and the residual share one `wide` flag: the values that the steps hold in registers leave none for a second.
   const bool added_wide = more == nullptr || Iterator::is_wide(partition, more, lead);
   const View<T, kLayout> y{out, elements_of(partition), added_wide && Iterator::is_wide(partition, out, lead)};
   const bool whole = Iterator::is_whole(partition) && x.wide && y.wide;
@@ -148,7 +151,7 @@ persistent_forward_kernel(PersistentForwardParams params) {
     const auto channel_of = [&](int local) { return first_channel(partition, channel_tile) + local; };
     Iterator iterator(partition, {channel_tile, cta.rank}, lead);
 
-    // 1. The share, and the pivots.
+    // 1. Load the work tile and compute the pivots.
     Deviations<T, kColumns> sums;
     sums.clear();
     visit_vectors<kVectors, kForwardLoadVectors>(iterator, 0, persistent.cached_vectors, whole,
@@ -174,7 +177,7 @@ persistent_forward_kernel(PersistentForwardParams params) {
           static_cast<opmath_t>(all / static_cast<double>(iterator.elements_of_first(persistent.cached_vectors)));
     });
 
-    // 2. The deviations from them.
+    // 2. Sum the deviations from the pivots.
     const auto sum = [&](int first, int count) {
       opmath_t pivot[kColumns];
 #pragma unroll
@@ -190,7 +193,7 @@ persistent_forward_kernel(PersistentForwardParams params) {
     sum_work_tile(partition, iterator, channel_tile, persistent.cached_vectors, slots_of<Sums>(slots), totals, sum,
                   sums);
 
-    // 3. The statistics.
+    // 3. All-reduce the statistics.
     const auto set = [&](int local, double mean, double invstd) {
       const int64_t channel = channel_of(local);
       means[local] = static_cast<opmath_t>(mean);
@@ -223,11 +226,12 @@ persistent_forward_kernel(PersistentForwardParams params) {
     exchange<kLayout>(persistent, partition, cta, channel_tile, partials, slots_of<WelfordData>(slots), local_partial,
                       on_reduced, reload);
 
-    // 4. The result.
+    // 4. Write y.
     opmath_t mean[kColumns], invstd[kColumns], weight[kColumns], bias[kColumns];
 #pragma unroll
     for (int column = 0; column < kColumns; ++column) {
-      // A column that is not there gets another's: nothing is written of it, and a branch would cost a register.
+      // A column without a channel takes the values of another: its results are never written, and a branch would cost
+      // a register.
       const int local = iterator.has_channel(column) ? iterator.local(column) : 0;
       mean[column] = means[local];
       invstd[column] = invstds[local];
@@ -262,7 +266,8 @@ persistent_forward_kernel(PersistentForwardParams params) {
           }
         });
 
-    // While the results are under way. The next channel tile's values come behind barriers.
+    // Overlaps with the stores of y. The barriers of the next channel tile precede its writes to means, invstds,
+    // weights and biases.
     if constexpr (kHasEpilogue) {
       if (params.epilogue.low.data == nullptr || cta.rank != 0) continue;
       for (int local = static_cast<int>(thread_rank()); local < channels_of(partition, channel_tile);
@@ -275,8 +280,8 @@ persistent_forward_kernel(PersistentForwardParams params) {
 
   leave(persistent);
   if (params.num_batches_tracked == nullptr) return;
-  // Every thread has read a cumulative average's count, before a barrier of its block, when the last block here counts this
-  // batch.
+  // Every thread reads the count for the cumulative average before a barrier of its CTA. So when the last CTA arrives
+  // here, all have read it, and this batch can be counted.
   const bool counts = params.results.cumulative ? last_of_launch(persistent) : block_rank() == 0 && thread_rank() == 0;
   if (counts) store(params.num_batches_tracked, load(params.num_batches_tracked) + 1);
 }

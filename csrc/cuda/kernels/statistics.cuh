@@ -1,7 +1,9 @@
-// Forward training, the statistics (Ioffe & Szegedy 2015, Algorithm 1, lines 1 and 2): each block joins the Welford data of each
-// of its shares of x into a partial. finalize_statistics joins the partials (finalize.cuh).
+// Training forward, the statistics: count, mean and m2 = sum((x - mean)^2) per channel (Ioffe & Szegedy 2015, Algorithm
+// 1, lines 1 and 2).
 //
-// Every partial and the counter is written by exactly one thread.
+// CTAs take work tiles round-robin and store one partial of Welford data per work tile and channel; finalize_statistics
+// combines them (finalize.cuh). A thread accumulates the elements of its own vectors (tile_iterator.cuh). Each partial
+// and the batch counter are written by exactly one thread.
 #pragma once
 
 #include "../device/block_reduce.cuh"
@@ -11,7 +13,7 @@
 
 namespace bnk {
 
-// Windows a thread keeps in flight, and joins as one tile: 32 elements of one channel (16 in double), or 8 rows.
+// Vectors that a thread has in flight and combines as one tile: 32 elements of one channel (16 in double), or 8 rows.
 template <typename T, Layout kLayout>
 inline constexpr int kStatisticsVectors = kLayout == Layout::kChannelsLast ? 8
                                           : sizeof(T) == 8                 ? 8
@@ -21,7 +23,7 @@ struct StatisticsParams {
   TilePartition partition;
   const void* x;
   double* partial;               // WelfordData, see partials.cuh
-  int64_t* num_batches_tracked;  // or null
+  int64_t* num_batches_tracked;  // may be null
 };
 
 template <typename T, typename Access, int kVectors>
@@ -50,7 +52,7 @@ BNK_DEVICE void combine_vectors(WelfordData (&total)[kVectorElements<T>], const 
 #pragma unroll
   for (int column = 0; column < kVectorElements<T>; ++column) {
     const auto at = [&](int i) { return values[i][column]; };
-    const auto has = [&](int i) { return i < rows; };  // a thread runs out of rows once, at its end
+    const auto has = [&](int i) { return i < rows; };  // only a thread's last tile has missing rows, at its end
     combine_tile<opmath_type<T>>(total[column], tile_welford<kVectors>(rows, at, has));
   }
 }
@@ -62,7 +64,7 @@ statistics_kernel(StatisticsParams params) {
   constexpr int kVectors = kStatisticsVectors<T, kLayout>;
   BNK_SHARED(WelfordData, slots, (kReduceSlots<Iterator::kColumns, Iterator::kThreadsC>));
 
-  // Counted here, a launch before finalize_statistics reads it: all its blocks then see the same count.
+  // Incremented here, one launch before finalize_statistics reads it, so that all its CTAs see the same count.
   if (params.num_batches_tracked != nullptr && block_rank() == 0 && thread_rank() == 0) {
     store(params.num_batches_tracked, load(params.num_batches_tracked) + 1);
   }

@@ -1,23 +1,24 @@
-// A batch that lies on several ranks: what one rank tells the others, and how it joins what they told.
+// Synchronized BatchNorm: the row that one rank sends to the others, and how the rows of all ranks are combined.
 //
-//   finalize_welford     joins a channel's partials (statistics.cuh) into this rank's row
-//   combine_statistics    joins the rows of all ranks, and writes what they become (statistics_results.cuh)
-//   combine_grad_sums     joins the rows of the backward into the two means that grad_input_kernel takes
+//   finalize_welford      combines a channel's partials (statistics.cuh) into this rank's row: mean, m2, count
+//   combine_statistics    combines the rows of all ranks and writes the results (statistics_results.cuh)
+//   combine_grad_sums     combines the rows of the backward into the means of g and g*xhat for grad_input_kernel
 //
-// A rank's row of the backward is left by finalize_grad_sums. Ranks are joined in their order by one thread a channel.
+// finalize_grad_sums writes a rank's row of the backward. One thread per channel (combine_grad_sums: per value)
+// combines the ranks, in rank order.
 #pragma once
 
 #include "../../core/problem_sync.h"
+#include "../device/block_reduce.cuh"
 #include "../device/partials.cuh"
 #include "../device/statistics_results.cuh"
-#include "../device/sums.cuh"
 
 namespace bnk {
 
 struct FinalizeWelfordParams {
   Finalize finalize;
   const double* partial;  // WelfordData
-  double count;           // of each channel
+  double count;           // elements per channel
   double* row;            // statistics_row()
 };
 
@@ -70,7 +71,7 @@ static BNK_KERNEL(kMaxBlockThreads, 1) combine_statistics(CombineStatisticsParam
 struct CombineGradSumsParams {
   RankRows rows;
   const double* count;
-  double* means;  // out: a row of the C means of g, and the C of g*xhat
+  double* means;  // out: the C means of g, then the C means of g*xhat
 };
 
 static BNK_KERNEL(kMaxBlockThreads, 1) combine_grad_sums(CombineGradSumsParams params) {

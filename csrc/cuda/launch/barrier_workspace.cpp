@@ -11,28 +11,28 @@ namespace {
 constexpr int64_t kWorkspaceBytes = int64_t{kBarrierWords} * kBarrierWordBytes;
 constexpr int64_t kWorkspacesAtOnce = (int64_t{1} << 20) / kWorkspaceBytes;  // one megabyte
 
-// Whose launches run one after the other.
+// Launches with equal keys run one after the other.
 struct Key {
   int device;
-  unsigned long long stream;   // its ID, which unlike its handle is not reused
-  unsigned long long capture;  // 0: none
+  unsigned long long stream;   // its ID: unlike a handle, it is not reused
+  unsigned long long capture;  // capture ID; 0: none
 
   bool operator<(const Key& other) const {
     return std::tie(device, stream, capture) < std::tie(other.device, other.stream, other.capture);
   }
 };
 
-// The mutex is never held across a call of CUDA: the callback that returns a workspace runs on a thread of the driver.
+// The mutex is never held across a CUDA call: the callback that returns a workspace runs on a driver thread.
 class Workspaces {
  public:
-  // Null if the key has none.
+  // Returns null if the key has no workspace.
   void* find(const Key& key) {
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto found = used_.find(key);
     return found == used_.end() ? nullptr : found->second;
   }
 
-  // The key's; a free one becomes the key's. Null if none is free.
+  // Returns the key's workspace, assigning it a free one if it has none. Returns null if none is free.
   void* take(const Key& key) {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (const auto found = used_.find(key); found != used_.end()) return found->second;
@@ -69,7 +69,7 @@ class Workspaces {
   std::map<int, std::vector<std::pair<void*, int64_t>>> allocated_;
 };
 
-// Outlives static destruction, when the driver may still call back.
+// Never destroyed: the driver may call back during static destruction.
 Workspaces& workspaces() {
   static Workspaces& all = *new Workspaces;
   return all;
@@ -80,7 +80,7 @@ void on_graph_destroyed(void* argument) {
   workspaces().give_back(*key);
 }
 
-// Has the graph that is being captured give the key's workspace back when it is destroyed.
+// Returns the key's workspace to the free list when the graph being captured is destroyed.
 cudaError_t tie_to_graph(const Key& key, cudaGraph_t graph) {
   auto argument = std::make_unique<Key>(key);
   cudaUserObject_t object = nullptr;
@@ -90,7 +90,7 @@ cudaError_t tie_to_graph(const Key& key, cudaGraph_t graph) {
     workspaces().give_back(key);
     return error;
   }
-  (void)argument.release();  // it is the object's now
+  (void)argument.release();  // now owned by the user object
   error = cudaGraphRetainUserObject(graph, object, 1, cudaGraphUserObjectMove);
   if (error != cudaSuccess) (void)cudaUserObjectRelease(object, 1);
   return error;

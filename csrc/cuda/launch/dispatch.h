@@ -1,4 +1,4 @@
-// From a dtype, a layout or a flag known at run time to a template's argument.
+// Dispatch: maps a dtype, a layout or a flag known at run time to a template argument.
 #pragma once
 
 #include <type_traits>
@@ -15,7 +15,7 @@ struct TypeTag {
 template <Layout kLayout>
 using LayoutTag = std::integral_constant<Layout, kLayout>;
 
-// Calls body(TypeTag<T>) with the elements' type.
+// Calls body(TypeTag<T>) with the element type.
 template <typename Body>
 void with_dtype(Dtype dtype, const Body& body) {
   switch (dtype) {
@@ -30,14 +30,14 @@ void with_dtype(Dtype dtype, const Body& body) {
   }
 }
 
-// Returns body(LayoutTag<kLayout>), of the layouts that both paths have.
+// Returns body(LayoutTag<kLayout>) for the layouts that both paths support.
 template <typename Body>
 auto with_unpacked_layout(Layout layout, const Body& body) {
   if (layout == Layout::kChannelsLast) return body(LayoutTag<Layout::kChannelsLast>());
   return body(LayoutTag<Layout::kChannelsFirst>());
 }
 
-// The same of any layout.
+// Returns body(LayoutTag<kLayout>) for any layout.
 template <typename Body>
 auto with_layout(Layout layout, const Body& body) {
   if (layout == Layout::kPacked) return body(LayoutTag<Layout::kPacked>());

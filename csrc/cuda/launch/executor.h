@@ -1,5 +1,5 @@
-// Executors: what a launch sequence (persistent.h, two_pass.h, sync.h) is run on. StreamExecutor launches on a CUDA stream;
-// the others launch nothing and query the kernel that would be launched.
+// Executors: run a launch sequence (persistent.h, two_pass.h, sync.h). StreamExecutor launches on a CUDA stream; the
+// others launch nothing and query the kernel that would be launched.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -73,7 +73,7 @@ class StreamExecutor {
  public:
   explicit StreamExecutor(cudaStream_t stream) : stream_(stream) {}
 
-  // After an error nothing more is launched: later kernels would read what was never written.
+  // After an error no further kernel is launched: it would read data that was never written.
   template <typename Params>
   void launch(Launch launch, void (*kernel)(Params), const Params& params) {
     if (error_ == cudaSuccess) error_ = cudaLaunchKernelEx(LaunchConfig(launch, stream_).get(), kernel, params);
@@ -91,11 +91,11 @@ class StreamExecutor {
   cudaError_t error_ = cudaSuccess;
 };
 
-// Clusters came with sm_90. A build for an older GPU runs on a newer one by its PTX, whose kernels are compiled without
-// the cluster instructions: launched as a cluster, each block would take its own sums for those of all.
+// Clusters require sm_90. A build for an older GPU runs on a newer one through its PTX, compiled without the cluster
+// instructions: launched as a cluster, each CTA would take its own sums for the sums of the group.
 inline constexpr int kFirstArchWithClusters = 90;
 
-// Whether a kernel holds code for clusters: it was compiled for sm_90 or newer, as PTX and as machine code.
+// Whether a kernel holds code for clusters: both its PTX and its machine code were compiled for sm_90 or newer.
 struct ClusterCodeExecutor {
   template <typename Params>
   void launch(const PersistentPlan&, void (*kernel)(Params), const Params&) {
@@ -109,7 +109,7 @@ struct ClusterCodeExecutor {
   bool has_code = false;
 };
 
-// Groups of a plan's kernel that the current device holds at a time; 0 if it cannot launch such groups.
+// Groups of a plan's kernel that the current device can hold at once; 0 if it cannot launch such groups.
 struct OccupancyExecutor {
   template <typename Params>
   void launch(const PersistentPlan& plan, void (*kernel)(Params), const Params& params) {
@@ -120,7 +120,7 @@ struct OccupancyExecutor {
       if ((error = cluster.error) != cudaSuccess || !cluster.has_code) return;
       error = cudaOccupancyMaxActiveClusters(&groups, kernel, LaunchConfig(plan, nullptr).get());
       if (error == cudaErrorInvalidClusterSize) {
-        (void)cudaGetLastError();  // an answer: no such cluster fits
+        (void)cudaGetLastError();  // not a failure: no such cluster fits
         error = cudaSuccess;
         groups = 0;
       }

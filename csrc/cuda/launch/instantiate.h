@@ -1,4 +1,4 @@
-// The definitions of what kernels.h declares.
+// Definitions of the functions declared in kernels.h.
 #pragma once
 
 #include "dispatch.h"

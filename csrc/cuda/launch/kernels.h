@@ -1,5 +1,5 @@
-// The kernels of an element type, by what is known at run time. Declared here for the launch sequences, defined in
-// instantiate.h: so that csrc/cuda compiles each element type in a translation unit of its own.
+// The kernels of each element type, selected by run-time arguments. Declared here for the launch sequences and defined
+// in instantiate.h, so that csrc/cuda compiles each element type in its own translation unit.
 #pragma once
 
 #include "../kernels/grad_input.cuh"
@@ -14,13 +14,13 @@ namespace bnk {
 template <typename Params>
 using Kernel = void (*)(Params);
 
-// fused: with an epilogue. gated: behind a ReLU.
+// has_epilogue: Epilogue::enabled(). has_relu: the forward ended with a ReLU.
 template <typename T>
 Kernel<PersistentForwardParams> persistent_forward_of(Layout layout, bool has_epilogue);
 template <typename T>
 Kernel<PersistentBackwardParams> persistent_backward_of(Layout layout, bool has_relu);
 
-// Layout::kPacked is for the persistent kernel alone.
+// Layout::kPacked is supported by the persistent kernel only.
 template <typename T>
 Kernel<StatisticsParams> statistics_of(Layout layout);
 template <typename T>

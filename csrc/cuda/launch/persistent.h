@@ -1,4 +1,4 @@
-// The persistent kernel: one launch a call, over any executor (as two_pass.h is).
+// The persistent kernel: one launch per call, over any executor (see two_pass.h).
 #pragma once
 
 #include "../../plan/plan.h"
@@ -7,7 +7,7 @@
 
 namespace bnk::persistent {
 
-// Doubles of scratch memory; its contents are undefined before and after.
+// Doubles of scratch memory. Uninitialized on entry; the contents afterwards are unspecified.
 inline int64_t forward_scratch(const PersistentPlan& plan) {
   return plan.group != GroupKind::kGrid ? 0 : kFields<WelfordData> * plan.group_size * plan.partition.channels;
 }
@@ -16,8 +16,8 @@ inline int64_t backward_scratch(const PersistentPlan& plan) {
   return (kFields<Sums> * plan.group_size + (plan.two_shot ? 2 : 0)) * plan.partition.channels;
 }
 
-// Whether a launch uses its barrier workspace. cumulative: it averages the running statistics over all batches, and the
-// last of its blocks counts this one.
+// Whether a launch uses its barrier workspace. cumulative: the running statistics average over all batches, and the
+// last CTA of the launch counts this batch.
 inline bool needs_barrier_workspace(const PersistentPlan& plan, bool cumulative) {
   return plan.group == GroupKind::kGrid || cumulative;
 }
@@ -51,7 +51,7 @@ void forward_train(const ForwardTrainArgs& args, const PersistentPlan& plan, dou
 template <typename Executor>
 void backward(const BackwardArgs& args, const PersistentPlan& plan, double* scratch, void* barrier_workspace,
               Executor& executor) {
-  // The two means stand behind the partials.
+  // The two means follow the partials.
   double* means = scratch + kFields<Sums> * plan.group_size * plan.partition.channels;
   const PersistentBackwardParams params{
       .partition = plan.partition,

@@ -1,4 +1,4 @@
-// The persistent kernel's backward kernels of float16.
+// Persistent backward kernels for float16.
 #include "instantiate.h"
 
 template bnk::Kernel<bnk::PersistentBackwardParams> bnk::persistent_backward_of<bnk::Half>(bnk::Layout, bool);

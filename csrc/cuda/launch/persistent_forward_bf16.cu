@@ -1,4 +1,4 @@
-// The persistent kernel's forward kernels of bfloat16.
+// Persistent forward kernels for bfloat16.
 #include "instantiate.h"
 
 template bnk::Kernel<bnk::PersistentForwardParams> bnk::persistent_forward_of<bnk::BFloat16>(bnk::Layout, bool);

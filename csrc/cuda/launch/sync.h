@@ -1,5 +1,5 @@
-// The steps of problem_sync.h as sequences of launches, over any executor (as two_pass.h is): the two-pass path, cut
-// where the ranks exchange.
+// Synchronized BatchNorm (problem_sync.h) as launch sequences over any executor (see two_pass.h): the two-pass path,
+// interrupted where the ranks exchange.
 #pragma once
 
 #include "../kernels/sync.cuh"
@@ -7,7 +7,7 @@
 
 namespace bnk::sync {
 
-// Doubles of scratch memory; its contents are undefined before and after.
+// Doubles of scratch memory. Uninitialized on entry; the contents afterwards are unspecified.
 inline int64_t statistics_scratch(const TwoPassPlan& plan) { return two_pass::forward_train_scratch(plan); }
 inline int64_t grad_sums_scratch(const TwoPassPlan& plan) {
   return kFields<Sums> * plan.partition.splits * plan.partition.channels;
@@ -53,7 +53,7 @@ void grad_sums(const GradSumsArgs& args, const TwoPassPlan& plan, double* scratc
   const FinalizeGradSumsParams finalize{
       .finalize = plan.finalize,
       .partial = scratch,
-      .elements_per_channel = 1,  // the sums themselves: how many elements there are the ranks only know together
+      .elements_per_channel = 1,  // writes the sums themselves: only the ranks together know the number of elements
       .grad_weight = args.grad_weight,
       .grad_bias = args.grad_bias,
       .mean_g = {args.row, Dtype::kFloat64},
@@ -66,7 +66,7 @@ void grad_sums(const GradSumsArgs& args, const TwoPassPlan& plan, double* scratc
   });
 }
 
-// `join`: the launch that joins the rows.
+// combine: the launch that combines the rows.
 template <typename Executor>
 void grad_input(const GradInputArgs& args, const TwoPassPlan& plan, Launch combine, double* scratch,
                 Executor& executor) {

@@ -1,7 +1,7 @@
 // The two-pass path as a sequence of launches, over any executor.
 //
-// An executor has one member, launch(Launch, kernel, params): the CUDA launchers' puts the kernel on a stream, the one
-// in tests/support/simt runs it on the host. What is checked without a GPU is so this very sequence.
+// An executor has one member, launch(Launch, kernel, params). StreamExecutor (executor.h) launches the kernel on a CUDA
+// stream; the executor of tests/support/simt runs it on the host. So the tests without a GPU check this very sequence.
 #pragma once
 
 #include "../../plan/plan.h"
@@ -11,10 +11,10 @@
 
 namespace bnk::two_pass {
 
-// Whether the tensor that vectors are aligned to starts on a vector boundary: what plans ask.
+// Whether the tensor to which vectors are aligned starts on a vector boundary: the `aligned` of plans.
 inline bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0; }
 
-// Doubles of scratch memory; its contents are undefined before and after.
+// Doubles of scratch memory. Uninitialized on entry; the contents afterwards are unspecified.
 inline int64_t forward_train_scratch(const TwoPassPlan& plan) {
   return kFields<WelfordData> * plan.partition.splits * plan.partition.channels;
 }
@@ -26,7 +26,7 @@ inline Layout layout_of(const Problem& problem) {
   return problem.channels_last() ? Layout::kChannelsLast : Layout::kChannelsFirst;
 }
 
-// By the mean and invstd of a batch.
+// Normalizes by a given mean and invstd.
 template <typename Args>
 NormalizeParams normalize_by(const Args& args, const TwoPassPlan& plan, const Epilogue& epilogue = {}) {
   return {
@@ -45,7 +45,7 @@ NormalizeParams normalize_by(const Args& args, const TwoPassPlan& plan, const Ep
   };
 }
 
-// Of the x that a ReLU let through, those from low to high; null: there was none.
+// ReLU bounds of the forward; null if it had no ReLU.
 struct Relu {
   ConstPerChannel low = {nullptr, Dtype::kFloat32};
   ConstPerChannel high = {nullptr, Dtype::kFloat32};
@@ -118,7 +118,7 @@ void forward_eval(const ForwardEvalArgs& args, const TwoPassPlan& plan, Executor
 
 template <typename Executor>
 void backward(const BackwardArgs& args, const TwoPassPlan& plan, double* scratch, Executor& executor) {
-  // The two means stand behind the partials; only grad_x of a training forward needs them.
+  // The two means follow the partials; only grad_x of a training forward needs them.
   double* means = scratch + kFields<Sums> * plan.partition.splits * plan.partition.channels;
   const bool needs_means = args.training && args.grad_x != nullptr;
   const bool needs_sums = needs_means || args.grad_weight.data != nullptr || args.grad_bias.data != nullptr;

@@ -1,4 +1,4 @@
-// The two-pass path's kernels of bfloat16.
+// Two-pass kernels for bfloat16.
 #include "instantiate.h"
 
 template bnk::Kernel<bnk::StatisticsParams> bnk::statistics_of<bnk::BFloat16>(bnk::Layout);

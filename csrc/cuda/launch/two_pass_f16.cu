@@ -1,4 +1,4 @@
-// The two-pass path's kernels of float16.
+// Two-pass kernels for float16.
 #include "instantiate.h"
 
 template bnk::Kernel<bnk::StatisticsParams> bnk::statistics_of<bnk::Half>(bnk::Layout);

@@ -1,4 +1,4 @@
-// The two-pass path's kernels of float.
+// Two-pass kernels for float.
 #include "instantiate.h"
 
 template bnk::Kernel<bnk::StatisticsParams> bnk::statistics_of<float>(bnk::Layout);

@@ -1,4 +1,4 @@
-// The two-pass path's kernels of double.
+// Two-pass kernels for double.
 #include "instantiate.h"
 
 template bnk::Kernel<bnk::StatisticsParams> bnk::statistics_of<double>(bnk::Layout);

@@ -1,6 +1,6 @@
-"""python -m fake_cuda -m MODULE ARGUMENTS... | SCRIPT ARGUMENTS...: a Python program on the fake CUDA device.
+"""python -m fake_cuda -m MODULE ARGUMENTS... | SCRIPT ARGUMENTS...: runs a Python program on the fake CUDA device.
 
-python -m fake_cuda --missing: why there can be none here; nothing if there can.
+python -m fake_cuda --missing: prints why the device is unavailable here, or nothing if it is available.
 """
 
 from __future__ import annotations

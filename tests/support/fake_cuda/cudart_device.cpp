@@ -1,4 +1,4 @@
-// The runtime's entry points: devices, and errors.
+// Runtime API: devices and errors.
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -6,7 +6,7 @@
 #include "fake_cuda/memory.h"
 #include "fake_cuda/state.h"
 
-using namespace fake_cuda;  // NOLINT: these are the parts of one thing
+using namespace fake_cuda;  // NOLINT: this file is a part of fake_cuda
 
 namespace {
 
@@ -131,7 +131,7 @@ cudaError_t cudaDriverGetVersion(int* version) {
 }
 cudaError_t cudaRuntimeGetVersion(int* version) { return cudaDriverGetVersion(version); }
 
-// There is no driver below.
+// There is no driver.
 cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsigned, unsigned long long,
                                              cudaDriverEntryPointQueryResult* status) {
   *function = nullptr;

@@ -1,4 +1,4 @@
-// The runtime's entry points: captures and graphs.
+// Runtime API: captures and graphs.
 #include <algorithm>
 #include <map>
 #include <random>
@@ -6,7 +6,7 @@
 #include "fake_cuda/state.h"
 #include "fake_cuda/streams.h"
 
-using namespace fake_cuda;  // NOLINT: these are the parts of one thing
+using namespace fake_cuda;  // NOLINT: this file is a part of fake_cuda
 
 struct CUgraphExec_st {
   Nodes nodes;
@@ -16,7 +16,7 @@ struct CUgraphExec_st {
 
 namespace {
 
-// Every node once, each after those that it comes after; which of the possible orders it is, follows from the seed.
+// Runs every node once, after its dependencies. The seed selects one of the possible orders.
 void run_all(const Nodes& nodes, unsigned seed) {
   std::mt19937 random(seed);
   Nodes left = nodes;
@@ -34,7 +34,7 @@ void run_all(const Nodes& nodes, unsigned seed) {
   }
 }
 
-// Whether the last node of each stream that took part is one that the origin's last one comes after.
+// Whether the origin's last node depends, directly or indirectly, on the last node of each stream of the capture.
 bool is_joined(const Capture& capture) {
   std::set<const CUgraphNode_st*> before;
   Nodes path = capture.origin->ends;
@@ -82,9 +82,9 @@ cudaError_t cudaStreamEndCapture(cudaStream_t handle, cudaGraph_t* graph) {
   if (stream->capture->origin != stream) return result(cudaErrorStreamCaptureUnmatched);
   const std::unique_ptr<Capture> capture(stream->capture);
   const bool combined = is_joined(*capture);
-  for (CUstream_st* cta : capture->streams) {
-    cta->capture = nullptr;
-    cta->ends.clear();
+  for (CUstream_st* captured : capture->streams) {
+    captured->capture = nullptr;
+    captured->ends.clear();
   }
   captures().erase(capture.get());
   if (!capture->valid) return result(cudaErrorStreamCaptureInvalidated);
@@ -113,7 +113,7 @@ cudaError_t cudaStreamGetCaptureInfo(cudaStream_t handle, cudaStreamCaptureStatu
   if (id != nullptr) *id = stream->capture->id;
   if (graph != nullptr) *graph = stream->capture->graph.get();
   if (edges != nullptr) *edges = nullptr;
-  // As an array of handles; until the thread asks again.
+  // An array of handles, valid until this thread's next call.
   thread_local std::vector<cudaGraphNode_t> ends;
   ends.clear();
   for (const auto& node : stream->ends) ends.push_back(node.get());
@@ -146,7 +146,7 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
                                  [nodes = exec->nodes, objects = exec->objects, seed] { run_all(nodes, seed); }}));
 }
 
-// References that the caller owns, until they are moved to a graph or released.
+// The references that the caller owns until they are moved to a graph or released.
 std::map<cudaUserObject_t, std::shared_ptr<CUuserObject_st>>& owned_objects() {
   static auto& all = *new std::map<cudaUserObject_t, std::shared_ptr<CUuserObject_st>>;
   return all;
@@ -174,7 +174,7 @@ cudaError_t cudaGraphRetainUserObject(cudaGraph_t graph, cudaUserObject_t object
 
 cudaError_t cudaUserObjectRelease(cudaUserObject_t object, unsigned references) {
   if (references != 1) return result(cudaErrorInvalidValue);
-  std::shared_ptr<CUuserObject_st> last;  // calls back without the lock
+  std::shared_ptr<CUuserObject_st> last;  // destroyed last, so that it calls back without the lock
   const auto guard = lock();
   const auto found = owned_objects().find(object);
   if (found == owned_objects().end()) return result(cudaErrorInvalidValue);

@@ -1,4 +1,4 @@
-// The runtime's entry points: kernels, as they are registered when a library is loaded, asked about, and launched.
+// Runtime API: registration of kernels when a library is loaded, function attributes, occupancy and launches.
 #include <algorithm>
 #include <cstring>
 #include <map>
@@ -8,18 +8,18 @@
 #include "fake_cuda/state.h"
 #include "fake_cuda/work.h"
 
-using namespace fake_cuda;  // NOLINT: these are the parts of one thing
+using namespace fake_cuda;  // NOLINT: this file is a part of fake_cuda
 
 namespace {
 
-constexpr int kDefaultDynamicBytes = 48 << 10;  // of shared memory, until more is asked for
+constexpr int kDefaultDynamicBytes = 48 << 10;  // of shared memory, unless a kernel opts in to more
 
 struct Function {
   std::string name;  // mangled
   int dynamic_bytes[kDevices];
 };
 
-// By the address of the function that stands for the kernel on the host.
+// By the address of the host function that represents the kernel.
 std::map<const void*, Function>& functions() {
   static std::map<const void*, Function>& all = *new std::map<const void*, Function>;
   return all;
@@ -30,16 +30,17 @@ struct Call {
   size_t shared;
   cudaStream_t stream;
 };
-thread_local std::vector<Call> calls;  // between <<<...>>> and the function that it calls
+thread_local std::vector<Call> calls;  // between <<<...>>> and the stub function that it calls
 
 int64_t shared_of_block(size_t dynamic) { return static_cast<int64_t>(dynamic) + limits().shared_reserved; }
 
-// By threads, blocks and shared memory. Registers, and shared memory that a kernel declares, are known to nvcc alone.
-int blocks_beside(int threads, size_t dynamic) {
+// Occupancy by threads, blocks and dynamic shared memory. Only nvcc knows a kernel's registers and static shared
+// memory.
+int blocks_per_multiprocessor(int threads, size_t dynamic) {
   const bnk::DeviceLimits& has = limits();
   const int64_t by_shared = has.shared_per_multiprocessor / shared_of_block(dynamic);
-  return static_cast<int>(
-      std::min<int64_t>({has.max_threads_per_multiprocessor / threads, most_blocks_beside(), by_shared}));
+  return static_cast<int>(std::min<int64_t>(
+      {has.max_threads_per_multiprocessor / threads, max_blocks_per_multiprocessor_limit(), by_shared}));
 }
 
 cudaError_t launch(const void* function, dim3 grid, dim3 block, size_t dynamic, cudaStream_t stream, unsigned cluster,
@@ -59,7 +60,7 @@ cudaError_t launch(const void* function, dim3 grid, dim3 block, size_t dynamic, 
   if (cluster > 1 && refuses("clusters")) return result(cudaErrorInvalidClusterSize);
   if (cluster > 1 && ptx_version() < 90) return unsupported("a cluster of a kernel that has no code for clusters");
   if (dynamic > 0 && refuses("resources")) return result(cudaErrorLaunchOutOfResources);
-  const int together = blocks_beside(static_cast<int>(block.x), dynamic) * limits().multiprocessors;
+  const int together = blocks_per_multiprocessor(static_cast<int>(block.x), dynamic) * limits().multiprocessors;
   if (cooperative && (grid.x > static_cast<unsigned>(together) || refuses("cooperative"))) {
     return result(cudaErrorCooperativeLaunchTooLarge);
   }
@@ -160,7 +161,7 @@ cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribu
 
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void*, int threads,
                                                                    size_t dynamic, unsigned) {
-  *blocks = blocks_beside(threads, dynamic);
+  *blocks = blocks_per_multiprocessor(threads, dynamic);
   return result(cudaSuccess);
 }
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* function, int threads,
@@ -174,8 +175,8 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*, const cud
   for (unsigned i = 0; i < config->numAttrs; ++i) {
     if (config->attrs[i].id == cudaLaunchAttributeClusterDimension) size = config->attrs[i].val.clusterDim.x;
   }
-  const int blocks =
-      blocks_beside(static_cast<int>(config->blockDim.x), config->dynamicSmemBytes) * limits().multiprocessors;
+  const int blocks = blocks_per_multiprocessor(static_cast<int>(config->blockDim.x), config->dynamicSmemBytes) *
+                     limits().multiprocessors;
   *clusters = blocks / static_cast<int>(size);
   return result(cudaSuccess);
 }

@@ -1,4 +1,4 @@
-// The runtime's entry points: memory.
+// Runtime API: memory.
 #include <cstring>
 #include <vector>
 
@@ -6,15 +6,15 @@
 #include "fake_cuda/state.h"
 #include "fake_cuda/work.h"
 
-using namespace fake_cuda;  // NOLINT: these are the parts of one thing
+using namespace fake_cuda;  // NOLINT: this file is a part of fake_cuda
 
 namespace {
 
-// Who copies from memory of the host that the device cannot reach may change it at once: what was there is copied.
+// The caller may change pageable host memory as soon as the call returns, so its contents are copied at the call.
 cudaError_t enqueue_copy(void* target, const void* source, size_t bytes, cudaStream_t stream) {
   if (bytes == 0) return cudaSuccess;
   for (const void* memory : {const_cast<const void*>(target), source}) {
-    if (device_of(memory) >= 0 && device_of(memory, bytes) < 0) return cudaErrorInvalidValue;  // beyond its end
+    if (device_of(memory) >= 0 && device_of(memory, bytes) < 0) return cudaErrorInvalidValue;  // out of bounds
   }
   if (device_of(source) >= 0 || is_pinned(source)) {
     return enqueue(stream, {"a copy", kAnyDevice, [=] { std::memmove(target, source, bytes); }});
@@ -36,7 +36,7 @@ cudaError_t cudaMalloc(void** memory, size_t bytes) {
   return result(*memory != nullptr ? cudaSuccess : cudaErrorMemoryAllocation);
 }
 
-// As CUDA's, it waits for the device.
+// Waits for the device, as CUDA's does.
 cudaError_t cudaFree(void* memory) {
   if (memory == nullptr) return result(cudaSuccess);
   if (const cudaError_t error = forbid_in_capture("cudaFree"); error != cudaSuccess) return result(error);
@@ -76,7 +76,7 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const vo
   return result(cudaSuccess);
 }
 
-// To memory of the host that the device cannot reach, the copy is over when the call returns.
+// A copy to pageable host memory is complete when the call returns.
 cudaError_t cudaMemcpyAsync(void* target, const void* source, size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
   const bool waits = device_of(target) < 0 && !is_pinned(target);
   if (waits && is_capturing(stream)) return result(finish(stream));

@@ -1,8 +1,8 @@
-// The runtime's entry points: streams and events.
+// Runtime API: streams and events.
 #include "fake_cuda/state.h"
 #include "fake_cuda/streams.h"
 
-using namespace fake_cuda;  // NOLINT: these are the parts of one thing
+using namespace fake_cuda;  // NOLINT: this file is a part of fake_cuda
 
 extern "C" {
 
@@ -16,7 +16,7 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
 }
 cudaError_t cudaStreamCreate(cudaStream_t* stream) { return cudaStreamCreateWithPriority(stream, 0, 0); }
 
-// What is on it still runs, as others may wait for it.
+// Runs the pending work of the stream first, since other streams may wait for it.
 cudaError_t cudaStreamDestroy(cudaStream_t handle) {
   if (const cudaError_t error = finish(handle); error != cudaSuccess) return result(error);
   const auto guard = lock();
@@ -27,7 +27,7 @@ cudaError_t cudaStreamDestroy(cudaStream_t handle) {
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return result(finish(stream)); }
 cudaError_t cudaDeviceSynchronize() { return result(finish_device()); }
 
-// Whoever asks again and again will see it done.
+// Runs the pending work, so that a caller that polls eventually gets cudaSuccess.
 cudaError_t cudaStreamQuery(cudaStream_t handle) {
   bool done = false;
   {

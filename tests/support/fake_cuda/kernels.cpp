@@ -19,7 +19,8 @@
 namespace fake_cuda {
 namespace {
 
-// By symbol. Those that are no templates are static, so that nvcc calls them otherwise in each file: by their argument's type.
+// By symbol. Kernels that are not templates are static, and nvcc mangles a static function differently in each file;
+// their key is the type of their argument.
 using Kernels = std::map<std::string, Kernel>;
 
 std::string demangled(const std::string& name) {
@@ -29,14 +30,14 @@ std::string demangled(const std::string& name) {
   return status == 0 ? text.get() : name;
 }
 
-// What stands between the last parentheses of a function's name: the type of a kernel's one argument.
+// The text in the last parentheses of a function's demangled name: the type of a kernel's one argument.
 std::string argument_of(const std::string& mangled) {
   const std::string name = demangled(mangled);
   const size_t open = name.rfind('('), close = name.rfind(')');
   return open == std::string::npos || close < open ? "" : name.substr(open + 1, close - open - 1);
 }
 
-// Launches nothing: notes what the launch sequences would.
+// An executor that launches nothing, but records the kernels of the launch sequences.
 class Collector {
  public:
   explicit Collector(Kernels* kernels) : kernels_(kernels) {}
@@ -56,8 +57,9 @@ class Collector {
   Kernels* kernels_;
 };
 
-// All that the sequences launch for a dtype. What else decides it: the layout, which streaming takes from the problem (rows
-// of one element are channels-last) and residence from its plan; an epilogue, or a ReLU behind; what the backward returns.
+// Records all kernels that the sequences launch for a dtype. The kernel also depends on the layout, on the epilogue or
+// its ReLU backward, and on which gradients the backward returns. The two-pass path takes the layout from the problem
+// (inner == 1 is channels-last), the persistent kernel from its plan.
 void collect(bnk::Dtype dtype, Collector& collector) {
   char something = 0;
   for (const bool has_epilogue : {false, true}) {
@@ -118,9 +120,9 @@ const Kernel* find_kernel(const std::string& mangled) {
 
 void run_kernel(const std::string& name, const Kernel& kernel, const Geometry& geometry, int device,
                 const void* argument) {
-  static uint64_t seed = 0;  // another order of the threads each time
+  static uint64_t seed = 0;  // a different order of the threads in each launch
   enter_kernel(device);
-  // Blocks that need not run at the same time do not: the engine's launches are so few of them each.
+  // Blocks that need not be co-resident run in groups of a few, which keeps the engine's launches small.
   constexpr unsigned kBeside = simt::kMaxCluster;
   const unsigned blocks = geometry.together ? geometry.grid : kBeside / geometry.cluster * geometry.cluster;
   for (unsigned first = 0; first < geometry.grid && !has_faulted(); first += blocks) {

@@ -1,4 +1,5 @@
-// The package's kernels, compiled for the host: found by the name that nvcc gives them, which is the C++ compiler's too.
+// The package's kernels, compiled for the host. They are found by nvcc's mangled name, which is also the C++
+// compiler's.
 #pragma once
 
 #include <functional>
@@ -6,14 +7,14 @@
 
 namespace fake_cuda {
 
-// A kernel as it is run: its one argument, by value as the launch found it.
+// A kernel and how to call it. Its one argument is copied by value at the launch.
 struct Kernel {
   void (*call)(void* kernel, const void* argument);
   void* kernel;
   size_t argument_bytes;
 };
 
-// Null where the name is none of the package's kernels.
+// Null if the package has no kernel of that name.
 const Kernel* find_kernel(const std::string& mangled);
 
 struct Geometry {
@@ -21,10 +22,11 @@ struct Geometry {
   unsigned block;
   unsigned cluster;
   size_t dynamic_bytes;
-  bool together;  // all blocks run at the same time, as in a cooperative launch
+  bool together;  // all blocks are resident at the same time, as in a cooperative launch
 };
 
-// Runs it on the engine, on memory of this device only. A fault of the kernel's is the runtime's.
+// Runs a kernel on the engine; it may access only memory of `device`. A fault of the kernel becomes a fault of the
+// runtime.
 void run_kernel(const std::string& name, const Kernel& kernel, const Geometry& geometry, int device,
                 const void* argument);
 

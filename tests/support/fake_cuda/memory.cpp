@@ -22,12 +22,12 @@ struct Allocation {
   int device;
 };
 
-// By start. They outlive all others, as threads of torch end after the process's static objects.
+// By start address. Never destroyed, since threads of torch end after the destruction of static objects.
 std::map<uintptr_t, Allocation>& allocations = *new std::map<uintptr_t, Allocation>;
 std::map<uintptr_t, size_t>& pinned = *new std::map<uintptr_t, size_t>;
 size_t bytes_of_device[kDevices];
 
-// What the kernel that runs touched last, as it will mostly touch it again.
+// Cache: the allocation that the running kernel accessed last, which it is likely to access again.
 Allocation recent{0, 0, -1};
 int kernel_device = -1;
 size_t bytes_read, bytes_written;
@@ -37,7 +37,7 @@ size_t whole_pages(size_t bytes) {
   return (bytes + page - 1) / page * page;
 }
 
-// A page that nobody may touch follows each.
+// A guard page follows each allocation.
 size_t mapped(size_t bytes) { return whole_pages(bytes) + whole_pages(1); }
 
 const Allocation* find(uintptr_t address, size_t bytes) {
@@ -148,7 +148,7 @@ void enter_kernel(int device) {
 
 }  // namespace fake_cuda
 
-// ---- what the engine and the primitives call, declared in simt/buffers.h --------------------------------------------
+// ---- called by the engine and the primitives, declared in simt/buffers.h --------------------------------------------
 
 namespace simt {
 

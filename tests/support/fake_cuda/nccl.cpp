@@ -1,7 +1,8 @@
-// What torch asks of NCCL for a process group: its collectives, as work of a stream, by memory that the processes share.
+// The part of NCCL that torch uses for a process group: collectives as work on streams, through memory that the
+// processes share.
 //
-// Like NCCL's, a collective begins when its stream comes to it and ends when every rank's has; nothing of it is done when
-// the call returns. Types and constants are those of nccl.h, whose names these functions have.
+// As with NCCL, a collective starts when its stream reaches it and ends when it has started on every rank; it is
+// asynchronous to the call. The types, constants and function names are those of nccl.h.
 #include <fcntl.h>
 #include <sched.h>
 #include <sys/mman.h>
@@ -19,7 +20,7 @@
 #include "fake_cuda/state.h"
 #include "fake_cuda/work.h"
 
-using namespace fake_cuda;  // NOLINT: these are the parts of one thing
+using namespace fake_cuda;  // NOLINT: this file is a part of fake_cuda
 
 namespace {
 
@@ -29,10 +30,10 @@ struct UniqueId {
 };
 
 constexpr int kRanks = 8;
-constexpr size_t kSlot = size_t{1} << 20;  // bytes of a rank that are exchanged at a time
+constexpr size_t kSlot = size_t{1} << 20;  // bytes of one rank per exchange
 constexpr std::chrono::seconds kPatience{60};
 
-// In shared memory, zero at first.
+// In shared memory, initially zero.
 struct Shared {
   std::atomic<int> arrived;
   std::atomic<int> round;
@@ -63,7 +64,7 @@ struct ncclComm {
   int ranks, rank, device;
   Shared* shared;
 
-  // Every rank arrives before any leaves.
+  // Every rank arrives before any rank leaves.
   bool meet() const {
     const int round = shared->round;
     if (++shared->arrived == ranks) {
@@ -82,7 +83,7 @@ struct ncclComm {
     return true;
   }
 
-  // take(rank, offset, data, bytes) of every rank's part of `bytes` bytes, piece by piece.
+  // Exchanges `bytes` bytes of every rank in pieces: calls take(rank, offset, data, bytes) for each.
   template <typename Take>
   void exchange(const char* own, size_t bytes, const Take& take) const {
     for (size_t offset = 0; offset < bytes; offset += kSlot) {
@@ -123,7 +124,7 @@ int ncclCommInitRankConfig(ncclComm** comm, int ranks, UniqueId id, int rank, vo
   close(file);
   if (memory == MAP_FAILED) return kSystemError;
   *comm = new ncclComm{ranks, rank, current_device(), static_cast<Shared*>(memory)};
-  const bool met = (*comm)->meet();  // nobody needs the name any more
+  const bool met = (*comm)->meet();  // after this, the name is no longer needed
   if (rank == 0) shm_unlink(id.name);
   return met ? kSuccess : kSystemError;
 }
@@ -151,7 +152,7 @@ int ncclCommDestroy(ncclComm* comm) {
 }
 int ncclCommAbort(ncclComm* comm) { return ncclCommDestroy(comm); }
 
-// Memory is shared as it is.
+// Registration is a no-op.
 int ncclCommRegister(ncclComm*, void*, size_t, void** handle) {
   *handle = nullptr;
   return kSuccess;
@@ -192,7 +193,7 @@ int ncclBroadcast(const void* send, void* receive, size_t count, int type, int r
                   cudaStream_t stream) {
   const size_t bytes = count * size_of(type);
   if (size_of(type) == 0) return kInvalidArgument;
-  // What the others send is not looked at, but has to be memory.
+  // The data of the other ranks is ignored, but must be readable memory.
   const void* own = comm->rank == root ? send : receive;
   return put(stream, "ncclBroadcast", comm, [=] {
     comm->exchange(static_cast<const char*>(own), bytes, [&](int rank, size_t offset, const char* data, size_t piece) {

@@ -1,4 +1,4 @@
-// What runtime.py calls beside CUDA's own functions.
+// The functions that runtime.py calls in addition to CUDA's own.
 #include <string>
 
 #include "fake_cuda/state.h"

@@ -1,4 +1,4 @@
-"""What python -m fake_cuda starts: the program, with torch's operators on the fake CUDA device."""
+"""Started by python -m fake_cuda: runs the program with torch's operators on the fake CUDA device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The runtime from Python."""
+"""The fake runtime from Python."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 class Runtime:
     def __init__(self) -> None:
         self._library = ctypes.CDLL(os.environ[VARIABLE])
-        self._functions: list[object] = []  # graphs call them at every replay
+        self._functions: list[object] = []  # references: graphs call these at every replay
 
     def _call(self, name: str, *arguments: object) -> None:
         error = getattr(self._library, name)(*arguments)
@@ -26,11 +26,11 @@ class Runtime:
             raise RuntimeError(f"{name}: cudaError_t {error}")
 
     def finish(self, stream: torch.cuda.Stream) -> None:
-        """Runs what was put on the stream."""
+        """Runs the pending work of the stream."""
         self._call("cudaStreamSynchronize", ctypes.c_void_p(stream.cuda_stream))
 
     def put(self, stream: torch.cuda.Stream, function: Callable[[], None]) -> None:
-        """The function as work of the stream, or as a node of the graph that it is captured into."""
+        """Adds the function to the stream as work, or as a node to the graph being captured."""
 
         def call(_: object) -> None:
             try:
@@ -43,20 +43,20 @@ class Runtime:
         self._call("cudaLaunchHostFunc", ctypes.c_void_p(stream.cuda_stream), called, None)
 
     def copy(self, target: int, source: int, bytes: int, stream: torch.cuda.Stream) -> None:
-        """From address to address, as work of the stream."""
+        """Copies between addresses, as work of the stream."""
         default = 4  # cudaMemcpyDefault
         arguments = (ctypes.c_void_p(target), ctypes.c_void_p(source), ctypes.c_size_t(bytes), default)
         self._call("cudaMemcpyAsync", *arguments, ctypes.c_void_p(stream.cuda_stream))
 
     def note(self, operator: str) -> None:
-        """That torch would launch kernels of its own here: for recorded()."""
+        """Records, for recorded(), that torch would launch its own kernels here."""
         self._library.fake_cuda_note(operator.encode())
 
     @contextmanager
     def recorded(self) -> Iterator[list[str]]:
-        """What a device would be given within, in order.
+        """The work that a device would receive within the context, in order.
 
-        Names of kernels as nvcc mangles them, torch's operators as aten::..., collectives, "a copy" and the like.
+        Contains kernels by their mangled names, torch's operators as aten::..., collectives, "a copy" and the like.
         """
         tasks: list[str] = []
         self._library.fake_cuda_begin_record()

@@ -30,7 +30,7 @@ const bnk::DeviceLimits& limits() {
   return all;
 }
 
-int most_blocks_beside() {
+int max_blocks_per_multiprocessor_limit() {
   static const int most = number("FAKE_CUDA_BLOCKS_PER_MULTIPROCESSOR", limits().max_blocks_per_multiprocessor);
   return most;
 }
@@ -55,7 +55,7 @@ void set_current_device(int next) { device = next; }
 
 cudaError_t result(cudaError_t error) {
   if (faulted) error = cudaErrorLaunchFailure;
-  // Not ready is an answer and no error.
+  // cudaErrorNotReady is a status, not an error.
   if (error != cudaSuccess && error != cudaErrorNotReady) last_error = error;
   return error;
 }

@@ -8,7 +8,7 @@
 namespace fake_cuda {
 namespace {
 
-// More than a GPU's queues hold, which would have begun by then.
+// More than a GPU's queues hold: such old work would have started already.
 constexpr int kPending = 1024;
 
 struct Streams {
@@ -35,11 +35,11 @@ std::string record;
 
 bool is_legacy(const CUstream_st* stream) { return streams().legacy[stream->device] == stream; }
 
-// Runs one piece of work, all that it comes after being done.
+// Runs one item of work whose dependencies are done.
 void run(Work& work) {
   if (work.task.run && !has_faulted()) work.task.run();
   work.when = std::chrono::steady_clock::now();
-  work.task.run = {};  // what it holds may be freed: memory, a graph's user objects
+  work.task.run = {};  // releases what it holds: memory, a graph's user objects
   const auto guard = lock();
   work.after.clear();
   work.done = true;
@@ -83,7 +83,7 @@ cudaError_t put(CUstream_st* stream, Task task) {
   }
   if (is_legacy(stream)) {
     for (Capture* capture : captures()) {
-      // It would wait for the captured streams, which will not run.
+      // The work would wait for the captured streams, which do not run.
       if (capture->origin->device == stream->device && capture->origin->blocking) {
         return invalidate(capture, cudaErrorStreamCaptureImplicit, task.what.c_str());
       }
@@ -119,7 +119,7 @@ cudaError_t finish_work(const std::shared_ptr<Work>& work) {
   std::vector<std::shared_ptr<Work>> path{work};
   while (!path.empty()) {
     const std::shared_ptr<Work> top = path.back();
-    std::shared_ptr<Work> before;  // one that it still comes after
+    std::shared_ptr<Work> before;  // a dependency that is not done
     if (!top->done) {
       const auto guard = lock();
       const auto found =
@@ -145,7 +145,7 @@ cudaError_t enqueue(cudaStream_t handle, Task task) {
     if (task.device != kAnyDevice && task.device != stream->device) return cudaErrorInvalidResourceHandle;
     const cudaError_t error = put(stream, std::move(task));
     if (error != cudaSuccess || stream->capture != nullptr) return error;
-    // What was put on it so long before has to be over.
+    // Work that was enqueued on the stream kPending items ago must be done.
     begun = stream->last;
     for (int i = 0; i < kPending && begun; ++i) begun = begun->after.empty() ? nullptr : begun->after.front();
   }

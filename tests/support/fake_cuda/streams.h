@@ -1,4 +1,4 @@
-// Streams, events and captures. Internal to the runtime; the types are those that CUDA's handles point to.
+// Streams, events and captures. Internal to the runtime; the types are those that CUDA's opaque handles point to.
 #pragma once
 
 #include <atomic>
@@ -11,12 +11,12 @@
 
 namespace fake_cuda {
 
-// What was put on a stream.
+// An item of work on a stream.
 struct Work {
   Task task;
   std::vector<std::shared_ptr<Work>> after;
   std::atomic<bool> done{false};
-  std::chrono::steady_clock::time_point when{};  // it was done
+  std::chrono::steady_clock::time_point when{};  // the time of completion
 };
 
 struct Capture;
@@ -34,24 +34,24 @@ using Nodes = std::vector<std::shared_ptr<CUgraphNode_st>>;
 
 struct CUstream_st {
   int device;
-  bool blocking;  // waits for the legacy stream, and that for it
+  bool blocking;  // synchronizes with the legacy stream, in both directions
   unsigned long long id;
   std::shared_ptr<fake_cuda::Work> last{};
-  std::vector<std::shared_ptr<fake_cuda::Work>> waits_for{};  // what comes next, beside `last`
+  std::vector<std::shared_ptr<fake_cuda::Work>> waits_for{};  // dependencies of the next work, in addition to `last`
   fake_cuda::Capture* capture = nullptr;
-  fake_cuda::Nodes ends{};  // captured: what the next node comes after
+  fake_cuda::Nodes ends{};  // while captured: dependencies of the next node
 };
 
 struct CUevent_st {
   int device;
   bool timing;
-  std::shared_ptr<fake_cuda::Work> work{};  // of the last record; null: none, or one that was captured
-  fake_cuda::Capture* capture = nullptr;    // of the last record; looked at by capture_of() alone
+  std::shared_ptr<fake_cuda::Work> work{};  // of the last record; null: not recorded, or recorded in a capture
+  fake_cuda::Capture* capture = nullptr;    // of the last record; accessed only by capture_of()
   unsigned long long capture_id = 0;
   fake_cuda::Nodes ends{};
 };
 
-// Calls back when the last reference is gone: the caller's, those of graphs, and those of launches that are not over.
+// Calls `destroy` when the last reference is released: the caller's, those of graphs, and those of pending launches.
 struct CUuserObject_st {
   void* argument;
   cudaHostFn_t destroy;
@@ -63,7 +63,7 @@ struct CUuserObject_st {
 };
 
 struct CUgraph_st {
-  fake_cuda::Nodes nodes;  // in the order of their capture
+  fake_cuda::Nodes nodes;  // in the order of capture
   std::vector<std::shared_ptr<CUuserObject_st>> objects{};
 };
 
@@ -79,24 +79,25 @@ struct Capture {
   bool valid = true;
 };
 
-// A handle's stream: 0 and cudaStreamLegacy are the current device's. Null where there is no such stream.
+// The stream of a handle; 0 and cudaStreamLegacy are the current device's legacy stream. Null if there is no such
+// stream.
 CUstream_st* stream_of(cudaStream_t handle);
 CUstream_st* make_stream(int device, bool blocking);
 void destroy_stream(CUstream_st* stream);
 
-// With the lock held: the same as enqueue, forbid_in_capture.
+// Like enqueue, for callers that hold the lock.
 cudaError_t put(CUstream_st* stream, Task task);
-// With the lock held: what a waiter for all that is on the stream waits for.
+// For callers that hold the lock: work that completes after all work on the stream.
 std::shared_ptr<Work> tail(CUstream_st* stream);
-// Without the lock.
+// For callers that do not hold the lock.
 cudaError_t finish_work(const std::shared_ptr<Work>& work);
 
-// The captures that go on.
+// The active captures.
 std::set<Capture*>& captures();
-// That which the event was last recorded in, if it goes on; else null.
+// The active capture in which the event was last recorded; null if there is none.
 Capture* capture_of(const CUevent_st* event);
 cudaError_t invalidate(Capture* capture, cudaError_t error, const char* why);
-// The calling thread's word to cudaThreadExchangeStreamCaptureMode.
+// The calling thread's mode, as set by cudaThreadExchangeStreamCaptureMode.
 cudaStreamCaptureMode& thread_mode();
 
 }  // namespace fake_cuda

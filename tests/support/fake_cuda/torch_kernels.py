@@ -1,10 +1,9 @@
-"""torch's own operators on the fake CUDA device: computed by torch's CPU kernels, in place, as its memory is the
-host's.
+"""torch's operators on the fake CUDA device: computed in place by torch's CPU kernels, since its memory is host memory.
 
-Only bnkernels' kernels are compiled for the host. Every other operator that torch has a CUDA kernel for is overridden:
-it waits for the stream it is called on, is run by the CPU's kernel on the same memory, and its results are copied to
-new device memory. Within a capture nothing may happen yet: it becomes a node of the graph that does so at each replay.
-What only makes or describes tensors stays torch's. Copies of bytes are put on streams as on a GPU.
+Only bnkernels' kernels are compiled for the host. Every other operator that has a CUDA kernel in torch is overridden:
+it waits for its current stream, runs the CPU kernel on the same memory, and copies the results to new device memory. In
+a capture, where no work may run yet, it becomes a graph node that does this at each replay. Operators that only
+allocate or describe tensors stay torch's. Byte copies are put on streams as on a GPU.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .runtime import Runtime
 
-# Torch's own: they launch no kernel.
-KEPT = frozenset(
+# Operators that stay torch's: they launch no kernel.
+NATIVE = frozenset(
     ("empty.memory_format", "empty_strided", "resize_", "as_strided", "view", "_reshape_alias", "unfold")
     + ("set_", "set_.source_Storage", "set_.source_Storage_storage_offset", "set_.source_Tensor", "is_set_to")
     + ("view_as_real", "view_as_complex", "record_stream", "_local_scalar_dense")
@@ -30,13 +29,13 @@ KEPT = frozenset(
 
 @cache
 def install() -> None:
-    """Once for a process, and for as long as it lives."""
-    torch.backends.cudnn.enabled = False  # torch's convolutions without cuDNN have kernels for the CPU
+    """Installs the overrides, once per process and for its lifetime."""
+    torch.backends.cudnn.enabled = False  # torch's convolutions without cuDNN have CPU kernels
     library = torch.library.Library("aten", "IMPL")
     runtime = Runtime()
     for name in torch._C._dispatch_get_registrations_for_dispatch_key("CUDA"):
         namespace, _, operator = name.partition("::")
-        if namespace == "aten" and operator not in KEPT:
+        if namespace == "aten" and operator not in NATIVE:
             library.impl(operator, _Kernel(runtime, operator), "CUDA", allow_override=True)
     library.impl("copy_", _Copy(runtime), "CUDA")
     _forever.append(library)
@@ -46,7 +45,7 @@ _forever: list[torch.library.Library] = []
 
 
 def on_host(tensor: Tensor) -> Tensor:
-    """The same memory as a CPU tensor."""
+    """A CPU tensor over the same memory."""
     storage = tensor.untyped_storage()
     bytes = storage.nbytes()
     view = torch.empty(0, dtype=tensor.dtype)
@@ -58,7 +57,7 @@ def on_host(tensor: Tensor) -> Tensor:
 
 
 class _Kernel:
-    """An operator."""
+    """An operator, computed by its CPU kernel."""
 
     def __init__(self, runtime: Runtime, operator: str) -> None:
         self.runtime = runtime
@@ -82,7 +81,7 @@ class _Kernel:
         call = _replaced(call, tensors, views)
         if torch.cuda.is_current_stream_capturing():
             read = [view.clone() for view in views]
-            outcome = self._run(_replaced(call, views, read))  # for the shapes of its results
+            outcome = self._run(_replaced(call, views, read))  # to get the shapes of its results
         else:
             read = views
             self.runtime.finish(stream)
@@ -91,7 +90,7 @@ class _Kernel:
         targets = [torch.empty_strided(one.size(), one.stride(), dtype=one.dtype, device=device) for one in made]
         written = [on_host(target) for target in targets]
         if torch.cuda.is_current_stream_capturing():
-            # Of device memory a graph keeps nothing alive: within its pool what is dead is used again.
+            # A graph does not hold references to device memory: within its pool, freed memory is reused.
             self.runtime.put(stream, lambda: _write(written, _new(self._run(call), views)))
         else:
             _write(written, made)
@@ -100,14 +99,14 @@ class _Kernel:
 
     def _run(self, call: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
         args, kwargs = call
-        # A number in a tensor's place has come as a number.
+        # A number in place of a tensor argument arrives as a number, for which the packet selects the overload.
         number = any(wanted and isinstance(arg, (int, float, complex)) for wanted, arg in zip(self.tensors, args))
         with torch.no_grad():
             return (self.overloads if number else self.op)(*args, **kwargs)
 
 
 class _Copy(_Kernel):
-    """copy_: of bytes where both lie alike, or by a kernel."""
+    """copy_: copies bytes if both layouts match, otherwise runs a kernel."""
 
     def __init__(self, runtime: Runtime) -> None:
         super().__init__(runtime, "copy_")
@@ -133,7 +132,7 @@ def _device_of(tensors: Sequence[Tensor], kwargs: dict[str, Any]) -> torch.devic
 
 
 def _generator(generator: torch.Generator) -> torch.Generator:
-    """A CPU's with the same state, which is moved on as a kernel does that takes numbers from it."""
+    """A CPU generator with the same state; advances the original's state as a kernel that draws numbers does."""
     if generator.device.type == "cpu":
         return generator
     offset = generator.get_offset()
@@ -142,13 +141,13 @@ def _generator(generator: torch.Generator) -> torch.Generator:
 
 
 def _replaced(tree: Any, old: Sequence[Tensor], new: Sequence[Tensor]) -> Any:
-    """The tree with new[i] for old[i], which are told apart by identity."""
+    """The tree with new[i] in place of old[i], compared by identity."""
     by = {id(one): other for one, other in zip(old, new)}
     return tree_map_only(Tensor, lambda tensor: by.get(id(tensor), tensor), tree)
 
 
 def _new(outcome: Any, read: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors of an outcome that are none of those that were read."""
+    """The tensors of an outcome that are not among those read."""
     known = {id(tensor) for tensor in read}
     return [leaf for leaf in tree_leaves(outcome) if isinstance(leaf, Tensor) and id(leaf) not in known]
 
@@ -159,7 +158,7 @@ def _write(targets: Sequence[Tensor], results: Sequence[Tensor]) -> None:
 
 
 def _resize(tensors: Sequence[Tensor], views: Sequence[Tensor]) -> None:
-    """What an operator has given another size, as those with an `out` do."""
+    """Applies the new sizes of tensors that an operator resized, as `out` variants do."""
     for tensor, view in zip(tensors, views):
         if tensor.size() != view.size():
             tensor.resize_(view.size())

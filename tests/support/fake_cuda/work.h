@@ -1,11 +1,11 @@
-// Work: what was put on streams, and what of it must happen before what.
+// Work: what is enqueued on streams, and the dependencies between it.
 //
-// Nothing runs when it is put on a stream: it runs when somebody waits for it, and only what must come before it does so
-// too. That is the latest that a GPU could do it, so whoever does not wait for what he needs finds it not done; and work
-// of two streams that no event orders is seen in an order that is not the program's.
+// Nothing runs when it is enqueued. It runs when a caller waits for it, after the work that it depends on and no other.
+// This is the latest that a GPU could run it: code that omits a necessary wait finds the work not done, and work of two
+// streams that no event orders runs in an order other than the program's.
 //
-// A stream that is captured into a graph adds nodes to the graph instead, and each launch of the graph runs its nodes in
-// another order of those that their dependencies allow.
+// A stream that is being captured into a graph adds nodes to the graph instead. Each launch of the graph runs its nodes
+// in a different order that satisfies their dependencies.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -19,27 +19,29 @@ namespace fake_cuda {
 
 inline constexpr int kAnyDevice = -1;
 
-// A piece of work, on a stream or as a node of a graph; run holds copies of all that it needs.
+// An item of work on a stream, or a node of a graph. `run` holds copies of everything that it needs.
 struct Task {
   std::string what;
-  int device;                 // whose stream it must be put on; kAnyDevice
-  std::function<void()> run;  // empty: a point to wait for
+  int device;                 // the device of the stream that it must be enqueued on, or kAnyDevice
+  std::function<void()> run;  // empty: only a point to wait for
 };
 
-// Puts it on a stream, or into the graph that the stream is captured into. The error of a stream that takes no more.
+// Enqueues work on a stream, or adds it to the graph into which the stream is captured. Returns an error if the stream
+// cannot accept it.
 cudaError_t enqueue(cudaStream_t stream, Task task);
 
-// What was put on streams since recording began, a line each; ends it. Within a capture: what was captured.
+// Records what is enqueued on streams, one line per item, including work that is captured. end_record() stops and
+// returns it.
 void begin_record();
-void note(const std::string& what);  // a line of it
+void note(const std::string& what);  // adds a line
 std::string end_record();
 
-// Runs all that was put on a stream, and what that waits for.
+// Runs all work on a stream, and the work that it depends on.
 cudaError_t finish(cudaStream_t stream);
 cudaError_t finish_device();
 
-// What CUDA refuses while a stream is captured, to threads that have not said that they know what they do
-// (cudaThreadExchangeStreamCaptureMode); it ends the capture, too. `what` is for the message.
+// Implements the calls that CUDA forbids while a stream is captured, unless the thread permits them
+// (cudaThreadExchangeStreamCaptureMode). Such a call also invalidates the capture. `what` is for the message.
 cudaError_t forbid_in_capture(const char* what);
 bool is_capturing(cudaStream_t stream);
 

@@ -1,1 +1,1 @@
-"""What goes wrong around a call: memory that ends (allocations.cpp), processes that do not come up (gloo_starts.py)."""
+"""Faults around a call: failing allocations (allocations.cpp) and processes that do not start (gloo_starts.py)."""

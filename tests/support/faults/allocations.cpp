@@ -1,8 +1,9 @@
-// Allocations that fail on demand. Loaded before all else (LD_PRELOAD), and controlled from Python through ctypes.
+// Injects allocation failures. Loaded before all other libraries (LD_PRELOAD), and controlled from Python through
+// ctypes.
 //
-// Counted, and made to fail, are those a call of the extension makes: operator new and mmap where the caller is the extension
-// itself, and posix_memalign, by which torch allocates the data of CPU tensors. Others pass: what torch does when there is no
-// memory for its own objects is torch's.
+// Counts, and makes fail, the allocations of a call of the extension: operator new and mmap when the caller is the
+// extension itself, and posix_memalign, with which torch allocates the data of CPU tensors. All other allocations pass:
+// handling failed allocations of torch's own objects is up to torch.
 #include <dlfcn.h>
 #include <sys/mman.h>
 
@@ -20,7 +21,7 @@ std::atomic<long> failing{-1};
 
 bool fails() { return seen.fetch_add(1) == failing.load(); }
 
-// Whether the code at this address is the extension's.
+// Whether the code at this address belongs to the extension.
 bool is_of_extension(void* code) {
   Dl_info info;
   if (dladdr(code, &info) == 0 || info.dli_fname == nullptr) return false;
@@ -46,14 +47,14 @@ void* allocate_or_throw(std::size_t bytes, void* caller) {
 
 }  // namespace
 
-// From now on the number-th allocation fails, counted from 0; none, if it is negative.
+// Starts counting. The allocation with this number fails, counted from 0; none if the number is negative.
 extern "C" void start_counting(long number) {
   seen = 0;
   failing = number;
   counting = true;
 }
 
-// How many allocations there were.
+// Stops counting and returns the number of allocations.
 extern "C" long stop_counting() {
   counting = false;
   return seen;

@@ -1,10 +1,10 @@
-"""Fails every allocation of a call in turn, call by call: see test_faults.py.
+"""Fails every allocation of a call, one per run, for each op: see test_faults.py.
 
-    allowed outcomes    an exception, all memory of the arguments as before, and the same call right afterwards;
-                        or the right results, where there was another way
+    allowed outcomes    an exception, with the arguments' memory unchanged, and success of the same call afterwards;
+                        or correct results, if the call has a fallback
 
-Runs in an interpreter that allocations.cpp was loaded into first. Prints a line for each call: its name, how many
-allocations it makes, and how many of those that failed ended in an exception.
+Runs in an interpreter that preloads allocations.cpp. Prints one line per call: its name, its number of allocations, and
+how many of their failures ended in an exception.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from simt import build
 from torch import Tensor
 
 import bnkernels as bnk
-from bnkernels import ops
+from bnkernels import _ops as ops
 from bnkernels.testing import lay_out, same_bits
 
 Results = tuple[Tensor | None, ...]
@@ -30,14 +30,14 @@ Call = Callable[..., Any]
 
 
 def library() -> Path:
-    """The library to load first. Raises RuntimeError where it does not compile."""
+    """The library to preload. Raises RuntimeError if it does not compile."""
     source = Path(__file__).with_suffix(".cpp")
     flags = ["-std=c++20", "-O1", "-shared", "-fPIC"]
     return build.make("allocations.so", [*flags, str(source), "-ldl"], [source.read_bytes()])
 
 
 def calls() -> Iterator[tuple[str, Call, Arguments]]:
-    """Each op, in the ways that it allocates: vectors on the heap, results that are kept, copies, several threads."""
+    """Each op in each of the ways it allocates: vectors on the heap, cached results, copies, several threads."""
     for name, shape, layout in (
         ("small", (4, 3, 5), "contiguous"),
         ("many channels", (6, 1500), "contiguous"),
@@ -57,7 +57,7 @@ def calls() -> Iterator[tuple[str, Call, Arguments]]:
 
 
 def of_input(x: Tensor, strided: bool) -> Iterator[tuple[str, Call, Arguments]]:
-    """Calls with this input. strided: vectors by channel are copied, and the running statistics copied back."""
+    """Calls with this input. strided: per-channel vectors are copied, and the running statistics are copied back."""
     channels = x.shape[1]
 
     def vector() -> Tensor:
@@ -92,7 +92,7 @@ def of_input(x: Tensor, strided: bool) -> Iterator[tuple[str, Call, Arguments]]:
 
 
 class Failing:
-    """Counts the allocations within; the number-th of them fails."""
+    """Counts the allocations within the context and fails the number-th of them."""
 
     _shim = ctypes.CDLL(os.environ["LD_PRELOAD"].split(":")[0]) if "LD_PRELOAD" in os.environ else None
 
@@ -117,7 +117,7 @@ def written(arguments: Arguments) -> list[Tensor]:
 
 
 def copied(arguments: Arguments) -> Arguments:
-    """With statistics of their own, in the same strides."""
+    """Copies with the same strides; statistics are not shared with the originals."""
     copies = dict(arguments)
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         old = arguments.get(name)
@@ -127,8 +127,8 @@ def copied(arguments: Arguments) -> Arguments:
     return copies
 
 
-def fail_each(name: str, call: Call, given: Arguments, kept: bool) -> tuple[int, int]:
-    """kept: with memory of earlier results at hand, else with none."""
+def fail_each(name: str, call: Call, given: Arguments, cached: bool) -> tuple[int, int]:
+    """`cached`: with cached memory of earlier results, otherwise with an empty cache."""
     call(*copied(given).values())
     right = copied(given)
     expected = as_results(call(*right.values()))
@@ -136,13 +136,13 @@ def fail_each(name: str, call: Call, given: Arguments, kept: bool) -> tuple[int,
 
     def check(results: Results, arguments: Arguments, when: str) -> None:
         for a, b in zip(results, expected):
-            assert same_bits(a, b), f"{name}: other results {when}"
+            assert same_bits(a, b), f"{name}: different results {when}"
         for a, b in zip(written(arguments), state):
             assert same_bits(a, b), f"{name}: other statistics {when}"
 
     number = raised = 0
     while True:
-        if not kept:
+        if not cached:
             bnk.empty_cache()
         arguments = copied(given)
         values = tuple(arguments.values())
@@ -165,7 +165,8 @@ def fail_each(name: str, call: Call, given: Arguments, kept: bool) -> tuple[int,
 
 
 def fail_frees() -> int:
-    """The allocations of freeing large results, each failing in turn: what is freed may be forgotten, and no more."""
+    """Fails each allocation made while large results are freed: a block may then be released instead of cached, and
+    nothing else."""
     x = torch.randn(32, 16, 40, 40)
     expected = ops.forward_train(x, None, None, None, None, None, 0.1, 1e-5)[0]
     for number in range(100):
@@ -183,9 +184,9 @@ def main() -> int:
     torch.manual_seed(0)
     torch.set_num_threads(2)
     for name, call, arguments in calls():
-        for kept in (False, True):
-            made, raised = fail_each(name, call, arguments, kept)
-            print(f"{made:4d} allocations, {raised:4d} exceptions  {name}{', memory kept' * kept}")
+        for cached in (False, True):
+            made, raised = fail_each(name, call, arguments, cached)
+            print(f"{made:4d} allocations, {raised:4d} exceptions  {name}{', memory cached' * cached}")
     print(f"{fail_frees():4d} allocations,    0 exceptions  freeing large results")
     return 0
 

@@ -1,9 +1,9 @@
-"""Starts groups of gloo processes that train a few steps under DDP, one group after another: does every one come up?
+"""Starts groups of gloo processes that train a few steps under DDP, one group at a time, and checks that all come up.
 
     PYTHONPATH=.:tests/support python -m faults.gloo_starts --count 200
 
-Each group is new processes, a new store and a new model with SyncBatchNorm (test_distributed.py). Where one does not
-answer in time, its stacks are printed (processes.py), and the next is started. Exit code 1: some did not.
+Each group has new processes, a new store and a new model with SyncBatchNorm (test_distributed.py). If one does not
+answer in time, its stacks are printed (processes.py), and the next group starts. Exit code 1: some did not answer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import bnkernels as bnk
 
 
 def train(steps: int) -> list[float]:
-    """Losses of `steps` steps, of this rank."""
+    """Losses of `steps` steps on this rank."""
     model = bnk.DistributedDataParallel(bnk.SyncBatchNorm.convert_sync_batchnorm(small().double()))
     losses = of_this_rank(model, batches(steps, 8))
     dist.barrier()
@@ -30,12 +30,12 @@ def train(steps: int) -> list[float]:
 
 
 def start(count: int, size: int = 2, steps: int = 2, deadline: float = 60.0) -> list[str]:
-    """What those said that did not answer, of `count` groups of `size` processes."""
+    """The reports of those of `count` groups of `size` processes that did not answer."""
     processes.PRELOADED += ["distributed_training", "faults.gloo_starts"]
     failed: list[str] = []
     expected: list[list[float]] = []
     for number in range(count):
-        # Of this process, should it be the one that hangs.
+        # Dumps this process's stacks if it hangs.
         faulthandler.dump_traceback_later(3 * deadline, exit=True)
         pool = processes.Pool(size, "gloo")
         try:

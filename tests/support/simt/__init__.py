@@ -1,21 +1,21 @@
 """The host execution of the kernels: csrc/cuda compiled by the host's compiler and run thread by thread as fibers.
 
-A test instrument and no backend. What it consists of, lowest first:
+It is a test instrument, not a backend. Its parts, lowest level first:
 
-    fiber.h, .cpp        a function on a stack of its own, as the sanitizers are told of it
-    run_queue.h          the set of threads that can run
-    schedule.h           which of them goes next
+    fiber.h, .cpp        a function on its own stack, registered with the sanitizers
+    run_queue.h          the set of runnable threads
+    schedule.h           which thread runs next
     shared_memory.h      one block's shared memory, poisoned and guarded
     buffers.h, .cpp      global memory, checked and counted
-    engine.h, .cpp       a launch: barriers, shuffles, waits, and everything that can go wrong with them
+    engine.h, .cpp       a launch: barriers, shuffles, waits, and the detection of their misuse
     float16.h            the 16-bit formats
-    primitives_host.h    the primitives of csrc/cuda/ptx.cuh over all this
-    planted.h            small kernels with a fault each, and run_planted.cpp, which runs them
-    request.h            what is asked of run_kernels.cpp, a server that runs the real launch sequences
-    sync_steps.h         and of the steps of a batch on several ranks; ranks.py: the whole of them from Python
+    primitives_host.h    the primitives of csrc/cuda/ptx.cuh on top of the above
+    planted.h            small kernels with one fault each; run_planted.cpp runs them
+    request.h            the requests of run_kernels.cpp, a server that runs the real launch sequences
+    sync_steps.h         the steps of a batch on several ranks; ranks.py runs all of them from Python
     build.py             compiles these in three builds: plain, AddressSanitizer + UBSan, ThreadSanitizer
-    server.py            run_kernels from Python, on tensors; plans.py: the plans that it is asked for, or tells of
-    common.py            what the tests over it share, and fixtures.py; resident_cases.py: of the persistent kernel
-    drop_barriers.py     leaves out each barrier of the kernels in turn and sees the tests fail
+    server.py            run_kernels from Python, on tensors; plans.py: the plans in requests and answers
+    common.py            shared by the tests, as are fixtures.py and, for the persistent kernel, persistent_cases.py
+    drop_barriers.py     drops each barrier of the kernels, one per run, and checks that the tests fail
     traffic.py           counts the bytes of ResNet-50's layers: docs/traffic.md
 """

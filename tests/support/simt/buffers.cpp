@@ -12,10 +12,10 @@
 
 namespace simt {
 
-// Windows of device addresses, each one buffer's. A buffer starts in the middle of its vector, so that an index below zero
-// stays in the vector too.
+// One range of device addresses per buffer. A buffer starts in the middle of its range, so that a negative index stays
+// in the range too.
 struct Memory {
-  // Bit 55: never mapped for a process (on x86-64 such an address is not even canonical).
+  // Bit 55 is never set in a mapped address (on x86-64 such an address is not even canonical).
   static constexpr uintptr_t kBase = uintptr_t{1} << 55;
   static constexpr int kWindowBits = 40;
   static constexpr size_t kAccesses = 128;
@@ -81,7 +81,8 @@ struct Memory {
     return traffic;
   }
 
-  // A heap block of its own, ending where the buffer ends, so that AddressSanitizer guards the end to the byte.
+  // A separate heap block that ends where the buffer ends, so that AddressSanitizer detects an overrun of a single
+  // byte.
   static char* allocate(const Buffer& buffer) {
     const size_t bytes = buffer.misalignment_ + buffer.bytes_;
     if (buffer.storage_ == Buffer::Storage::kSparse) {

@@ -1,12 +1,12 @@
-// Global memory: named buffers whose every access is checked and counted.
+// Global memory: named buffers that check and count every access.
 //
-// A kernel never receives a buffer's real address. It receives a device address: one of a range that no process maps, with
-// one terabyte of it to each buffer. So
-//   - an index however far out of bounds is out of bounds of its own buffer, never inside a neighbour;
-//   - memory reached past the primitives' load and store (a plain x[i]) faults on the spot, so the counts are complete;
-//   - the alignment of device addresses is what the test asks for, in bytes from a 16-byte boundary.
-// The primitives translate a device address, and then do a plain C++ access at the place where the kernel's line is inlined:
-// the race detector sees the access itself.
+// Kernels never receive a buffer's host address. They receive a device address, from a range that no process maps and
+// in which each buffer owns one terabyte. Therefore
+//   - an index that is out of bounds, however far, is out of bounds of its own buffer and never inside another one;
+//   - an access that bypasses the primitives' load and store (a plain x[i]) faults at once, so the counts are complete;
+//   - device addresses have the alignment that the test asks for, in bytes past a 16-byte boundary.
+// The primitives translate a device address and then do a plain C++ access, inlined into the kernel's line, so the race
+// detector sees the access itself.
 #pragma once
 
 #include <cstddef>
@@ -21,21 +21,21 @@ using Site = std::source_location;
 
 class Buffer {
  public:
-  // `bytes` bytes, poisoned, at `misalignment` bytes past a 256-byte boundary. At most 128 buffers live at a time. A sparse
-  // one is for a tensor larger than memory, of which a launch touches little: it is zero, not poisoned, and takes up what
-  // is touched.
+  // `bytes` poisoned bytes at `misalignment` bytes past a 256-byte boundary. At most 128 buffers can exist at the same
+  // time. A sparse buffer is for a tensor larger than memory of which a launch touches little: it is zero instead of
+  // poisoned, and only the pages that are touched take up memory.
   enum class Storage { kDense, kSparse };
   Buffer(std::string name, size_t bytes, size_t misalignment = 0, Storage storage = Storage::kDense);
   ~Buffer();
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
 
-  // What kernels are given.
+  // The address that kernels receive.
   template <typename T>
   T* device() const {
     return reinterpret_cast<T*>(device_address_);
   }
-  // What the test reads and writes between launches.
+  // The address that the test reads and writes between launches.
   template <typename T>
   T* host() const {
     return reinterpret_cast<T*>(host_);
@@ -43,7 +43,7 @@ class Buffer {
   size_t bytes() const { return bytes_; }
   const std::string& name() const { return name_; }
 
-  // All bits set: a quiet NaN in every floating-point format, -1 and the like in integers. Nothing if sparse.
+  // Sets all bits: a quiet NaN in every floating-point format, -1 in signed integers. Does nothing to a sparse buffer.
   void poison();
 
  private:
@@ -58,18 +58,19 @@ class Buffer {
   size_t bytes_written_ = 0;
 };
 
-// Bytes that one launch moved between the kernel and one buffer.
+// The bytes that one launch read from and wrote to one buffer.
 struct Traffic {
   std::string buffer;
   size_t bytes_read;
   size_t bytes_written;
 };
 
-// The traffic of every living buffer since the last call.
+// The traffic of all existing buffers since the last call.
 std::vector<Traffic> take_traffic();
 
-// Device address -> the real one, counted. `bytes` at an address aligned to `alignment`, wholly inside one buffer: anything
-// else ends the launch with a fault that names the buffer, the thread and the kernel's line.
+// Translates a device address to the host address and counts the access. The `bytes` bytes must lie inside one buffer,
+// at an address aligned to `alignment`. Otherwise, the launch ends with a fault that names the buffer, the thread and
+// the kernel's line.
 const void* checked_read(const void* device_address, size_t bytes, size_t alignment, const Site& site);
 void* checked_write(void* device_address, size_t bytes, size_t alignment, const Site& site);
 

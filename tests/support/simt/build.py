@@ -1,13 +1,13 @@
-"""Compiles the programs of tests/support/simt, each in several builds, once for each content of their sources.
+"""Compiles the programs of tests/support/simt in several builds, and caches them by the content of their sources.
 
     plain     optimised: many seeds
     asan      AddressSanitizer and UndefinedBehaviorSanitizer
     tsan      ThreadSanitizer
-    portable  plain, with the stack switch that every machine has
+    portable  plain, with the stack switch that works on every machine
 
-Needs a C++20 compiler ($CXX, else g++) with its sanitizer libraries, which g++ ships with (Debian, Ubuntu: package g++;
-Fedora: libasan, libubsan and libtsan beside gcc-c++). Binaries lie in build/simt under a hash of sources, flags and
-compiler, so that another test run finds them; `make clean` removes them.
+Needs a C++20 compiler ($CXX, else g++) and its sanitizer libraries, which come with g++ (Debian, Ubuntu: package g++;
+Fedora: libasan, libubsan and libtsan in addition to gcc-c++). Binaries are stored in build/simt under a hash of
+sources, flags and compiler and reused by later test runs; `make clean` removes them.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ OUTPUT = ROOT / "build" / "simt"
 # -ffp-contract=off: a*b + c is rounded twice unless the source says fused_multiply_add, as in the CUDA build.
 COMMON = ["-std=c++20", "-ffp-contract=off", "-g1", "-fno-omit-frame-pointer"]
 BUILDS = {
-    "plain": ["-O2", "-fPIC"],  # for the fake CUDA device as well, which is a library
+    "plain": ["-O2", "-fPIC"],  # -fPIC: also linked into the fake CUDA device, a shared library
     "asan": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "tsan": ["-O1", "-fsanitize=thread"],
     "portable": ["-O2", "-DSIMT_UCONTEXT"],
 }
-# Compiled without sanitizers in every build: its own memory is not under test, and it calls the sanitizers itself.
+# Compiled without sanitizers in every build: its own memory is not under test, and it calls the sanitizers explicitly.
 ENGINE = [
     "tests/support/simt/fiber.cpp",
     "tests/support/simt/buffers.cpp",
@@ -42,7 +42,7 @@ ENGINE = [
     "tests/support/simt/synchronisation.cpp",
 ]
 PLAN = ["csrc/plan/partition.cpp", "csrc/plan/two_pass.cpp", "csrc/plan/persistent.cpp"]
-# Element types, as their kernels are compiled: each by itself, for what asks for few of them.
+# Element types. The kernels of each are compiled separately, because some programs need only one.
 ELEMENTS = {"float64": "double", "float32": "float", "float16": "bnk::Half", "bfloat16": "bnk::BFloat16"}
 KERNELS = "tests/support/simt/kernels.cpp"
 PROGRAMS = {
@@ -51,7 +51,7 @@ PROGRAMS = {
     "run_planted": ["tests/support/simt/run_planted.cpp"],
     **{f"run_kernels_{dtype}": ["tests/support/simt/run_kernels.cpp", *PLAN] for dtype in ELEMENTS},
 }
-# What a program is run with. A race stops nothing, so that one run tells all of them.
+# Environment of the programs. A race does not end a program, so one run reports all of them.
 ENVIRONMENT = {
     "ASAN_OPTIONS": "detect_leaks=1",
     "UBSAN_OPTIONS": "print_stacktrace=1",
@@ -61,15 +61,16 @@ ENVIRONMENT = {
 
 def program(name: str, build: str, root: Path = ROOT) -> Path:
     """The path of a program of PROGRAMS in a build of BUILDS, compiled from `root`'s csrc and tests/support/simt if
-    need be.
+    needed.
 
-    Raises RuntimeError with the compiler's words where it does not compile.
+    Raises RuntimeError with the compiler's output if it does not compile.
     """
     flags = BUILDS[build]
     headers = headers_of(root)
     unsanitized = ["-O2", *(flag for flag in flags if flag.startswith("-D"))]
     units = [(file, unsanitized) for file in ENGINE]
-    # The engine first: of an inline function that both sides instantiate the linker keeps the first, uninstrumented.
+    # The engine comes first: the linker takes the first definition of an inline function that both sides instantiate,
+    # which is then the uninstrumented one.
     units += [(file, flags) for file in PROGRAMS[name]]
     if (dtype := name.removeprefix("run_kernels_")) in ELEMENTS:
         units += [
@@ -83,12 +84,12 @@ def program(name: str, build: str, root: Path = ROOT) -> Path:
 
 
 def of(dtype: str) -> str:
-    """The flag for the kernels of an element type."""
+    """The compiler flag that selects an element type's kernels."""
     return f"-DSIMT_ELEMENT={ELEMENTS[dtype]}"
 
 
 def programs(wanted: Iterable[tuple[str, str]], root: Path = ROOT) -> dict[tuple[str, str], Path]:
-    """Several, by name and build, two compilers at a time."""
+    """Several programs, by name and build, with two compilers at once."""
     wanted = list(wanted)
 
     def one(pair: tuple[str, str]) -> Path:
@@ -99,17 +100,17 @@ def programs(wanted: Iterable[tuple[str, str]], root: Path = ROOT) -> dict[tuple
 
 
 def run(executable: Path, *arguments: object, input: bytes | None = None) -> subprocess.CompletedProcess[bytes]:
-    """Runs a program to its end. A run of a minute is taken for one that hangs."""
+    """Runs a program to its end. A run of more than a minute counts as hung."""
     started = [*command(executable), *map(str, arguments)]
     return subprocess.run(started, input=input, capture_output=True, env=os.environ | ENVIRONMENT, timeout=60)
 
 
 @cache
 def command(executable: Path) -> list[str]:
-    """What starts a program.
+    """The command that starts a program.
 
-    Older ThreadSanitizers cannot start where the kernel spreads addresses widely (vm.mmap_rnd_bits above 28, as newer
-    distributions set it); such a program is started without address randomisation.
+    Older ThreadSanitizers cannot start where the kernel randomises addresses widely (vm.mmap_rnd_bits above 28, the
+    default of newer distributions); there the program is started without address randomisation.
     """
     direct = [str(executable)]
     if not executable.name.endswith("-tsan"):
@@ -122,7 +123,7 @@ def command(executable: Path) -> list[str]:
 
 @cache
 def _compiler() -> tuple[tuple[str, ...], bytes]:
-    """The command, and the version that it tells."""
+    """The compiler command and its reported version."""
     command = tuple(shlex.split(os.environ.get("CXX", "g++")))
     try:
         return command, subprocess.run([*command, "--version"], check=True, capture_output=True).stdout
@@ -133,7 +134,7 @@ def _compiler() -> tuple[tuple[str, ...], bytes]:
 
 
 def headers_of(root: Path) -> list[bytes]:
-    """All that a source may include: names and contents."""
+    """Names and contents of all files that a source may include."""
     found = [
         *root.glob("csrc/**/*.h"),
         *root.glob("csrc/cuda/launch/*.h"),
@@ -144,7 +145,7 @@ def headers_of(root: Path) -> list[bytes]:
 
 
 def compiled(root: Path, file: str, flags: list[str], headers: list[bytes]) -> Path:
-    """An object file of `file`, a path from `root`."""
+    """An object file of `file`, a path relative to `root`."""
     source = root / file
     flags = [*COMMON, *flags]
     includes = [f"-I{root / 'tests' / 'support'}", f"-I{root / 'csrc'}"]
@@ -153,7 +154,7 @@ def compiled(root: Path, file: str, flags: list[str], headers: list[bytes]) -> P
 
 
 def make(name: str, arguments: list[str], contents: list[bytes]) -> Path:
-    """Runs the compiler, once for these contents even where several processes ask at the same time."""
+    """Runs the compiler, once per contents even if several processes ask concurrently."""
     compiler, version = _compiler()
     digest = hashlib.sha256()
     for content in (name.encode(), version, *contents):

@@ -1,5 +1,6 @@
-// check_quotient MOST: quotient() (csrc/cuda/device/vector_access.cuh) for all divisors up to MOST, where it is most easily wrong: next
-// to multiples of the divisor, small ones, large ones and, up to 2^50, those beside powers of two. Prints what is wrong.
+// check_quotient MOST: checks quotient() (csrc/cuda/device/vector_access.cuh) for all divisors up to MOST, where errors
+// are most likely: next to multiples of the divisor, by small factors and, up to 2^50, by factors next to powers of
+// two. Prints errors.
 #include <cstdlib>
 #include <iostream>
 

@@ -1,4 +1,4 @@
-"""What the tests of the kernels on the host share: variants, shapes, servers, and how a run is judged."""
+"""Shared by the tests of the kernels on the host: variants, shapes, servers, and the checks of a run."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .server import Run, Server
 ASAN = pytest.param("asan", marks=pytest.mark.slow)
 BUILDS = ["plain", ASAN, "tsan"]
 SANITIZERS = [ASAN, "tsan"]
-# A sanitizer sees what is wrong in almost any order of the threads.
+# A sanitizer sees a fault in almost any order of the threads.
 SEEDS = {"plain": range(20), "asan": range(3), "tsan": range(3)}
 LAYOUTS = ("channels_first", "channels_last")
-# What is said of accesses that nothing orders, under ThreadSanitizer: by itself, or by the engine, of the shared memory
-# of another block of a cluster.
+# Reports of unordered accesses under ThreadSanitizer: its own, or the engine's for the shared memory of another block
+# of a cluster.
 UNORDERED = "data race|shared memory of a block that (may not have started|ends)"
 PAIRS = [pytest.param(pair, id="+".join(dict.fromkeys(pair))) for pair in DTYPE_PAIRS]
-# What takes long is run, but for the slow tests, with two: vectors of few elements and of many.
+# Long tests use these two pairs by default, vectors of few elements and of many, and the others only as slow tests.
 FEW = (("float32", "float32"), ("bfloat16", "float32"))
 PAIRS_BUT_FEW_SLOW = [
     pair if pair.values[0] in FEW else pytest.param(pair.values[0], id=pair.id, marks=pytest.mark.slow)
@@ -68,10 +68,11 @@ def assert_same(run: Run, other: Run, context: object, but: tuple[str, ...] = ()
 
 
 def requested(inputs: Inputs, last: bool, lead: int, own: int) -> int:
-    """Bytes that one pass asks of a tensor like x that lies `own` elements past a boundary, x lying `lead` past one.
+    """Bytes that one pass requests of a tensor like x that starts `own` elements past a vector boundary, where x starts
+    `lead` elements past one.
 
-    Channels-last, and rows of whole vectors: each byte once. A row that starts or ends inside a vector takes that
-    vector whole, where it lies inside the tensor, and so does its neighbour: the same memory sector, asked for twice.
+    Channels-last, and rows of full vectors: each byte once. A row that starts or ends inside a vector reads that vector
+    whole where it lies inside the tensor, and so does the adjacent row: the same memory sector, requested twice.
     """
     size = inputs.x.element_size()
     total = inputs.x.numel()
@@ -81,17 +82,18 @@ def requested(inputs: Inputs, last: bool, lead: int, own: int) -> int:
     inner = math.prod(inputs.x.shape[2:])
     asked = 0
     for start in range(0, total, inner):
-        window = start - (lead + start) % vector
-        while window < start + inner:
-            whole = window >= 0 and window + vector <= total
-            asked += vector if whole else min(window + vector, start + inner) - max(window, start)
-            window += vector
+        first = start - (lead + start) % vector  # of the vector
+        while first < start + inner:
+            full = first >= 0 and first + vector <= total
+            asked += vector if full else min(first + vector, start + inner) - max(first, start)
+            first += vector
     return asked * size
 
 
-# Rows that start anywhere, with heads and tails, in blocks that hold several of them; and rows of whole vectors.
+# Rows of any alignment, with heads and tails, several per block; and rows of full vectors.
 FIRST = ((3, 5, 37), (2, 3, 8, 8))
-# Rows of so many vectors that their number's reciprocal, rounded to double, is too small: quotient() has to correct.
+# Rows whose number of vectors has a reciprocal that rounds to a double which is too small, so quotient() has to
+# correct.
 INEXACT_ROWS = (49, 98, 103, 107)
-# Channels that are no whole vectors, over more than one channel tile of lanes; and whole vectors.
+# Channels that are not full vectors, over more than one channel tile; and full vectors.
 LAST = ((5, 69, 3), (37, 16))

@@ -1,5 +1,5 @@
-// convert16 TO: a stream of values through one of float16.h's conversions, stdin to stdout, in the machine's byte order.
-// TO is float_from_half, half_from_float, float_from_bfloat16 or bfloat16_from_float.
+// convert16 TO: applies one of float16.h's conversions to a stream of values, from stdin to stdout, in native byte
+// order. TO is float_from_half, half_from_float, float_from_bfloat16 or bfloat16_from_float.
 #include <cstdio>
 #include <cstring>
 

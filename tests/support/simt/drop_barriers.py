@@ -1,11 +1,10 @@
-"""Leaves out each synchronisation of the kernels, and sees the tests fail: `python
+"""Drops each synchronisation of the kernels and checks that the tests fail: `python
 tests/support/simt/drop_barriers.py`.
 
-A barrier that can go unseen is one that the tests do not test, or one that the kernels do not need. Each call of a
-primitive that synchronises, as it is found in the source, is passed over by every launch, plain and under
-ThreadSanitizer, in runs like those of tests/cuda/test_simt.py and test_simt_persistent.py: seeds that must not change a
-bit, the tolerance (poisoned memory gives NaN), and the race detector. Prints a table; exits with 1 if a dropped call
-goes unseen.
+A barrier whose removal goes unnoticed is either untested or unnecessary. Each call of a synchronising primitive found
+in the source is skipped in every launch, in the plain build and under ThreadSanitizer, in runs like those of
+tests/cuda/test_simt.py and test_simt_persistent.py: seeds that must not change a bit, the tolerance (poisoned memory
+gives NaN), and the race detector. Prints a table; exits with 1 if a dropped call goes unnoticed.
 """
 
 from __future__ import annotations
@@ -21,18 +20,17 @@ if __name__ == "__main__":
     sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 from bnkernels.testing import Case, judge_call  # noqa: E402
-from simt.persistent_cases import ALONE, CLUSTER, DIVIDED, EACH  # noqa: E402
+from simt.persistent_cases import CLUSTER, ONE_SHOT, SINGLE_CTA, TWO_SHOT  # noqa: E402
 from simt.plans import Persistent  # noqa: E402
 from simt.server import Failure, How, Server  # noqa: E402
 
-# Any primitive named like one: block_barrier, and what later issues may add.
+# Any primitive with such a name: block_barrier and similar.
 SYNCHRONISATION = re.compile(r"\b\w*(barrier|wait)\w*(<[^;(]*>)?\([^;{]*\);")
 
 FIRST = "offset_1e2/2x69x301/float32/contiguous/normal/normal/train"
 LAST = "offset_1e2/2x69x301/bfloat16+float32/channels_last/normal/normal/train"
 PACKED = "offset_1e2/9x24x7x7/bfloat16+float32/contiguous/normal/normal/train"
-# Every block has several shares, channel tiles, or groups of channels, one after the other, and work for each of its
-# warps.
+# Every block has several work tiles, channel tiles or groups of channels, and work for each of its warps.
 HOW = How(block=64, finalize_block=64, grid=2)
 CASES = [(FIRST, replace(HOW, splits=2), False), (LAST, replace(HOW, splits=5), True)]
 for name, layout, threads_c, last in (
@@ -40,9 +38,9 @@ for name, layout, threads_c, last in (
     (LAST, "channels_last", 4, True),
     (PACKED, "packed", 49, False),
 ):
-    for group_size, way in ((1, ALONE), (3, CLUSTER), (3, EACH), (3, DIVIDED)):
+    for group_size, way in ((1, SINGLE_CTA), (3, CLUSTER), (3, ONE_SHOT), (3, TWO_SHOT)):
         CASES.append((name, How(persistent=Persistent(layout, 64, group_size, 1, 4, threads_c, **way)), last))
-# Which bits a missing barrier changes is a matter of luck, so many seeds; the race detector needs none.
+# Whether a missing barrier changes a bit depends on the seed, so many seeds; the race detector needs only one.
 SEEDS = {"plain": range(20), "tsan": range(1)}
 BUILDS = tuple(SEEDS)
 
@@ -60,7 +58,7 @@ class Call:
 
 
 def calls(kernels: Path) -> Iterator[Call]:
-    """Every call in the kernels, but not in the primitives, which declare them."""
+    """Every call in the kernels. The primitives' own files, which declare them, are skipped."""
     for path in sorted(kernels.glob("*.cuh")):
         if path.name.startswith("primitives"):
             continue
@@ -71,7 +69,7 @@ def calls(kernels: Path) -> Iterator[Call]:
 
 
 def seen_by(name: str, call: Call | None) -> str:
-    """How the tests, with run_kernels in this build, see that something is wrong; empty: they do not."""
+    """How the tests, with run_kernels in this build, notice the dropped call; empty if they do not."""
     server = Server(name)
     try:
         for case, how, channels_last in CASES:
@@ -89,7 +87,7 @@ def seen_by(name: str, call: Call | None) -> str:
 
 
 def summary(failure: str) -> str:
-    """One line of a failure: its own, or ThreadSanitizer's with the kernel's line."""
+    """One line of a failure: its first line, or ThreadSanitizer's line with the kernel."""
     if "data race" not in failure:
         kind, _, rest = failure.partition(" ")
         seed, *what = rest.split()
@@ -99,7 +97,7 @@ def summary(failure: str) -> str:
 
 
 def table() -> list[tuple[Call | None, dict[str, str]]]:
-    """For the kernels as they are (None) and for each call dropped: how each build sees it."""
+    """How each build reports the unmodified kernels (None) and each dropped call."""
     every = [None, *calls(ROOT / "csrc" / "cuda")]
     return [(call, {name: seen_by(name, call) for name in BUILDS}) for call in every]
 

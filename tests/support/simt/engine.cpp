@@ -12,22 +12,23 @@ std::vector<std::unique_ptr<SharedMemory>> arenas;
 
 namespace {
 
-constexpr size_t kMaxBarriers = 256;  // in the source of one kernel
+constexpr size_t kMaxBarriers = 256;  // in one kernel's source
 
-// Who a group's barrier still waits for, by its counter: rank 0 takes it from few to just below its top bit.
+// Describes the CTAs that a group barrier still waits for, by its counter: rank 0 raises it from a small value to just
+// below the top bit.
 std::string missing(unsigned counter) {
   const unsigned count = counter % kTopBit;
   return count < kTopBit / 2 ? "rank 0 of a group" : std::to_string(kTopBit - count) + " more of a group";
 }
 
-Grid* grid = nullptr;  // the one that runs
+Grid* grid = nullptr;  // the running grid
 
 }  // namespace
 
 // ---- in the scheduler's context -------------------------------------------------------------------------------------
 
 Report Grid::run() {
-  // Threads allocate nothing: the race detector takes memory to be its allocating thread's.
+  // Threads allocate nothing: to the race detector, memory belongs to the thread that allocates it.
   waiting_.reserve(threads_.size());
   barriers_.reserve(kMaxBarriers);
   std::vector<size_t> to_start(clusters_.size());
@@ -59,7 +60,7 @@ Report Grid::run() {
     if (block().returned < launch_.block) continue;
     ++ended;
     if (const char* name = arenas[block().slot]->overrun()) {
-      fault_ = "shared memory written beside '" + std::string(name) + "'; block " + std::to_string(position().block);
+      fault_ = "shared memory written outside '" + std::string(name) + "'; block " + std::to_string(position().block);
       break;
     }
     free_slots.push_back(block().slot);
@@ -73,7 +74,8 @@ Report Grid::run() {
 }
 
 void Grid::start_block(size_t rank, size_t slot) {
-  // The race detector needs threads that share no fiber and no arena; without it, those of an ended block are used again.
+  // The race detector needs threads that share no fiber and no arena. Without it, those of a completed block are
+  // reused.
   if (race_detector_present()) slot = rank;
   blocks_[rank].slot = slot;
   while (arenas.size() <= slot) arenas.push_back(std::make_unique<SharedMemory>(kSharedBytes + kMaxDynamicBytes));
@@ -100,7 +102,7 @@ void Grid::step() {
   fibers[threads_[current_].fiber]->resume();
 }
 
-// Lets the exception pass through every thread that is in the middle of the kernel.
+// Lets the exception propagate through every thread that is inside the kernel.
 void Grid::unwind() {
   for (current_ = 0; current_ < threads_.size(); ++current_) {
     if (threads_[current_].started && threads_[current_].state != State::kReturned) step();
@@ -122,7 +124,7 @@ void Grid::make_ready(size_t thread) {
   scheduler_.make_ready(thread);
 }
 
-// Who is not running, and where: a line for each run of threads in one place.
+// Describes the threads that do not run: one line for each range of threads that wait at the same place.
 std::string Grid::where(size_t first, size_t end) const {
   const auto place = [](const Thread& thread) -> std::string {
     switch (thread.state) {
@@ -157,7 +159,7 @@ std::string Grid::where(size_t first, size_t end) const {
   return lines > 40 ? text + "\n  and " + std::to_string(lines - 40) + " lines more" : text;
 }
 
-// ---- the doors ------------------------------------------------------------------------------------------------------
+// ---- entry points ---------------------------------------------------------------------------------------------------
 
 Report launch(const Launch& configuration, void (*kernel)(void*), void* argument) {
   const unsigned block = configuration.block;
@@ -192,7 +194,7 @@ size_t Report::written(const std::string& buffer) const {
 const Position& position() { return grid->position(); }
 void block_barrier(const Site& site) { grid->block_barrier(site); }
 void cluster_barrier(const Site& site) { grid->cluster_barrier(site); }
-const void* of_member(const void* own, unsigned rank, const Site& site) { return grid->of_member(own, rank, site); }
+const void* in_cta(const void* own, unsigned rank, const Site& site) { return grid->in_cta(own, rank, site); }
 double shuffle_xor(double value, int mask, const Site& site) { return grid->shuffle_xor(value, mask, site); }
 unsigned arrive(unsigned* counter, unsigned step, const Site& site) { return grid->arrive(counter, step, site); }
 void wait_for_flip(const unsigned* counter, unsigned before, const Site& site) {

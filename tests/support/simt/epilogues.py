@@ -1,4 +1,4 @@
-"""How a run of kernels with an epilogue on the host is judged."""
+"""Checks of a host run of kernels with an epilogue."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@
 #include <cstdio>
 #include <cstdlib>
 
-// Without it, or elsewhere: ucontext, which is portable and slow.
+// Assembly on x86-64. Elsewhere, or with SIMT_UCONTEXT: ucontext, which is portable and slow.
 #if defined(__x86_64__) && !defined(SIMT_UCONTEXT)
 #define SIMT_ASSEMBLY 1
 #else
@@ -33,8 +33,8 @@ namespace simt {
 namespace {
 
 constexpr size_t kStackBytes = 256 * 1024;  // address space; the sanitizers print their reports on it
-// With a guard page a stack is two mappings, of the 65530 that Linux allows a process by default. Stacks without one
-// lie beside each other, in one mapping.
+// A stack with a guard page takes two mappings, of the 65530 that Linux allows a process by default. Stacks without one
+// are merged into one mapping.
 constexpr size_t kGuardedStacks = 16 * 1024;
 constexpr unsigned kSwitchWithoutSync = 1;  // __tsan_switch_to_fiber_no_sync
 
@@ -51,8 +51,8 @@ struct Scheduler {
 Fiber* running = nullptr;
 
 #if defined(SIMT_ASSEMBLY)
-// Saves the callee-saved registers on the current stack, leaves its pointer in *from, and continues on the stack `to`.
-// (swapcontext() does the same with a system call for the signal mask: an order of magnitude slower.)
+// Saves the callee-saved registers on the current stack, stores its stack pointer in *from, and continues on the stack
+// `to`. (swapcontext() does the same with a system call for the signal mask, which is an order of magnitude slower.)
 extern "C" void simt_switch_stack(void** from, void* to);
 asm(R"(
 .text
@@ -78,8 +78,9 @@ simt_switch_stack:
 .size simt_switch_stack, .-simt_switch_stack
 )");
 
-// A stack that simt_switch_stack() can continue on: six registers, then the address that it returns to. entry is reached by
-// `ret`, not `call`, so 8 more bytes keep the alignment that the ABI promises at a function's first instruction.
+// Prepares a stack that simt_switch_stack() can continue on: six registers, then the return address. entry is reached
+// by `ret` instead of `call`, so 8 more bytes provide the alignment that the ABI requires at a function's first
+// instruction.
 void* new_stack_pointer(char* stack, void (*entry)()) {
   auto top = reinterpret_cast<uintptr_t*>(stack + kStackBytes);
   *--top = 0;
@@ -119,7 +120,7 @@ char* new_stack() {
 
 void delete_stack(char* stack) {
   const size_t guard = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-  permit_access(stack, kStackBytes);  // frames of an abandoned fiber leave their red zones behind
+  permit_access(stack, kStackBytes);  // an abandoned fiber leaves the red zones of its frames behind
   munmap(stack - guard, guard + kStackBytes);
   --live_stacks;
 }

@@ -1,4 +1,4 @@
-"""The fixtures of a test module that says `pytest_plugins = ["simt.fixtures"]`."""
+"""Fixtures for test modules with `pytest_plugins = ["simt.fixtures"]`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-// The 16-bit formats in software: widening is exact, narrowing rounds to nearest even.
+// The 16-bit formats in software: conversions to float are exact, conversions from float round to nearest even.
 // NaN narrows to 0x7fff in both formats, as the GPU's conversions do.
 #pragma once
 
@@ -26,7 +26,8 @@ inline uint16_t float_to_half(float value) {
   if (magnitude > 0x7f800000u) return 0x7fff;
   if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // 65520, halfway to 2^16, and above
   if (magnitude < 0x38800000u) {
-    // Below 2^-14: a multiple of 2^-24. One unit in the last place of 0.5f is 2^-24, so the addition does the rounding.
+    // Below 2^-14, the result is a multiple of 2^-24. One unit in the last place of 0.5f is 2^-24, so the addition
+    // rounds.
     const float shifted = std::bit_cast<float>(magnitude) + 0.5f;
     return static_cast<uint16_t>(sign | (std::bit_cast<uint32_t>(shifted) - std::bit_cast<uint32_t>(0.5f)));
   }

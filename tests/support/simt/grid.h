@@ -1,7 +1,7 @@
-// Grid: one launch. Its threads, who of them waits where, and the memory that they share. Internal to the engine:
+// Grid: one launch, with the state of its threads and the memory that they share. Internal to the engine:
 //
-//   engine.cpp           who runs next, and what ends a launch
-//   synchronisation.cpp  what a thread does when it meets others
+//   engine.cpp           schedules the threads and detects the end of a launch
+//   synchronisation.cpp  the synchronisation primitives
 #pragma once
 
 #include <cstdint>
@@ -25,27 +25,27 @@ struct Thread {
   size_t fiber;
   bool started = false;
   State state = State::kReady;
-  Site site;                          // of the call that it waits in
-  const unsigned* counter = nullptr;  // whose top bit it waits to flip ...
-  unsigned before = 0;                // ... from what it is here
+  Site site;                          // of the call in which the thread waits
+  const unsigned* counter = nullptr;  // the thread waits until the top bit of this counter ...
+  unsigned before = 0;                // ... differs from that of this value
 };
 
 struct Block {
   size_t slot = 0;
   unsigned at_barrier = 0;
   unsigned returned = 0;
-  // Barriers use two tokens in turn. With one, a thread that is already at the next barrier would hand its newer accesses
-  // to those that have not yet left this one, and their races would pass for ordered.
+  // Barriers alternate between two tokens. With a single one, a thread that is already at the next barrier would
+  // release its newer accesses to threads that have not yet left this one, and the detector would miss their races.
   unsigned phase = 0;
   char token[2];
-  Site site;  // of the barrier that those at_barrier wait at
+  Site site;  // of the barrier at which the at_barrier threads wait
   char end_token;
 };
 
-// Blocks that start together; one that is in no cluster is alone in one.
+// Blocks that start together. A block outside any cluster forms a cluster of one.
 struct Cluster {
   unsigned at_barrier = 0;
-  unsigned phase = 0;  // barriers that all have met at; their tokens are as a block's
+  unsigned phase = 0;  // completed barriers; the tokens alternate as in Block
   char token[2];
   Site site;
 };
@@ -55,17 +55,17 @@ struct Warp {
   unsigned at_barrier = 0;
   unsigned returned = 0;
   unsigned phase = 0;
-  Site site;                // of the shuffle that those at_shuffle wait at
-  double values[2][kWarp];  // in turn: one shuffle's values are still read while the next one's are offered
+  Site site;                // of the shuffle at which the at_shuffle lanes wait
+  double values[2][kWarp];  // alternate: lanes may still read one shuffle's values while others write the next one's
 };
 
 inline constexpr unsigned kTopBit = 0x80000000u;
 inline bool flipped(unsigned now, unsigned before) { return ((now ^ before) & kTopBit) != 0; }
 
-// Thrown through the kernel's frames when the launch has ended in a fault.
+// Thrown through the kernel's frames after a fault has ended the launch.
 struct Unwind {};
 
-// These outlive launches: making them costs more than a small launch does.
+// Reused across launches: creating them costs more than a small launch.
 extern std::vector<std::unique_ptr<Fiber>> fibers;
 extern std::vector<std::unique_ptr<SharedMemory>> arenas;
 
@@ -98,7 +98,7 @@ class Grid {
   const Position& position() const { return threads_[current_].position; }
   void block_barrier(const Site& site);
   void cluster_barrier(const Site& site);
-  const void* of_member(const void* own, unsigned rank, const Site& site);
+  const void* in_cta(const void* own, unsigned rank, const Site& site);
   double shuffle_xor(double value, int mask, const Site& site);
   unsigned arrive(unsigned* counter, unsigned step, const Site& site);
   void wait_for_flip(const unsigned* counter, unsigned before, const Site& site);
@@ -135,10 +135,10 @@ class Grid {
   std::vector<Block> blocks_;
   std::vector<Cluster> clusters_;
   std::vector<Warp> warps_;
-  std::vector<size_t> waiting_;  // threads, for a counter
+  std::vector<size_t> waiting_;  // threads that wait for a counter
   size_t current_ = 0;
   size_t switches_ = 0;
-  std::vector<Site> barriers_;  // met
+  std::vector<Site> barriers_;  // reached by this launch
   std::map<std::tuple<const void*, unsigned, int64_t>, uint64_t>
       uniform_;  // by place and key: the bits that were passed first
   std::string fault_;

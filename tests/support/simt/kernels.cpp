@@ -1,5 +1,5 @@
-// The kernels of one element type, SIMT_ELEMENT. With SIMT_ABSENT, null pointers in their place, for programs that run the
-// kernels of another type alone.
+// The kernels of one element type, SIMT_ELEMENT. SIMT_ABSENT replaces them with null pointers, for programs that only
+// run the kernels of other types.
 #ifndef SIMT_ABSENT
 
 #include "cuda/launch/instantiate.h"

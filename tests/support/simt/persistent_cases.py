@@ -1,4 +1,4 @@
-"""Plans of the persistent kernel that tests vary, and the shapes that make each of their parts matter."""
+"""Plans of the persistent kernel that tests vary, and shapes that exercise every part of them."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from bnkernels.testing import DTYPES
 
 from .plans import Persistent
 
-RESIDENT_LAYOUTS = ("channels_first", "channels_last", "packed")
+PERSISTENT_LAYOUTS = ("channels_first", "channels_last", "packed")
 
-# How the blocks of a group tell each other what they found: not at all, through each other's shared memory, or through
-# global memory, joined by each for itself or divided among them.
-ALONE: dict[str, bool] = {}
+# How the blocks of a group exchange partials: not at all (a single CTA), through distributed shared memory (a cluster),
+# or through global memory with a one-shot or two-shot all-reduce.
+SINGLE_CTA: dict[str, bool] = {}
 CLUSTER = {"cluster": True}
-EACH: dict[str, bool] = {}
-DIVIDED = {"two_shot": True}
+ONE_SHOT: dict[str, bool] = {}
+TWO_SHOT = {"two_shot": True}
 
-# Several channel tiles, of which the last is shorter; rows that start and end anywhere, but for packed ones.
+# Several channel tiles, of which the last is shorter; rows of any alignment, except for packed ones.
 SHAPES = {"channels_first": (7, 3, 301), "channels_last": (19, 69, 3), "packed": (61, 6, 12)}
-# As packed rows come in practice: 49 elements, channel tiles of 16 channels (of 8 in double) and a last one of 8.
+# Realistic packed rows: 49 elements, channel tiles of 16 channels (of 8 in double) and a last one of 8.
 SEVENS = (9, 24, 7, 7)
 
 
 def vector(dtype: torch.dtype) -> int:
-    """Elements of a vector."""
+    """Elements per vector."""
     return 16 // dtype.itemsize
 
 
@@ -43,7 +43,9 @@ def plan(
     tile_channels: int = 4,
     cluster: bool = False,
 ) -> Persistent:
-    """`lanes` is for channels-last; those of packed follow from `slab_channels`, and may ask for a larger block."""
+    """`threads_c` applies to channels-last. For packed it follows from `tile_channels`, and the block grows if
+    needed.
+    """
     if layout == "channels_first":
         threads_c = 1
     elif layout == "packed":
@@ -57,7 +59,7 @@ def plan(
 
 
 def work_tile_vectors(persistent: Persistent, shape: tuple[int, ...], dtype: str) -> int:
-    """Windows of a thread, in a share of full size."""
+    """Vectors per thread, in a work tile of full size."""
     inner = math.prod(shape[2:])
     if persistent.layout == "channels_first":
         per_vector = vector(DTYPES[dtype])

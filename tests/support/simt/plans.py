@@ -1,4 +1,4 @@
-"""Plans of csrc/plan/plan.h from Python: what a test asks for, and what a device gets."""
+"""Plans of csrc/plan/plan.h from Python: those that a test requests, and those that a device gets."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Persistent:
-    """A plan of the persistent kernel: ResidentChoice, in csrc/plan/plan.h."""
+    """A plan of the persistent kernel: PersistentChoice in csrc/plan/plan.h."""
 
     layout: str
     block: int = 64
@@ -21,7 +21,7 @@ class Persistent:
 
 @dataclass(frozen=True)
 class Limits:
-    """A device: DeviceLimits, in csrc/plan/plan.h."""
+    """A device: DeviceLimits in csrc/plan/plan.h."""
 
     multiprocessors: int
     max_threads_per_multiprocessor: int = 2048
@@ -35,11 +35,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class Plan:
-    """What plan_pass chose for a device: Plan, in csrc/plan/plan.h."""
+    """The plan that plan_pass chose for a device: Plan in csrc/plan/plan.h."""
 
     path: str
     reason: str
-    """Why it is the two-pass path; "none" if it is not."""
+    """Why the two-pass path was chosen; "none" for the persistent kernel."""
     layout: str
     grid: int
     block: int
@@ -51,14 +51,14 @@ class Plan:
     cached_vectors: int
     two_shot: bool
     floor: tuple[int, int]
-    """Bytes read and written, at least."""
+    """Lower bound of the bytes read and written."""
     predicted: tuple[int, int]
-    """Of tensors of the problem's size."""
+    """Bytes read and written of tensors of the problem's size."""
     exchanged: tuple[int, int]
 
     @staticmethod
     def parse(line: str) -> Plan:
-        """From run_kernels' answer."""
+        """Parses run_kernels' answer."""
         words = dict(word.split("=") for word in line.split())
         text = {key: words.pop(key) for key in ("path", "reason", "layout", "group")}
         number = {key: int(value) for key, value in words.items()}

@@ -1,5 +1,5 @@
-// Small kernels with a fault planted in each. The template parameter plants it: the same kernel without the fault must pass
-// in every build, so that what is found is the fault and not the way of testing.
+// Small kernels, each with a planted fault that a template parameter selects. Without the fault, the same kernel must
+// pass in every build, which shows that the tests detect the fault and not an artefact of the test setup.
 #pragma once
 
 #include "cuda/ptx.cuh"
@@ -11,21 +11,21 @@ using bnk::kWarpThreads;
 struct Params {
   const float* x;     // `count` elements, 16-byte aligned
   float* y;           // `count` elements
-  float* partial;     // one for each block
+  float* partial;     // one per block
   float* sum;         // one element
   unsigned* counter;  // one element, 0
   int count;
 };
 
-// ---- block sums: warps by shuffle, then warp 0's thread over shared memory ------------------------------------------
+// ---- block sums: warp shuffles, then thread 0 sums over shared memory -----------------------------------------------
 
 enum class BlockSum {
   kSound,
   kNoBarrier,
   kNoSecondBarrier,
   kReadsUnwritten,
-  kWritesBeside,
-  kIndexBeside,
+  kWritesOutside,
+  kIndexOutside,
   kTooMuchShared
 };
 
@@ -39,7 +39,7 @@ block_sum(Params params) {
   }
   const int thread = static_cast<int>(bnk::thread_rank());
   const int warp = thread / kWarpThreads;
-  // Two rounds over the same slots: the second one must not overwrite what the first still reads.
+  // Two rounds over the same slots: the second must not overwrite what threads still read in the first.
   float sum = 0;
   for (int round = 0; round < 2; ++round) {
     const int i = static_cast<int>(bnk::block_rank() * bnk::block_threads()) + thread;
@@ -48,8 +48,8 @@ block_sum(Params params) {
 
     const bool writes = kFault == BlockSum::kReadsUnwritten ? warp > 0 : true;
     if (thread % kWarpThreads == 0 && writes) slots[warp] = value;
-    if (thread == 0 && kFault == BlockSum::kIndexBeside) slots[warp + 32] = 1;
-    if (thread == 0 && kFault == BlockSum::kWritesBeside) *(slots + 32 + params.count % 2) = 1;
+    if (thread == 0 && kFault == BlockSum::kIndexOutside) slots[warp + 32] = 1;
+    if (thread == 0 && kFault == BlockSum::kWritesOutside) *(slots + 32 + params.count % 2) = 1;
     if (kFault != BlockSum::kNoBarrier) bnk::block_barrier();
     if (thread == 0) {
       double total = 0;
@@ -61,7 +61,7 @@ block_sum(Params params) {
   if (thread == 0) bnk::store(params.partial + bnk::block_rank(), sum);
 }
 
-// ---- a grid sum: the block that waits for all others joins their partials -------------------------------------------
+// ---- a grid sum: block 0 waits for all others and sums their partials -----------------------------------------------
 
 enum class GridSum { kSound, kNoWait, kNoArrival, kWaitsForTooMany };
 
@@ -76,7 +76,7 @@ grid_sum(Params params) {
       const unsigned step = bnk::block_rank() == 0 ? 0x80000000u - (group_size - 1) : 1;
       before = simt::arrive(params.counter, step, simt::Site::current());
     }
-    // Every block waits, as in a group barrier: so all must be able to run at the same time.
+    // Every block waits, as in a group barrier, so all blocks must be resident at the same time.
     if (kFault != GridSum::kNoWait) simt::wait_for_flip(params.counter, before, simt::Site::current());
     if (bnk::block_rank() == 0) {
       float total = 0;
@@ -86,16 +86,16 @@ grid_sum(Params params) {
   }
 }
 
-// ---- a cluster's sum: each block reads what the others tell in their shared memory -----------------------------------
+// ---- a cluster sum: each block reads the partials of the others from their shared memory ----------------------------
 
 enum class ClusterSum { kSound, kNoBarrier, kNoBarrierAtEnd, kNoSuchBlock, kNoSuchArray, kTwoBarriers, kEarlyReturn };
 
 template <ClusterSum kFault>
 BNK_KERNEL(1024, 1)
 cluster_sum(Params params) {
-  BNK_SHARED(double, told, 1);
+  BNK_SHARED(double, partial, 1);
   constexpr int kBlocks = 2;
-  if (bnk::thread_rank() == 0) told[0] = static_cast<double>(bnk::load(params.x + bnk::block_rank()));
+  if (bnk::thread_rank() == 0) partial[0] = static_cast<double>(bnk::load(params.x + bnk::block_rank()));
   if (kFault == ClusterSum::kEarlyReturn && bnk::block_rank() == 1 && bnk::thread_rank() == 5) return;
   if (kFault == ClusterSum::kTwoBarriers && bnk::block_rank() == 1) {
     bnk::cluster_barrier();
@@ -105,7 +105,7 @@ cluster_sum(Params params) {
   if (bnk::thread_rank() == 0) {
     double total = 0;
     for (int rank = 0; rank < kBlocks + (kFault == ClusterSum::kNoSuchBlock ? 1 : 0); ++rank) {
-      total += bnk::load_dsmem(told - (kFault == ClusterSum::kNoSuchArray ? 1 : 0), rank);
+      total += bnk::load_dsmem(partial - (kFault == ClusterSum::kNoSuchArray ? 1 : 0), rank);
     }
     bnk::store(params.partial + bnk::block_rank(), static_cast<float>(total));
   }
@@ -123,7 +123,7 @@ enum class Scale {
   kWritesFar,
   kNoSuchMemory,
   kMisaligned,
-  kPastTheDoor,
+  kPastPrimitives,
   kWritesInput
 };
 
@@ -146,11 +146,11 @@ scale(Params params) {
   if (kFault == Scale::kReadsFar) bnk::store(params.y, bnk::load(params.x + 1000000));
   if (kFault == Scale::kWritesFar) bnk::store(params.y + 1000, 2.0f);
   if (kFault == Scale::kNoSuchMemory) bnk::store(params.y, bnk::load(static_cast<const float*>(nullptr)));
-  if (kFault == Scale::kPastTheDoor) params.y[0] = params.x[0];
+  if (kFault == Scale::kPastPrimitives) params.y[0] = params.x[0];
   if (kFault == Scale::kWritesInput) bnk::store(const_cast<float*>(params.x), 2.0f);
 }
 
-// ---- who may write what ---------------------------------------------------------------------------------------------
+// ---- data races -----------------------------------------------------------------------------------------------------
 
 enum class Race { kSound, kShared, kSharedReadWrite, kGlobalAcrossBlocks, kGlobalVector, kShuffleAsBarrier };
 
@@ -159,9 +159,9 @@ BNK_KERNEL(1024, 1)
 race(Params params) {
   BNK_SHARED(float, cell, 64);
   const unsigned thread = bnk::thread_rank();
-  if (thread < 32) cell[kFault == Race::kShared ? 0 : thread] = 1;  // the same value by all: no bit of a result changes
+  if (thread < 32) cell[kFault == Race::kShared ? 0 : thread] = 1;  // all write the same value: no result changes
   if (kFault == Race::kShuffleAsBarrier) {
-    if (thread < 32) bnk::shuffle_xor(0.0, 1);  // keeps a warp together, orders no memory
+    if (thread < 32) bnk::shuffle_xor(0.0, 1);  // synchronises a warp, but orders no memory
   } else {
     bnk::block_barrier();
   }
@@ -177,7 +177,7 @@ race(Params params) {
   if (kFault == Race::kGlobalVector && block == 0) bnk::store_vector(params.y, bnk::Vector<float>{{1, 1, 1, 1}});
 }
 
-// ---- who meets whom -------------------------------------------------------------------------------------------------
+// ---- divergence -----------------------------------------------------------------------------------------------------
 
 enum class Meeting {
   kSound,

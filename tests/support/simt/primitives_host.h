@@ -1,9 +1,9 @@
-// ptx.cuh on the host: the test instrument's body. Included by ptx.cuh, which tells what the names mean.
+// The host implementation of ptx.cuh, for tests. Included by ptx.cuh, which documents the primitives.
 //
-// Every call carries the place in the kernel that it stands at (a defaulted source location), so that a fault can name it.
-// Accesses to global memory are checked and counted by the engine and then done here, in plain C++ and inlined into the
-// kernel: what a sanitizer sees is the access itself, at the kernel's line. Vectors go element by element, which is the same
-// bytes. Shared memory is plain C++ memory altogether.
+// Every call carries its location in the kernel (a defaulted source location), so that a fault can name it. The engine
+// checks and counts accesses to global memory; the accesses themselves are plain C++ that is inlined into the kernel,
+// so a sanitizer sees them at the kernel's line. Vectors are accessed element by element, which moves the same bytes.
+// Shared memory is plain C++ memory.
 #pragma once
 
 #include <cmath>
@@ -15,7 +15,8 @@
 
 #define BNK_KERNEL(max_threads, min_blocks) inline void
 #define BNK_DEVICE inline
-// The lambda's type is the array's identity: one for each declaration and each instantiation of a template around it.
+// The lambda's type identifies the array: there is one for each declaration and each instantiation of a template around
+// it.
 #define BNK_SHARED(T, name, count) T(&name)[count] = ::simt::shared<T, count>([] {}, #name)
 #define BNK_DYNAMIC_SHARED(T, name) T* const name = static_cast<T*>(::simt::dynamic_shared(::simt::Site::current()))
 
@@ -54,7 +55,7 @@ BNK_DEVICE void group_barrier(unsigned* counter, unsigned group_size, unsigned r
 BNK_DEVICE void cluster_barrier(simt::Site site = simt::Site::current()) { simt::cluster_barrier(site); }
 
 BNK_DEVICE double load_dsmem(const double* address, int rank, simt::Site site = simt::Site::current()) {
-  return *static_cast<const double*>(simt::of_member(address, static_cast<unsigned>(rank), site));
+  return *static_cast<const double*>(simt::in_cta(address, static_cast<unsigned>(rank), site));
 }
 
 BNK_DEVICE bool last_to_arrive(unsigned* counter, unsigned count, simt::Site site = simt::Site::current()) {

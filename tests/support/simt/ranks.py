@@ -1,4 +1,4 @@
-"""A batch on several ranks, on the host execution of the kernels: each rank's steps, one rank after the other."""
+"""A batch on several ranks, on the host execution of the kernels: each rank's steps run sequentially."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from .server import How, Launch, Run, Server
 
 
 def call(server: Server, inputs: Inputs, bounds: Sequence[int], how: How, *, channels_last: bool) -> Run:
-    """The forward and the backward of ranks that have x[bounds[0]:bounds[1]] and so on, joined as one rank's.
+    """The forward and backward of ranks that hold x[bounds[0]:bounds[1]] and so on, concatenated like one rank's
+    results.
 
     An empty rank runs no kernel: its rows are zeros. The parameters' gradients are summed over the ranks.
     """
@@ -41,7 +42,7 @@ def call(server: Server, inputs: Inputs, bounds: Sequence[int], how: How, *, cha
         sent = row(2 * channels + 1)
         rows.append(step("statistics", x, {"x": x}, {"row": sent}, eps=inputs.eps)["row"] if x.numel() else sent)
 
-    # The operation before the join counts the batch.
+    # The op counts the batch before the combine kernel runs.
     counter = None if inputs.num_batches_tracked is None else inputs.num_batches_tracked + 1
     cumulative = inputs.momentum is None
     buffers = {name: getattr(inputs, name) for name in ("running_mean", "running_var")}
@@ -70,12 +71,12 @@ def call(server: Server, inputs: Inputs, bounds: Sequence[int], how: How, *, cha
         out = {"row": row(2 * channels)} | {name: torch.empty_like(parameter) for name in ("grad_weight", "grad_bias")}
         sums.append(step("grad_sums", x, {"x": x, "grad_y": grad} | statistics, out))
 
-    told = {"rows": torch.stack([each["row"] for each in sums]), "count": combined["count"], "weight": inputs.weight}
+    reduced = {"rows": torch.stack([each["row"] for each in sums]), "count": combined["count"], "weight": inputs.weight}
     dx = [
         step(
             "grad_input",
             x,
-            {"x": x, "grad_y": grad} | statistics | told,
+            {"x": x, "grad_y": grad} | statistics | reduced,
             {"grad_x": torch.empty_like(x)},
             ranks=len(rows),
         )["grad_x"]

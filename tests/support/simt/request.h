@@ -1,4 +1,4 @@
-// Request: what run_kernels.cpp is asked for, as it comes on stdin.
+// Request: a request to run_kernels.cpp, as parsed from stdin.
 #pragma once
 
 #include <cstdlib>
@@ -21,7 +21,7 @@ struct Tensor {
   std::string name;
   std::string mode;
   bnk::Dtype dtype;
-  size_t sent;  // bytes, from the end
+  size_t sent;  // the last `sent` bytes are transferred
   std::unique_ptr<Buffer> buffer;
   std::vector<char> initial;
 
@@ -41,7 +41,7 @@ inline bnk::Dtype dtype_named(const std::string& name) {
                                                      {"float32", bnk::Dtype::kFloat32},
                                                      {"float16", bnk::Dtype::kFloat16},
                                                      {"bfloat16", bnk::Dtype::kBFloat16},
-                                                     {"int64", bnk::Dtype::kFloat64}};  // its size is all that is asked
+                                                     {"int64", bnk::Dtype::kFloat64}};  // only its size matters
   return all.at(name);
 }
 

@@ -1,38 +1,45 @@
-// run_kernels: a server that runs the launch sequences of both paths (csrc/cuda/launch/two_pass.h, csrc/cuda/launch/persistent.h) on the engine.
+// run_kernels: a server that runs the launch sequences of both paths (csrc/cuda/launch/two_pass.h,
+// csrc/cuda/launch/persistent.h) on the engine.
 //
-// Requests on stdin, answers on stdout, one after the other until stdin ends. A request is a line of words
+// Reads requests from stdin and writes answers to stdout until stdin ends. A request is a line of words
 //
 //   OPERATION key=value ... tensor=NAME:MODE:DTYPE:BYTES:MISALIGNMENT:TAIL ...
 //
-// followed by the bytes of its tensors of mode `in` and `inout`, in order. OPERATION is forward_train, forward_eval or
-// backward, or one of sync_steps.h, a tensor's NAME that of the field of its arguments (problem.h); what is not named is null. A TAIL that is not
-// 0 makes the tensor a sparse one, zero but for its last TAIL bytes, which are all of it that is sent. The keys:
+// followed by the bytes of its tensors of mode `in` and `inout`, in order. OPERATION is forward_train, forward_eval,
+// backward or an operation of sync_steps.h. A tensor's NAME is a field of the operation's arguments (problem.h); fields
+// that are not named are null. A nonzero TAIL makes the tensor sparse: it is zero except for its last TAIL bytes, and
+// only these are sent. The keys:
 //
-//   outer channels inner dtype           the problem
-//   momentum cumulative eps training relu   as in problem.h
-//   block splits                         the plan: make_two_pass(), or, with multiprocessors and threads instead, plan_two_pass()
-//   layout lanes block members groups kept divided cluster     the persistent kernel instead, with make_persistent()
-//   limits                               plan_pass() for a device: the numbers of DeviceLimits in order, commas between
-//   only_plan                            with limits: nothing is run, and no tensor needed; x is aligned
-//   finalize_block grid                    another block size for the finishing kernels; a limit to every grid
-//   seeds first_seed schedule at_a_time   each seed is one run of the whole sequence, on memory poisoned anew
-//   last_blocks                          how many of each grid's blocks are run, from its end
-//   co_resident                          blocks of a persistent launch that run at a time; without it all do
-//   without                              LAUNCH:FILE:LINE, a barrier that one launch of the sequence does not keep; or `all`
-//   workspace                            a name for the barrier workspace: zero when the name is new, else as the last
-//                                        request left it
+//   outer channels inner dtype        the problem
+//   momentum cumulative eps training relu     as in problem.h
+//   block splits                      the plan: make_two_pass()
+//   multiprocessors threads           the plan: plan_two_pass(), instead of block and splits
+//   layout threads_c block group_size groups cached_vectors two_shot cluster
+//                                     the persistent kernel: make_persistent()
+//   limits                            the plan: plan_pass() for a device; the fields of DeviceLimits, comma-separated
+//   only_plan                         with limits: only answers the plan, for an aligned x; needs no tensors
+//   finalize_block grid               the block size of the finalize kernels; a limit for every grid
+//   seeds first_seed schedule         each seed is one run of the sequence, on newly poisoned memory
+//   at_a_time                         blocks of a launch that run at the same time, except persistent launches; 0: all
+//   co_resident                       the same for persistent launches
+//   last_blocks                       runs only this many blocks of each grid, from its end
+//   without                           LAUNCH:FILE:LINE, a barrier that one launch of the sequence skips; LAUNCH `all`:
+//                                     every launch
+//   workspace                         a name for the barrier workspace: zero when the name is new, otherwise as the
+//                                     last request left it
 //
-// The answer is lines of text, then the bytes of the tensors of mode `inout` and `out`, in order:
+// An answer is lines of text, then the bytes of the tensors of mode `inout` and `out`, in order:
 //
-//   fault SEED LAUNCH TEXT               a launch ended in a fault (no bytes follow; line breaks in TEXT are '|')
-//   plan KEY=VALUE ...                   with limits, what was chosen
-//   differs SEED TENSOR BYTE             a run's results are not, bit for bit, the first run's (no bytes follow)
-//   launch GRID BLOCK SWITCHES BARRIERS NAME:READ:WRITTEN ...     one for each launch of the sequence: the barriers met,
-//                                        FILE:LINE, each followed by a comma, then a dash; and its traffic
+//   fault SEED LAUNCH TEXT            a launch ended in a fault (no bytes follow; '|' replaces line breaks in TEXT)
+//   plan KEY=VALUE ...                with limits: the plan
+//   differs SEED TENSOR BYTE          a run's results are not bitwise equal to the first run's (no bytes follow)
+//   launch GRID BLOCK SWITCHES BARRIERS NAME:READ:WRITTEN ...
+//                                     one per launch of the sequence. BARRIERS: the barriers that were reached, each
+//                                     as FILE:LINE and a comma, then a dash; then the traffic of each buffer
 //   done
 //
-// Traffic that is not the same in every run is a difference too. Barrier words that a run of the persistent kernel leaves in
-// another state than the next one needs are a fault.
+// Traffic that differs between runs is also reported as a difference. It is a fault if a run of the persistent kernel
+// leaves a barrier word in a state that the next run cannot use.
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -54,7 +61,7 @@ namespace {
 using simt::Request;
 using simt::Tensor;
 
-// What the sequences run on, here: one launch after the other on the engine, none after a fault.
+// The executor of the launch sequences: runs one launch after the other on the engine, and none after a fault.
 class HostExecutor {
  public:
   HostExecutor(const Request& request, uint64_t seed)
@@ -72,7 +79,8 @@ class HostExecutor {
     without_ = without->second.substr(colon + 1);
   }
 
-  // All blocks of a persistent plan run at a time, as in a cooperative launch; unless a test will see that they must.
+  // All blocks of a persistent plan run at the same time, as in a cooperative launch, unless a test verifies that they
+  // must.
   template <typename Params>
   void launch(const bnk::PersistentPlan& plan, void (*kernel)(Params), const Params& params) {
     launch(plan.launch, kernel, params, static_cast<size_t>(plan.shared_bytes), co_resident_,
@@ -132,14 +140,14 @@ class HostExecutor {
 
 bool is_aligned(const Request& request) { return bnk::two_pass::is_aligned(request.data("x")); }
 
-// The plan for a device, if the request names one.
+// The plan for a device, if the request has the key `limits`.
 std::optional<bnk::Plan> plan_for_device(const Request& request) {
   const auto limits = request.options.find("limits");
   if (limits == request.options.end()) return std::nullopt;
   return bnk::plan_pass(request.problem(), pass_of(request), is_aligned(request), simt::limits_of(limits->second), {});
 }
 
-// The persistent kernel's plan, if the request is for that path.
+// The persistent kernel's plan, if the request selects that path.
 std::optional<bnk::PersistentPlan> persistent_plan(const Request& request) {
   const bnk::Problem problem = request.problem();
   const bnk::Pass pass = pass_of(request);
@@ -252,7 +260,7 @@ int64_t scratch_doubles(const Request& request, const bnk::TwoPassPlan& plan,
                                               : bnk::two_pass::backward_scratch(plan);
 }
 
-// Empty if the two are the same; else "TENSOR BYTE", or "traffic 0".
+// Empty if the results and the traffic are equal; otherwise "TENSOR BYTE" or "traffic 0".
 std::string difference(const Request& request, const std::vector<std::vector<char>>& first,
                        const HostExecutor& first_executor, const HostExecutor& executor) {
   for (size_t i = 0; i < request.tensors.size(); ++i) {
@@ -264,7 +272,7 @@ std::string difference(const Request& request, const std::vector<std::vector<cha
   return first_executor.lines == executor.lines ? "" : "traffic 0";
 }
 
-// A request's barrier workspace: csrc/cuda/launch/barrier_workspace.cpp in small.
+// A request's barrier workspace: a small version of csrc/cuda/launch/barrier_workspace.cpp.
 simt::Buffer& barrier_workspace_of(const Request& request) {
   static std::map<std::string, std::unique_ptr<simt::Buffer>> all;
   const auto named = request.options.find("workspace");
@@ -278,7 +286,7 @@ simt::Buffer& barrier_workspace_of(const Request& request) {
   return *buffer;
 }
 
-// Empty if every barrier word is in its state between launches (BarrierWord, in kernels/persistent.cuh).
+// Empty if every barrier word is in its state between launches (BarrierWord in csrc/cuda/device/persistent.cuh).
 std::string not_at_rest(const simt::Buffer& workspace) {
   const auto* words = workspace.host<bnk::BarrierWord>();
   for (int i = 0; i < bnk::kBarrierWords; ++i) {
@@ -326,7 +334,7 @@ void answer(Request& request) {
   const bool huge = scratch_bytes >> 30 != 0;
   simt::Buffer scratch("scratch", scratch_bytes, 0,
                        huge ? simt::Buffer::Storage::kSparse : simt::Buffer::Storage::kDense);
-  // Every run finds the barrier words as the one before has left them.
+  // Every run starts with the barrier words as the previous run left them.
   simt::Buffer& workspace = barrier_workspace_of(request);
   const auto first_seed = static_cast<uint64_t>(request.integer("first_seed", 0));
   const auto seeds = static_cast<uint64_t>(request.integer("seeds", 1));

@@ -1,10 +1,10 @@
-// run_planted KERNEL [grid block seeds schedule resident]: runs one kernel of planted.h under seeds 0 .. seeds-1 and prints
-// what came of it, one `key: value` a line:
-//   fault    the engine's message of the first seed that ended in one (the runs end there)
-//   differs  the first seed whose results are not, bit for bit, those of seed 0
-//   wrong    the first seed whose results are not the right ones
-//   traffic  bytes read and written of x and y by the last launch
-// and "sound" if none of the first three was printed. What a sanitizer has to say is in stderr and the exit code.
+// run_planted KERNEL [grid block seeds schedule resident]: runs one kernel of planted.h with seeds 0 .. seeds-1 and
+// prints the outcome as `key: value` lines:
+//   fault    the engine's message for the first seed that ended in a fault (no more seeds are run)
+//   differs  the first seed whose results are not bitwise equal to those of seed 0
+//   wrong    the first seed whose results are wrong
+//   traffic  bytes of x and y that the last launch read and wrote
+// and "sound" if none of the first three was printed. Sanitizers report through stderr and the exit code.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -23,8 +23,7 @@ constexpr int kCount = 131;  // 32 vectors and a tail of 3
 
 struct Kernel {
   void (*run)(Params);
-  // The right content of the result: y (kCount), partial (one per block, or of a cluster of two) or sum, as the kernel
-  // writes it.
+  // The result that is checked: y (kCount), partial (one per block, or sums over clusters of two blocks) or sum.
   enum Result { kY, kPartial, kPairs, kSum, kFirstOfY, kAllOfY } result;
 };
 
@@ -34,8 +33,8 @@ const std::map<std::string, Kernel>& kernels() {
       {"block_sum/no_barrier", {block_sum<BlockSum::kNoBarrier>, Kernel::kPartial}},
       {"block_sum/no_second_barrier", {block_sum<BlockSum::kNoSecondBarrier>, Kernel::kPartial}},
       {"block_sum/reads_unwritten", {block_sum<BlockSum::kReadsUnwritten>, Kernel::kPartial}},
-      {"block_sum/writes_beside", {block_sum<BlockSum::kWritesBeside>, Kernel::kPartial}},
-      {"block_sum/index_beside", {block_sum<BlockSum::kIndexBeside>, Kernel::kPartial}},
+      {"block_sum/writes_outside", {block_sum<BlockSum::kWritesOutside>, Kernel::kPartial}},
+      {"block_sum/index_outside", {block_sum<BlockSum::kIndexOutside>, Kernel::kPartial}},
       {"block_sum/too_much_shared", {block_sum<BlockSum::kTooMuchShared>, Kernel::kPartial}},
       {"grid_sum", {grid_sum<GridSum::kSound>, Kernel::kSum}},
       {"grid_sum/no_wait", {grid_sum<GridSum::kNoWait>, Kernel::kSum}},
@@ -56,7 +55,7 @@ const std::map<std::string, Kernel>& kernels() {
       {"scale/writes_far", {scale<Scale::kWritesFar>, Kernel::kY}},
       {"scale/no_such_memory", {scale<Scale::kNoSuchMemory>, Kernel::kY}},
       {"scale/misaligned", {scale<Scale::kMisaligned>, Kernel::kY}},
-      {"scale/past_the_door", {scale<Scale::kPastTheDoor>, Kernel::kY}},
+      {"scale/past_the_primitives", {scale<Scale::kPastPrimitives>, Kernel::kY}},
       {"scale/writes_input", {scale<Scale::kWritesInput>, Kernel::kY}},
       {"race", {race<Race::kSound>, Kernel::kFirstOfY}},
       {"race/shared", {race<Race::kShared>, Kernel::kFirstOfY}},

@@ -1,4 +1,4 @@
-// RunQueue: the set of threads that can run, as a bit set, with the ways to choose the next one.
+// RunQueue: the set of runnable threads as a bit set, with several ways to select the next one.
 #pragma once
 
 #include <cstddef>
@@ -7,7 +7,7 @@
 
 namespace simt {
 
-// splitmix64: a seed gives one sequence, on every machine.
+// splitmix64: a seed gives the same sequence on every machine.
 class Random {
  public:
   explicit Random(uint64_t seed) : state_(seed) {}
@@ -19,7 +19,7 @@ class Random {
     return z ^ (z >> 31);
   }
 
-  // Uniform in [0, count) but for a bias below 2^-40 at the counts in use.
+  // Uniform in [0, count), up to a bias below 2^-40 for the counts in use.
   size_t below(size_t count) { return static_cast<size_t>(next() % count); }
 
  private:
@@ -43,9 +43,9 @@ class RunQueue {
     words_[item / 64] |= uint64_t{1} << (item % 64);
   }
 
-  // Those below take the item that they return out of the queue, which must not be empty.
+  // The functions below remove the item that they return. The queue must not be empty.
 
-  // Uniformly one of those outside the range; one of those inside only if there is no other.
+  // Uniformly random among the items outside the range, or among those inside if there are no others.
   size_t take_random(Random& random, const Range& last_resort) {
     const size_t outside = size_ - count_in(last_resort);
     const Range skipped = outside > 0 ? last_resort : Range{};
@@ -62,7 +62,7 @@ class RunQueue {
     }
   }
 
-  // The next one above `last`, and from the lowest again after the highest.
+  // The next item above `last`, wrapping around to the lowest.
   size_t take_above(size_t last) {
     size_t item = last;
     do item = item + 1 < capacity_ ? item + 1 : 0;
@@ -70,7 +70,7 @@ class RunQueue {
     return take(item);
   }
 
-  // The next one below, and from the highest again.
+  // The next item below `last`, wrapping around to the highest.
   size_t take_below(size_t last) {
     size_t item = last;
     do item = (item > 0 ? item : capacity_) - 1;

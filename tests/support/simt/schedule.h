@@ -1,8 +1,9 @@
-// Scheduler: which of the threads that can run goes next.
+// Scheduler: selects which of the runnable threads runs next.
 //
-// Drawing every thread alike explores little: that ONE thread lags far behind all others, which is what it takes to show a
-// missing second barrier, then almost never happens. So a seeded schedule always has a laggard: a thread, a warp or a block
-// that moves only when nothing else can. Once it had to be moved, another is drawn. Now and then there is none for a while.
+// Uniform selection explores little: it almost never makes ONE thread lag far behind all others, as it takes to expose
+// a missing second barrier. A seeded schedule therefore usually has a laggard: a thread, a warp or a block that runs
+// only when nothing else can. Once the laggard had to run, another one is drawn. Occasionally there is none for a
+// while.
 #pragma once
 
 #include "simt/run_queue.h"
@@ -11,9 +12,9 @@ namespace simt {
 
 enum class Schedule {
   kSeeded,    // drawn from the seed, with a changing laggard
-  kInOrder,   // round and round by rank
-  kReverse,   // the same from the other end
-  kStallOne,  // drawn from the seed; one block, drawn too, is the laggard all the time
+  kInOrder,   // round-robin by rank
+  kReverse,   // round-robin by descending rank
+  kStallOne,  // drawn from the seed; the laggard is one block, also drawn, throughout the launch
 };
 
 class Scheduler {
@@ -33,7 +34,7 @@ class Scheduler {
   void make_ready(size_t thread) { ready_.insert(thread); }
   bool stuck() const { return ready_.empty(); }
 
-  // Not when stuck.
+  // Must not be called when stuck.
   size_t take() {
     switch (schedule_) {
       case Schedule::kInOrder:
@@ -49,13 +50,13 @@ class Scheduler {
     return thread;
   }
 
-  // The threads from `first` on, a block, have met at a barrier: that one of them then lags is what shows that the next
-  // barrier is missing.
+  // The threads of a block, from `first` on, have met at a barrier. A laggard among them can expose a missing next
+  // barrier.
   void barrier_opened(size_t first) {
     if (schedule_ == Schedule::kSeeded && random_.below(4) == 0) draw_laggard({first, first + block_});
   }
 
-  // In which order blocks become resident is part of the schedule.
+  // The order in which blocks become resident is part of the schedule.
   size_t next_block(size_t left) {
     switch (schedule_) {
       case Schedule::kInOrder:
@@ -68,13 +69,13 @@ class Scheduler {
   }
 
  private:
-  // `size` neighbours of the threads in `within`.
+  // A random aligned group of `size` threads in `within`.
   Range draw_range(size_t size, const Range& within) {
     const size_t first = within.first + random_.below((within.end - within.first) / size) * size;
     return {first, first + size};
   }
 
-  // None, a thread, a warp or a block, for a number of steps that may be few and may be the whole launch.
+  // Draws no laggard, a thread, a warp or a block, for a random number of steps between a few and the whole launch.
   void draw_laggard(const Range& within) {
     const size_t sizes[] = {0, 1, warp_, block_};
     const size_t size = sizes[random_.below(4)];
@@ -88,7 +89,7 @@ class Scheduler {
   RunQueue ready_;
   size_t last_;
   Range laggard_;
-  size_t patience_ = 0;  // steps until another is drawn
+  size_t patience_ = 0;  // steps until the next laggard is drawn
 };
 
 }  // namespace simt

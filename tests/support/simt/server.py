@@ -4,8 +4,8 @@
     run = server.call(inputs, How(block=64, splits=3, seeds=range(20)), channels_last=False)
     run.outputs.y, run.launches[0].read["x"]
 
-Tensors are dense: their memory is taken as it is in the order that `channels_last` tells. `How` is everything about the
-execution that must not change a bit of the results, and the plan.
+Tensors are dense, and `channels_last` gives the order of their memory. `How` holds the plan and everything about the
+execution that must not change a bit of the results.
 """
 
 from __future__ import annotations
@@ -33,44 +33,44 @@ SCHEDULES = ("seeded", "in_order", "reverse", "stall_one")
 
 @dataclass(frozen=True)
 class How:
-    """How to run a sequence. A field left at None takes the plan's own choice."""
+    """How to run a sequence. For a field that is None the plan chooses."""
 
     block: int = 64
     splits: int = 1
     device: tuple[int, int] | None = None
-    """Multiprocessors and threads of each: plan_streaming's choice instead of block and splits."""
+    """Multiprocessors and threads per multiprocessor: plan_two_pass chooses block and splits."""
     persistent: Persistent | None = None
-    """The persistent kernel, for what of a call has one, with this plan."""
+    """Use the persistent kernel with this plan, for the operations that have one."""
     limits: Limits | None = None
-    """The path and the plan that plan_pass chooses for this device."""
+    """Use the path and the plan that plan_pass chooses for this device."""
     finalize_block: int | None = None
     grid: int | None = None
-    """A limit to every grid."""
+    """Upper limit of every grid."""
     seeds: range = field(default=range(1))
     schedule: str = "seeded"
     at_a_time: int = 0
-    """Blocks that run at a time; 0: all. (Those of the persistent kernel always do.)"""
+    """Co-resident blocks; 0: all. (The persistent kernel always runs all.)"""
     co_resident: int | None = None
-    """Blocks of the persistent kernel that run at a time, fewer than all."""
+    """Co-resident blocks of the persistent kernel, fewer than all."""
     workspace: str | None = None
-    """A name for the barrier workspace, which the next call of that name finds as this one left them."""
+    """Name of the barrier workspace. The next call with the same name starts from the state that this one leaves."""
     last_blocks: int | None = None
-    """How many blocks of each grid run, from its end; all others do nothing."""
+    """Number of blocks that run, from the end of each grid; all others do nothing."""
     without: tuple[int | None, str] | None = None
-    """A launch of the sequence, or None for all, and the barrier ("file:line") that it does not keep."""
+    """A launch of the sequence, or None for all, and the barrier ("file:line") that it skips."""
     misaligned: Mapping[str, int] = field(default_factory=dict)
-    """Elements that a tensor, by its name in problem.h, lies past a 16-byte boundary."""
+    """Offset of each tensor, by its name in problem.h, from a 16-byte boundary, in elements."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch and the bytes that it moved, by tensor, "scratch" among them."""
+    """One launch and the bytes that it moved, by tensor, including "scratch"."""
 
     grid: int
     block: int
     switches: int
     barriers: tuple[str, ...]
-    """The barriers that were met, as "file:line"."""
+    """The barriers that the launch reached, as "file:line"."""
     read: dict[str, int]
     written: dict[str, int]
 
@@ -80,17 +80,17 @@ class Run:
     outputs: Outputs
     launches: list[Launch]
     plans: list[Plan]
-    """Of each sequence, where `How.limits` asked for one."""
+    """The plan of each sequence, if `How.limits` is given."""
     results: dict[str, Tensor] = field(default_factory=dict)
-    """All that was written, by its name in problem.h."""
+    """All written tensors, by their names in problem.h."""
 
 
 class Failure(AssertionError):
-    """The engine ended a launch in a fault, a seed changed the results, or a sanitizer had something to say."""
+    """The engine ended a launch with a fault, a seed changed the results, or a sanitizer reported an error."""
 
 
 class Process:
-    """One process of run_kernels. A fault or a difference leaves it fit for more; a sanitizer's word ends it."""
+    """One process of run_kernels. It survives a fault or a difference; a sanitizer's report ends it."""
 
     def __init__(self, program: Path) -> None:
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
@@ -109,7 +109,7 @@ class Process:
         return self._process.poll() is None
 
     def close(self) -> None:
-        """Ends the process. Raises Failure if it does not end well: leaks are told only then."""
+        """Ends the process. Raises Failure if it does not exit cleanly: leaks are reported only then."""
         with contextlib.suppress(BrokenPipeError):
             self.requests.close()
         self.answers.close()
@@ -117,7 +117,7 @@ class Process:
             raise Failure(self.complaint())
 
     def kill(self) -> None:
-        """Ends the process, whatever it has to say."""
+        """Ends the process and ignores its reports."""
         self._process.kill()
         self._process.wait()
 
@@ -125,16 +125,16 @@ class Process:
         return os.fstat(self._stderr.fileno()).st_size > 0
 
     def complaint(self) -> str:
-        """What the process, which is at its end, said to stderr."""
+        """The stderr of the process, which has ended."""
         code = self._process.wait()
         self._stderr.seek(0)
         return f"exit code {code}\n" + self._stderr.read().decode(errors="replace")[:20_000]
 
 
 class Server:
-    """run_kernels in one build: a process for each element type, compiled and started when first asked for.
+    """run_kernels in one build: a process for each element type, compiled and started on first use.
 
-    A process that has died is started anew.
+    A process that has died is restarted.
     """
 
     def __init__(self, name: str) -> None:
@@ -144,27 +144,27 @@ class Server:
         self._processes: dict[str, Process] = {}
 
     def _process(self, dtype: str) -> Process:
-        if dtype not in self._programs:  # once, so that all tests of a run see one state of the sources
+        if dtype not in self._programs:  # once, so that all tests of a run use one state of the sources
             self._programs[dtype] = build.program(f"run_kernels_{dtype}", self._name)
         if dtype not in self._processes or not self._processes[dtype].alive:
             self._processes[dtype] = Process(self._programs[dtype])
         return self._processes[dtype]
 
     def close(self) -> None:
-        """Ends the processes. Raises Failure if one does not end well."""
+        """Ends the processes. Raises Failure if one does not exit cleanly."""
         for process in self._processes.values():
             if process.alive:
                 process.close()
 
     def kill(self) -> None:
-        """Ends the processes, whatever they have to say."""
+        """Ends the processes and ignores their reports."""
         for process in self._processes.values():
             process.kill()
 
     def call(self, inputs: Inputs, how: How, *, channels_last: bool, epilogue: Epilogue = PLAIN) -> Run:
-        """The forward that `inputs.training` asks for, then the backward from what it saved.
+        """The forward that `inputs.training` selects, then the backward from what it saved.
 
-        Without the latter where something is added: the kernels have no gradient of their own for that.
+        There is no backward for a residual addition: the kernels have none of their own for it.
         """
         forward = (self.forward_train if inputs.training else self.forward_eval)(
             inputs, how, channels_last=channels_last, epilogue=epilogue
@@ -213,7 +213,7 @@ class Server:
         need: tuple[bool, bool, bool] = (True, True, True),
         relu: tuple[Tensor, Tensor] | None = None,
     ) -> Run:
-        """`need`: the gradients of x, weight and bias. `relu`: relu_low and relu_high, of a ReLU behind."""
+        """`need`: the gradients of x, weight and bias. `relu`: relu_low and relu_high of a ReLU that follows."""
         tensors = [("grad_y", "in", inputs.grad), ("x", "in", inputs.x), ("mean", "in", mean), ("invstd", "in", invstd)]
         if inputs.weight is not None:
             tensors.append(("weight", "in", inputs.weight))
@@ -226,7 +226,7 @@ class Server:
         return self._run("backward", inputs.x, tensors, {"training": int(inputs.training)}, how, channels_last)
 
     def plan(self, operation: str, problem: tuple[int, int, int], dtype: str, limits: Limits) -> Plan:
-        """plan_pass for an aligned tensor: outer, channels, inner. Nothing is run."""
+        """plan_pass for an aligned tensor: outer, channels, inner. No kernel runs."""
         outer, channels, inner = problem
         settings = {"outer": outer, "channels": channels, "inner": inner, "dtype": dtype, "training": 1, "only_plan": 1}
         (plan,) = self._request(operation, settings, [], How(limits=limits), False).plans
@@ -240,9 +240,10 @@ class Server:
         how: How,
         **options: float,
     ) -> Run:
-        """A sequence on tensors larger than memory: zero but for their ends, which `tails` gives by name, with a mode.
+        """Runs a sequence on tensors larger than memory. They are zero except for their ends, which `tails` gives by
+        name, with a mode.
 
-        `problem`: outer, channels, inner. To be run with `how.last_blocks`; what comes back are the ends.
+        `problem`: outer, channels, inner. Use with `how.last_blocks`; returns the ends.
         """
         outer, channels, inner = problem
         x = tails["x"][1]
@@ -265,12 +266,12 @@ class Server:
         *,
         channels_last: bool,
     ) -> Run:
-        """A step of sync_steps.h, with its tensors by name and mode; `x` tells the problem."""
+        """Runs a step of sync_steps.h, with its tensors by name and mode. `x` gives the problem's sizes."""
         return self._run(operation, x, tensors, options, how, channels_last)
 
     @staticmethod
     def _forward_tensors(inputs: Inputs, epilogue: Epilogue) -> list[tuple[str, str, Tensor]]:
-        """The residual, and what is written but for the running statistics."""
+        """The residual and the outputs, except for the running statistics."""
         saved = torch.float64 if inputs.x.dtype == torch.float64 else torch.float32
         names = ("mean", "invstd", "relu_low", "relu_high") if epilogue.has_bounds else ("mean", "invstd")
         vectors = [(name, "out", torch.empty(inputs.x.shape[1], dtype=saved)) for name in names]
@@ -306,7 +307,8 @@ class Server:
         how: How,
         channels_last: bool,
     ) -> Run:
-        """`tensors`: name, mode, content, all bytes, and how many of them, at the end, the content is (0: dense)."""
+        """`tensors`: name, mode, content, total bytes, and the number of bytes at the end that the content covers (0:
+        dense)."""
         process = self._process(str(settings["dtype"]))
         settings |= {
             "schedule": how.schedule,
@@ -339,7 +341,7 @@ class Server:
         except BrokenPipeError:
             raise Failure(process.complaint()) from None
         run = self._answer(process, [(name, t) for name, mode, t, *_ in tensors if mode != "in"], channels_last)
-        # ThreadSanitizer tells what it sees and goes on.
+        # ThreadSanitizer reports and continues.
         if process.has_complained():
             process.kill()
             raise Failure(process.complaint())
@@ -354,7 +356,7 @@ class Server:
                 plans.append(Plan.parse(rest))
                 continue
             if kind != "launch":
-                # With a fault there may be more to be told.
+                # After a fault the sanitizers may have more to report.
                 if line and not process.has_complained():
                     raise Failure(line.replace("|", "\n"))
                 if line:

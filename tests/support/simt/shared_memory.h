@@ -1,5 +1,5 @@
-// SharedMemory: one block's arena of shared memory. Poisoned at the start of the block, its arrays kept apart by gaps that
-// AddressSanitizer forbids and that every build inspects when the block has ended.
+// SharedMemory: one block's arena of shared memory. It is poisoned when the block starts. Gaps separate its arrays;
+// AddressSanitizer forbids access to them, and every build checks them after the block has ended.
 #pragma once
 
 #include <cstddef>
@@ -25,7 +25,7 @@ class SharedMemory {
   SharedMemory(const SharedMemory&) = delete;
   SharedMemory& operator=(const SharedMemory&) = delete;
 
-  // `size`: of the capacity, what this block may have.
+  // `size`: the part of the capacity that this block may use.
   void start_block(size_t size) {
     size_ = size;
     permit_access(arena_, bytes());
@@ -36,12 +36,13 @@ class SharedMemory {
     top_ = kGap;
   }
 
-  // The arrays go: an access that is not ordered before this is a race with it, whatever the schedule.
+  // Overwrites the arrays, so that an access that is not ordered before the block's end is a race, whatever the
+  // schedule.
   void end_block() {
     for (const Array& array : arrays_) std::memset(array.begin, kPoison, array.size);
   }
 
-  // The array of this key; made if it is new. nullptr: it does not fit.
+  // The array for this key, created on first use. nullptr if it does not fit.
   void* array(const void* key, const char* name, size_t size) {
     for (const Array& array : arrays_) {
       if (array.key == key) return array.begin;
@@ -56,7 +57,8 @@ class SharedMemory {
     return begin;
   }
 
-  // Where, in another block's arena, lies what `own` is in this one's; nullptr: in no array that both have.
+  // The address in another block's arena that corresponds to `own` in this one; nullptr if it is in no array that both
+  // have.
   const void* twin(const void* own, const SharedMemory& other) const {
     const char* byte = static_cast<const char*>(own);
     for (const Array& array : arrays_) {
@@ -70,7 +72,7 @@ class SharedMemory {
 
   size_t used() const { return used_; }
 
-  // The name of an array with bytes changed right before or after it; nullptr: none.
+  // The name of an array whose neighbouring bytes were changed; nullptr if there is none.
   const char* overrun() const {
     for (const Array& array : arrays_) {
       if (changed(array.begin - kGap, kGap) || changed(array.begin + array.size, kGap)) return array.name;

@@ -1,7 +1,8 @@
-// The steps of a batch on several ranks (csrc/cuda/launch/sync.h), as operations of run_kernels.cpp.
+// The steps of a synchronized batch norm across ranks (csrc/cuda/launch/sync.h), as operations of run_kernels.cpp.
 //
-// OPERATION is sync_statistics, sync_join, sync_normalize, sync_grad_sums or sync_grad_input; tensors have the names of
-// their fields in problem_sync.h, `rows` with the key ranks. The launch that joins rows has blocks of finalize_block.
+// OPERATION is sync_statistics, sync_combine, sync_normalize, sync_grad_sums or sync_grad_input. Tensors have the names
+// of their fields in problem_sync.h; `rows` needs the key `ranks`. The launch that combines rows has blocks of
+// finalize_block threads.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +16,7 @@ inline bnk::RankRows rows_of(const Request& request, int64_t row) {
   return {static_cast<const double*>(request.data("rows")), request.integer("ranks", 0), row};
 }
 
-inline bnk::Launch join_launch(const Request& request, int64_t values) {
+inline bnk::Launch combine_launch(const Request& request, int64_t values) {
   bnk::Launch launch = bnk::plan_combine(values);
   launch.block = static_cast<int>(request.integer("finalize_block", launch.block));
   launch.grid = std::min((values + launch.block - 1) / launch.block, request.integer("grid", launch.grid));
@@ -50,7 +51,7 @@ void run_sync(const Request& request, const bnk::TwoPassPlan& plan, double* scra
         .running_mean = request.vector("running_mean"),
         .running_var = request.vector("running_var"),
         .count = static_cast<double*>(request.data("count"))};
-    bnk::sync::combine_statistics(args, join_launch(request, problem.channels), executor);
+    bnk::sync::combine_statistics(args, combine_launch(request, problem.channels), executor);
   } else if (request.operation == "sync_normalize") {
     const bnk::NormalizeArgs args{.problem = problem,
                                   .x = request.data("x"),
@@ -81,7 +82,7 @@ void run_sync(const Request& request, const bnk::TwoPassPlan& plan, double* scra
                                   .invstd = request.vector("invstd"),
                                   .rows = rows_of(request, row),
                                   .count = static_cast<const double*>(request.data("count"))};
-    bnk::sync::grad_input(args, plan, join_launch(request, row), scratch, executor);
+    bnk::sync::grad_input(args, plan, combine_launch(request, row), scratch, executor);
   }
 }
 

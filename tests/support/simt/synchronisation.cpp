@@ -1,4 +1,4 @@
-// What a thread does when it meets others: of the calling thread's context, all of it.
+// The synchronisation primitives. All of these run in the calling thread's fiber.
 #include <algorithm>
 #include <bit>
 #include <cstdlib>
@@ -111,7 +111,7 @@ void Grid::cluster_barrier(const Site& site) {
   acquire(token);
 }
 
-const void* Grid::of_member(const void* own, unsigned rank, const Site& site) {
+const void* Grid::in_cta(const void* own, unsigned rank, const Site& site) {
   if (rank >= launch_.cluster) {
     fault("shared memory of block " + std::to_string(rank) + " of a cluster of " + std::to_string(launch_.cluster),
           site);
@@ -179,7 +179,7 @@ bool Grid::last_to_arrive(unsigned* counter, unsigned count, const Site& site) {
   auto* real = static_cast<unsigned*>(checked_write(counter, sizeof *counter, sizeof *counter, site));
   release(real);
   const unsigned before = *real;
-  // PTX's atom.inc wraps at any value above its bound as well, without a caller that is the last.
+  // PTX's atom.inc also wraps at any value above its bound, in which case no caller is the last.
   if (before > count - 1) {
     fault("last_to_arrive finds its counter at " + std::to_string(before) +
               ", above count - 1 = " + std::to_string(count - 1),
@@ -193,7 +193,7 @@ bool Grid::last_to_arrive(unsigned* counter, unsigned count, const Site& site) {
 }
 
 void Grid::expect_uniform(int64_t key, double value, const Site& site) {
-  if (!launch_.without.empty()) return;  // a barrier is left out to see that it is missed: by races and results
+  if (!launch_.without.empty()) return;  // A skipped barrier must be detected by races and results instead.
   const uint64_t bits = std::bit_cast<uint64_t>(value);
   const auto first = uniform_.try_emplace({site.file_name(), site.line(), key}, bits).first;
   if (first->second == bits) return;

@@ -6,7 +6,7 @@ For each BatchNorm layer, in both layouts, forward and backward, at two batch si
     planned   what plan_pass says for an H200
     counted   what the kernels read and write when the host runs them on that device and batch, both 32 times smaller
 
-The small device has the same shared memory to each element, so that as much of the tensor can stay on chip. Rows,
+The small device has the same shared memory per element, so the same part of the tensor can stay on chip. Rows,
 channels and alignments are the layer's own.
 """
 
@@ -38,7 +38,8 @@ DTYPE = torch.bfloat16
 
 SCALE = 32
 H200 = Limits(132)
-# Of 132 multiprocessors the plan leaves 8 to others, of 4 none: 124 / 32 are 4 with 31/32 of the shared memory each.
+# Of 132 multiprocessors the plan leaves 8 to other kernels, of 4 none: 124 / 32 are 4 with 31/32 of the shared memory
+# each.
 SMALL = Limits(4, shared_per_multiprocessor=H200.shared_per_multiprocessor * 31 // 32)
 
 
@@ -51,15 +52,15 @@ class Cell:
     layout: str
     direction: str
     plan: Plan
-    """For the H200."""
+    """The plan for the H200."""
     small_plan: Plan
     launches: int
-    """On the small device, and what they moved there, read and written: of the layer's tensors ..."""
+    """The plan for the small device, and the bytes read and written there of the layer's tensors ..."""
     counted: tuple[int, int]
     exchanged: tuple[int, int]
     """... and of scratch memory."""
     asked_twice: int
-    """Bytes of those read by two threads, each for a row of its own that ends, or begins, inside a vector."""
+    """Bytes that two threads read, one for a row that ends inside a vector and one for the row that begins there."""
 
 
 def problem(layer: LayerShape, batch: int, layout: str) -> tuple[int, int, int]:
@@ -83,7 +84,7 @@ def cell(server: Server, layer: LayerShape, batch: int, layout: str, direction: 
     if small_plan.layout == "channels_first":
         once = inputs.x.numel() * inputs.x.element_size()
         asked_twice = (len(names) - 1) * (requested(inputs, False, 0, 0) - once)
-    assert asked_twice == 0 or small_plan.predicted == small_plan.floor  # of what is read once
+    assert asked_twice == 0 or small_plan.predicted == small_plan.floor  # of the tensors that are read once
 
     def moved(*names: str) -> tuple[int, int]:
         return (
@@ -106,7 +107,7 @@ def cell(server: Server, layer: LayerShape, batch: int, layout: str, direction: 
 
 
 def cells(server: Server) -> Iterator[Cell]:
-    """`server`: run_kernels, plain."""
+    """`server`: run_kernels in the plain build."""
     for layer in resnet50():
         for batch in BATCHES:
             inputs = inputs_of(layer, batch // SCALE)
@@ -125,18 +126,18 @@ def cells(server: Server) -> Iterator[Cell]:
 PAGE = """# Memory traffic of ResNet-50's BatchNorm layers
 
 Printed by `python tests/support/simt/traffic.py`; a test compares. bfloat16, 224x224 images, training. Bytes of a
-layer's activations over the floor, which is 2 tensors forward (x, y) and 3 backward (x, grad_y, grad_x); PyTorch's
+layer's activations over the floor, which is 2 tensors forward (x, y) and 3 backward (x, grad_y, grad_x). PyTorch's
 native kernels move 3 and 5, a ratio of 1.5 and 1.67.
 
-- *plan*: on an H200, the blocks of a group times the groups that run at a time, and how much of what they read stays on
-  chip. *packed*: rows of several channels are walked side by side. *cluster*: the groups are clusters.
-  *streams*: several launches.
+- *plan*: on an H200, CTAs per group x groups that run concurrently, and the fraction of the data that stays on chip if
+  it is below 100%. *packed*: rows of several channels are processed as columns of one row. *cluster*: the groups are
+  clusters. *two-pass*: the two-pass path, several launches.
 - *planned*: the plan's prediction for that device.
-- *exchange*: what the blocks of a group tell each other, on top of that. Each member reads all of it, or its part: 3 MB
-  of scratch memory at most; none in a cluster, where they read each other's shared memory.
-- *counted*: the kernels, run thread by thread on the host for a device and a batch that are both 32 times smaller (4
-  multiprocessors with 31/32 of the shared memory each: of the H200's 132 the plan leaves 8 to others). What is kept is
-  cut into fewer blocks there, so that the two may differ. A vector of 16 bytes that two rows share is counted twice.
+- *exchange*: the partials that the CTAs of a group exchange, in addition. Each CTA reads all of them or its part: 3 MB
+  of scratch memory at most; none in a cluster, whose CTAs read each other's shared memory.
+- *counted*: the kernels, executed thread by thread on the host for a device and a batch that are both 32 times smaller
+  (4 multiprocessors with 31/32 of the shared memory each: of the H200's 132 the plan leaves 8 free). The cached data
+  are split over fewer CTAs there, so the two columns may differ. A 16-byte vector that two rows share is counted twice.
 """
 
 
@@ -146,7 +147,7 @@ def ratio(part: int, whole: int) -> str:
 
 def plan_words(plan: Plan) -> str:
     if plan.path == "two_pass":
-        return "streams"
+        return "two-pass"
     cached_vectors = 2 - plan.predicted[0] / plan.floor[0]
     packed = "packed " if plan.layout == "packed" else ""
     cluster = "cluster " if plan.group == "cluster" else ""
@@ -156,7 +157,7 @@ def plan_words(plan: Plan) -> str:
 
 
 def figures(cells: list[Cell]) -> list[str]:
-    """planned, exchange, counted: of all layers that have these shapes."""
+    """planned, exchange, counted: totals over all layers of these shapes."""
 
     def total(values: list[tuple[int, int]]) -> int:
         return sum(one.layer.count * sum(pair) for one, pair in zip(cells, values))
