@@ -1,8 +1,7 @@
-"""What setup.py decides before anything is compiled: is CUDA built, with which toolkit, for which GPUs;
-and what it prints while ninja compiles.
+"""The decisions of setup.py (whether to build CUDA, with which toolkit, for which GPUs) and its progress output.
 
-Standard library only, and nothing is read but the arguments: torch's versions, the environment and the GPUs are handed
-in, so that every decision is tested with scripts that play nvcc (tests/tooling/test_build.py).
+Uses the standard library only. The versions of torch, the environment variables and the GPUs are arguments, so that
+every decision can be tested with scripts that imitate nvcc (tests/tooling/test_build.py).
 """
 
 from __future__ import annotations
@@ -18,20 +17,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-# Every architecture that the kernels are written and compiled for; the last one also goes in as PTX, so that GPUs newer
-# than the list start with a one-time compilation by the driver instead of "no kernel image is available".
+# The architectures that the kernels support. The last one is also compiled to PTX. On GPUs newer than this list the
+# driver then compiles it once, at start, instead of failing with "no kernel image is available".
 SUPPORTED_ARCHS: tuple[str, ...] = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 Capability = tuple[int, int]
 
 
 class BuildError(RuntimeError):
-    """The build cannot go on; the message says what to change."""
+    """The build cannot continue. The message explains how to fix it."""
 
 
 @dataclass(frozen=True)
 class CudaBuild:
-    """A CUDA build: the toolkit's root, its version ("13.0"), and a list in the form of TORCH_CUDA_ARCH_LIST."""
+    """A CUDA build: root and version ("13.0") of the toolkit, and the architectures as in TORCH_CUDA_ARCH_LIST."""
 
     root: Path
     version: str
@@ -39,7 +38,7 @@ class CudaBuild:
 
 
 def _run(command: Sequence[str | Path]) -> str:
-    """stdout and stderr of a command as one text; BuildError if it cannot be run or fails."""
+    """The combined stdout and stderr of a command. Raises BuildError if it cannot be run or fails."""
     try:
         done = subprocess.run(
             [str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120
@@ -56,10 +55,12 @@ def _is_root(root: Path) -> bool:
 
 
 def root_of_nvcc(nvcc: Path) -> Path:
-    """The toolkit that an nvcc belongs to, as nvcc itself tells.
+    """The root of the toolkit that an nvcc belongs to, from the TOP variable that `nvcc --dryrun` prints.
 
-    The parent of nvcc's folder is a guess that fails where nvcc on PATH is a link into another folder or a wrapper
-    script; `nvcc --dryrun` prints the root that it will use as TOP.
+    The parent of nvcc's folder would be wrong if nvcc on PATH is a link into another folder or a wrapper script.
+
+    Raises:
+        BuildError: nvcc cannot be run, or the root has no bin/nvcc.
     """
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "empty.cu"
@@ -68,17 +69,17 @@ def root_of_nvcc(nvcc: Path) -> Path:
     top = re.search(r"^#\$ TOP=(.+)$", printed, re.MULTILINE)
     root = Path(top.group(1).strip()).resolve() if top else nvcc.resolve().parent.parent
     if not _is_root(root):
-        raise BuildError(f"{nvcc} says that its toolkit is {root}, but there is no bin/nvcc in it; set CUDA_HOME")
+        raise BuildError(f"{nvcc} reports {root} as its toolkit, which has no bin/nvcc; set CUDA_HOME")
     return root
 
 
 def find_cuda_root(environ: Mapping[str, str], standard: Path = Path("/usr/local/cuda")) -> Path | None:
-    """The CUDA toolkit to build with, or None: CUDA_HOME (CUDA_PATH), then nvcc on PATH, then the standard place."""
+    """The CUDA toolkit to build with, or None: CUDA_HOME or CUDA_PATH, then nvcc on PATH, then `standard`."""
     named = environ.get("CUDA_HOME") or environ.get("CUDA_PATH")
     if named:
         if _is_root(Path(named)):
             return Path(named)
-        print(f"bnkernels: CUDA_HOME={named} holds no bin/nvcc and is not used")
+        print(f"bnkernels: ignoring CUDA_HOME={named}, which has no bin/nvcc")
     nvcc = shutil.which("nvcc", path=environ.get("PATH", ""))
     if nvcc:
         return root_of_nvcc(Path(nvcc))
@@ -90,24 +91,24 @@ def toolkit_version(root: Path) -> str:
     printed = _run([root / "bin" / "nvcc", "--version"])
     release = re.search(r"release (\d+\.\d+)", printed)
     if not release:
-        raise BuildError(f"no version in what {root}/bin/nvcc --version printed:\n{printed}")
+        raise BuildError(f"cannot find a version in the output of {root}/bin/nvcc --version:\n{printed}")
     return release.group(1)
 
 
 def known_archs(root: Path) -> list[Capability]:
-    """The compute capabilities that this toolkit's nvcc compiles for, ascending."""
+    """The compute capabilities that this toolkit's nvcc supports, ascending."""
     printed = _run([root / "bin" / "nvcc", "--list-gpu-arch"])
     return sorted({(int(number[:-1]), int(number[-1])) for number in re.findall(r"compute_(\d{2,3})\b", printed)})
 
 
 def check_cuda_major(torch_version: str, torch_cuda: str, toolkit: str, root: Path) -> None:
-    """BuildError if torch and the toolkit are of different CUDA major versions: the two runtimes do not mix."""
+    """Raises BuildError if the CUDA major versions of torch and the toolkit differ: their runtimes are incompatible."""
     wanted, have = torch_cuda.split(".")[0], toolkit.split(".")[0]
     if wanted != have:
         raise BuildError(
             f"CUDA versions differ: torch {torch_version} was built with CUDA {torch_cuda}, "
             f"the toolkit at {root} is CUDA {toolkit}.\n"
-            "Do one of:\n"
+            "Either:\n"
             f"  - install the CUDA {wanted} toolkit and point CUDA_HOME at it\n"
             f"  - install a torch built with CUDA {have} (see 'Get started' on pytorch.org)\n"
             "  - build for the CPU only: FORCE_CUDA=0"
@@ -115,13 +116,13 @@ def check_cuda_major(torch_version: str, torch_cuda: str, toolkit: str, root: Pa
 
 
 def default_arch_list(known: Iterable[Capability], present: Iterable[Capability]) -> str:
-    """The architectures to compile for where TORCH_CUDA_ARCH_LIST does not say: of the GPUs here, else all supported.
+    """The default of TORCH_CUDA_ARCH_LIST: the architectures of the GPUs present, else all supported ones.
 
-    A GPU newer than nvcc knows is served by PTX of the newest architecture that nvcc does know below it.
+    For a GPU that nvcc does not support yet, PTX of the newest supported architecture below it is used.
     """
     known = sorted(known)
     if not known:
-        raise BuildError("nvcc --list-gpu-arch names no architecture")
+        raise BuildError("nvcc --list-gpu-arch printed no architecture")
     chosen = {max((arch for arch in known if arch <= gpu), default=known[0]) for gpu in present}
     if not chosen:
         supported = {(int(major), int(minor)) for major, minor in (arch.split(".") for arch in SUPPORTED_ARCHS)}
@@ -130,7 +131,7 @@ def default_arch_list(known: Iterable[Capability], present: Iterable[Capability]
 
 
 def wants_cuda(environ: Mapping[str, str]) -> bool | None:
-    """FORCE_CUDA as True, False or None where it is not set."""
+    """FORCE_CUDA as True or False, or None if it is not set. Raises BuildError for any other value."""
     value = environ.get("FORCE_CUDA", "").strip().lower()
     if value in ("", "auto"):
         return None
@@ -138,7 +139,7 @@ def wants_cuda(environ: Mapping[str, str]) -> bool | None:
         return True
     if value in ("0", "off", "false", "no"):
         return False
-    raise BuildError(f"FORCE_CUDA is 1 (build CUDA, or fail), 0 (CPU only) or not set, not {value!r}")
+    raise BuildError(f"expected FORCE_CUDA to be 1 (build CUDA or fail), 0 (CPU only) or unset, but got {value!r}")
 
 
 def plan_cuda(
@@ -150,8 +151,11 @@ def plan_cuda(
 ) -> CudaBuild | None:
     """The CUDA build to make, or None for the CPU only.
 
-    What decides is torch's CUDA version and nvcc, never a GPU: machines that build packages have none. `present` is
-    called only where TORCH_CUDA_ARCH_LIST is not set.
+    The decision depends on torch's CUDA version and nvcc, not on the presence of a GPU, because machines that build
+    packages have none. `present` returns the GPUs of this machine, and is called only without TORCH_CUDA_ARCH_LIST.
+
+    Raises:
+        BuildError: FORCE_CUDA=1 without CUDA in torch or without nvcc; incompatible CUDA versions; nvcc fails.
     """
     force = wants_cuda(environ)
     if force is False:
@@ -187,7 +191,7 @@ _COMPILED = re.compile(r"^(\[\d+/\d+\]) .* -c '?(?:[^']*/)?csrc/(\S+?)'? -o ")
 
 
 def progress_line(line: str, seconds: float) -> str | None:
-    """Of a line that `ninja -v` prints for a compiled file: "[12/31] 0:45 cuda/two_pass_f32.cu". None for any other."""
+    """Shortens the line of `ninja -v` for a compiled file: "[12/31] 0:45 cuda/two_pass_f32.cu". None for others."""
     compiled = _COMPILED.match(line)
     if compiled is None:
         return None
@@ -196,9 +200,10 @@ def progress_line(line: str, seconds: float) -> str | None:
 
 
 def relay_ninja(ninja: TextIO, printed: TextIO, terminal: TextIO | None, log: TextIO | None) -> None:
-    """Prints a line for each file that `ninja -v` has compiled, and what else it writes: warnings and errors.
+    """Prints a line for each file that `ninja -v` has compiled, and its other output: warnings and errors.
 
-    terminal: where those lines go as well. log: gets all of the output as it is; then nothing else is printed of it.
+    terminal: optional; also receives the progress lines.
+    log: optional; receives the complete output, and then only the progress lines are printed.
     """
     started = time.monotonic()
     with ninja:
@@ -209,14 +214,14 @@ def relay_ninja(ninja: TextIO, printed: TextIO, terminal: TextIO | None, log: Te
             if progress is not None:
                 print(progress, file=printed, flush=True)
                 if terminal is not None:
-                    # Over what the front end last wrote there: that it is still running.
+                    # Overwrites the front end's spinner.
                     print(f"\r\033[K  {progress}", file=terminal, flush=True)
             elif log is None:
                 print(line, end="", file=printed, flush=True)
 
 
 def hidden_terminal(environ: Mapping[str, str], path: str = "/dev/tty") -> TextIO | None:
-    """The terminal, where there is one and a build front end keeps what is printed from it: pip does without -v."""
+    """The terminal, if a build front end such as pip without -v hides the output; None otherwise."""
     if "_PYPROJECT_HOOKS_BUILD_BACKEND" not in environ and "PEP517_BUILD_BACKEND" not in environ:
         return None
     try:

@@ -1,12 +1,12 @@
-"""Builds bnkernels._C, the one extension module. Metadata is in pyproject.toml.
+"""Builds the extension module bnkernels._C. Metadata is in pyproject.toml.
 
 Environment:
-  FORCE_CUDA=1|0              build the CUDA kernels or fail | build for the CPU only (default: CUDA if torch has it and
-                              nvcc is found; whether a GPU is present does not matter)
-  CUDA_HOME                   the CUDA toolkit (default: asked from nvcc on PATH)
-  TORCH_CUDA_ARCH_LIST        e.g. "9.0" or "8.0;9.0+PTX" (default: of the GPUs present, else all supported)
-  MAX_JOBS                    compilers run at a time (default: ninja's, cores + 2); lower it where memory is short
-  BNKERNELS_PTXAS_VERBOSE=1   registers, shared memory and spills of each kernel to build/ptxas.log
+  FORCE_CUDA=1|0              1: build the CUDA kernels or fail, 0: build for the CPU only (default: CUDA if torch was
+                              built with CUDA and nvcc is found, whether or not a GPU is present)
+  CUDA_HOME                   the CUDA toolkit (default: the one of nvcc on PATH)
+  TORCH_CUDA_ARCH_LIST        e.g. "9.0" or "8.0;9.0+PTX" (default: the GPUs present, else all supported architectures)
+  MAX_JOBS                    parallel compiler processes (default: ninja's, cores + 2); lower it to save memory
+  BNKERNELS_PTXAS_VERBOSE=1   writes registers, shared memory and spills of each kernel to build/ptxas.log
   BNKERNELS_LINEINFO=1        source lines in the device code, for profilers and compute-sanitizer; triples its size
 """
 
@@ -22,7 +22,7 @@ from threading import Thread
 from setuptools import Extension, setup
 
 ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT))  # pip's build front end does not put this folder on the path
+sys.path.insert(0, str(ROOT))  # not on the path under pip's build front end
 
 import build_support  # noqa: E402
 
@@ -30,8 +30,8 @@ try:
     import torch
 except ImportError as error:
     raise SystemExit(
-        "bnkernels compiles against the torch that it will run with, and there is none in this environment.\n"
-        "Install torch first, then: pip install --no-build-isolation bnkernels"
+        "bnkernels must be compiled against the torch that it will run with, but this environment has no torch.\n"
+        "Install torch first, then run: pip install --no-build-isolation bnkernels"
     ) from error
 
 
@@ -45,7 +45,7 @@ except build_support.BuildError as error:
     raise SystemExit(f"bnkernels: {error}") from error
 
 if CUDA is not None:
-    # torch.utils.cpp_extension reads both when it is imported or run; its own guess of the root fails on a wrapper.
+    # torch.utils.cpp_extension reads both when imported or run. Its detection of the root fails if nvcc is a wrapper.
     os.environ["CUDA_HOME"] = str(CUDA.root)
     os.environ["TORCH_CUDA_ARCH_LIST"] = CUDA.arch_list
 
@@ -59,16 +59,16 @@ def files(*patterns: str) -> list[str]:
 
 
 def openmp_flags() -> list[str]:
-    """at::parallel_for is a header: it runs serially unless compiled with OpenMP.
+    """The compiler flags for OpenMP, without which at::parallel_for, defined in a header, runs serially.
 
-    For the compiler only. The linker is not told, so that the calls bind to the OpenMP runtime that torch has loaded
-    already; a second one would bring a second thread pool that spins beside torch's.
+    The flag is not passed to the linker, so that calls bind to the OpenMP runtime that torch has already loaded. A
+    second runtime would have a second thread pool, which spins and competes with torch's.
     """
     return ["-fopenmp"] if sys.platform == "linux" and torch.backends.openmp.is_available() else []
 
 
 def extension() -> Extension:
-    # No fused multiply-add that the source does not spell out: the same source gives the same bits on every host.
+    # No implicit fused multiply-add, so that results are bitwise equal on every host.
     host = ["-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden"]
     flags = {"cxx": host + openmp_flags()}
     macros = [("BNK_BUILD_TORCH", f'"{torch.__version__}"')]
@@ -99,9 +99,9 @@ def extension() -> Extension:
 
 @contextmanager
 def progress_shown(log: Path | None) -> Iterator[None]:
-    """Reads what ninja writes to file descriptor 1 meanwhile, and prints a line for each file that is compiled.
+    """Redirects file descriptor 1 to read ninja's output, and prints a line for each compiled file.
 
-    log: where all of it goes; what else ninja writes is then not printed.
+    log: optional file for the complete output. If given, ninja's other output is not printed.
     """
     if log is not None:
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -122,19 +122,19 @@ def progress_shown(log: Path | None) -> Iterator[None]:
             yield
         finally:
             sys.stdout.flush()
-            os.dup2(printed.fileno(), 1)  # nobody can write to the pipe any more: the relay ends
+            os.dup2(printed.fileno(), 1)  # closes the pipe, which ends the relay
             relay.join()
     if log is not None:
         print(f"bnkernels: the compiler's output is in {log}")
 
 
 class Build(BuildExtension):
-    """torch's build_ext, with objects kept between builds and a word on what is being built."""
+    """torch's build_ext with cached object files and progress output."""
 
     def finalize_options(self) -> None:
         super().finalize_options()
-        # pip builds in a temporary folder of its own: objects kept here make the second build incremental. One folder
-        # for each Python and torch, as their objects do not mix.
+        # pip builds in a temporary folder. Keeping the objects here makes the next build incremental. Each Python and
+        # torch version has its own folder, because their objects are not compatible.
         tag = f"{sys.implementation.cache_tag}-torch{torch.__version__}"
         self.build_temp = str(ROOT / "build" / f"objects-{tag}")
 

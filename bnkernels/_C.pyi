@@ -19,7 +19,7 @@ def forward_eval(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    running_mean: Tensor | None,  # None raises
+    running_mean: Tensor | None,  # None raises RuntimeError
     running_var: Tensor | None,
     eps: float,
     residual: Tensor | None = None,

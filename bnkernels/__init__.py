@@ -1,14 +1,15 @@
-"""Batch normalisation kernels for PyTorch: CUDA and CPU, drop-in modules, checked against float64.
+"""Batch normalisation kernels for PyTorch: CUDA and CPU, drop-in modules, tested against a float64 reference.
 
 import bnkernels as bnk
 
-model = bnk.convert(model)                                  # every nn.BatchNorm* of a model, in place
-model = bnk.fuse(model)                                     # and the ReLUs and additions that follow them, when it runs
-layer = bnk.BatchNorm2d(64)                                 # nn.BatchNorm2d's signature
+model = bnk.convert(model)                                  # replaces every nn.BatchNorm*, in place
+model = bnk.fuse(model)                                     # fuses the ReLUs and additions that follow them
+layer = bnk.BatchNorm2d(64)                                 # the signature of nn.BatchNorm2d
 y = bnk.batch_norm(x, running_mean, running_var, weight, bias, training=True)
-print(bnk.explain(x))                                       # how a GPU runs it; explain_model: every layer of a model
+print(bnk.explain(x))                                       # the execution plan on a GPU; explain_model: of every layer
 """
 
+from ._ops import build_info, empty_cache
 from .convert import ConversionReport, convert, revert
 from .explain import explain, explain_model
 from .functional import batch_norm
@@ -23,7 +24,6 @@ from .modules import (
     LazyBatchNorm2d,
     LazyBatchNorm3d,
 )
-from .ops import build_info, empty_cache
 from .running_stats import checkpoint_contexts, no_statistics_update
 from .sync import DistributedDataParallel, SyncBatchNorm
 

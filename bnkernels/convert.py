@@ -1,7 +1,7 @@
-"""convert() and revert(): a model's BatchNorm modules, in place, to this package's and back.
+"""convert() and revert(): replace the BatchNorm modules of a model, in place, by this package's, and undo it.
 
-A module is converted by assigning its __class__: the object stays the same, and with it parameters, buffers, hooks,
-flags, and whatever else refers to it (optimizers, EMA copies, a wrapper around the model).
+Conversion assigns __class__. The object stays the same, and so do its parameters, buffers, hooks and flags, and all
+references to it (optimizers, EMA copies, a wrapper around the model).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from torch import nn
 
-# _BatchNorm is the base of SyncBatchNorm too, and of what torch derives for quantization-aware training.
+# _BatchNorm is also the base of SyncBatchNorm and of torch's classes for quantization-aware training.
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import modules, sync
@@ -39,7 +39,7 @@ _TORCH_CLASSES = {ours: torch_class for torch_class, ours in OURS.items()}
 
 @dataclass(frozen=True)
 class Change:
-    """One module whose class was changed. name is its path in the model, "" for the model itself."""
+    """A module whose class was changed. name is its path in the model, "" for the model itself."""
 
     name: str
     before: type[nn.Module]
@@ -48,7 +48,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Skip:
-    """One BatchNorm that was left as it is, and why."""
+    """A BatchNorm that was not changed, and the reason."""
 
     name: str
     module: type[nn.Module]
@@ -57,9 +57,9 @@ class Skip:
 
 @dataclass
 class ConversionReport:
-    """What convert() or revert() did to each BatchNorm of a model, in the order of named_modules().
+    """The outcome of convert() or revert() for each BatchNorm of a model, in the order of named_modules().
 
-    BatchNorms that are already of the package that they were to become of are in neither list. str() gives a table.
+    BatchNorms that already belonged to the target package are in neither list. str() gives a table.
     """
 
     changed: list[Change] = field(default_factory=list)
@@ -70,10 +70,10 @@ class ConversionReport:
             (change.name or "(model)", f"{_qualified(change.before)} -> {_qualified(change.after)}")
             for change in self.changed
         ]
-        rows += [(skip.name or "(model)", f"{_qualified(skip.module)} left: {skip.reason}") for skip in self.skipped]
+        rows += [(skip.name or "(model)", f"{_qualified(skip.module)} skipped: {skip.reason}") for skip in self.skipped]
         width = max((len(name) for name, _ in rows), default=0)
         lines = [f"  {name:<{width}}  {text}" for name, text in rows]
-        return "\n".join([f"{len(self.changed)} BatchNorms changed, {len(self.skipped)} left as they are", *lines])
+        return "\n".join([f"{len(self.changed)} BatchNorms changed, {len(self.skipped)} skipped", *lines])
 
 
 def convert(
@@ -82,24 +82,31 @@ def convert(
     *,
     report: ConversionReport | None = None,
 ) -> _Model:
-    """Makes every torch.nn.BatchNorm1d/2d/3d, their lazy forms and SyncBatchNorm of a model bnkernels' own, in place.
+    """Converts every torch.nn.BatchNorm1d/2d/3d, lazy form of these and SyncBatchNorm to bnkernels' class, in place.
 
-    Exact types only. Subclasses of torch's classes (parametrized ones among them) compute something of their own and
-    are left as they are, as is a module whose forward has been replaced on the object.
-    Parameters, buffers, hooks, flags and the state_dict do not change. revert() undoes it.
+    Matches exact types only. Subclasses of torch's classes, including parametrized modules, may compute something else
+    and are skipped, and so are modules whose forward was replaced on the instance.
+    Parameters, buffers, hooks, flags and the state_dict do not change. revert() undoes the conversion.
 
-    Tools that know torch.nn's classes alone take a reverted model, or revert(copy.deepcopy(model)) where this one is
-    still needed: torch.jit.script, torch.ao.quantization, torchao's pt2e, and the folding of convolutions by torch.fx.
+    Tools that support torch.nn's classes only need a reverted model, or revert(copy.deepcopy(model)) to keep this one:
+    torch.jit.script, torch.ao.quantization, torchao's pt2e, and the folding of convolutions by torch.fx.
     docs/compatibility.md lists them.
 
     Args:
-        model: any module; it may be a BatchNorm itself.
-        filter_fn: called with each module that could be converted and its name in the model; False leaves it.
-        report: filled with what was done, where given. A summary is logged to the logger "bnkernels" at INFO, the
-            modules one by one at DEBUG.
+        model: any module, including a BatchNorm.
+        filter_fn: called with each module that could be converted and its name in the model. If it returns False, the
+            module is skipped.
+        report: optional; the outcomes are appended to it. The logger "bnkernels" gets a summary at INFO and each module
+            at DEBUG.
 
     Returns:
         model.
+
+    Raises:
+        TypeError: model is not a torch.nn.Module.
+
+    Warns:
+        UserWarning: no BatchNorm was converted, and the model has none of this package.
     """
     return _change(model, OURS, filter_fn, report, "converted")
 
@@ -110,9 +117,9 @@ def revert(
     *,
     report: ConversionReport | None = None,
 ) -> _Model:
-    """Makes every bnkernels BatchNorm of a model the torch.nn one of its kind, in place: convert() undone, and fuse().
+    """Converts every bnkernels BatchNorm of a model to its torch.nn class, in place: undoes convert() and fuse().
 
-    Exact types only; arguments and result as convert()'s.
+    Matches exact types only. Arguments, return value and TypeError as for convert().
     """
     _change(model, _TORCH_CLASSES, filter_fn, report, "reverted")
     return unfuse(model)
@@ -129,7 +136,7 @@ def _change(
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     from_ours = classes is _TORCH_CLASSES
     done = ConversionReport()
-    for name, module in model.named_modules():  # each module once, however many names it has
+    for name, module in model.named_modules():  # yields shared modules once
         if not isinstance(module, _BatchNorm) or isinstance(module, modules.ForwardMixin) is not from_ours:
             continue
         before: type[nn.Module] = type(module)
@@ -139,7 +146,7 @@ def _change(
             reason = "filter_fn"
         if after is None or reason:
             done.skipped.append(Skip(name, before, reason))
-            logger.debug("%s: %s left: %s", name, _qualified(before), reason)
+            logger.debug("%s: %s skipped: %s", name, _qualified(before), reason)
             continue
         module.__class__ = after  # type: ignore[assignment]
         if isinstance(module, sync.SyncBatchNorm):
@@ -150,7 +157,7 @@ def _change(
         logger.debug("%s: %s -> %s", name, _qualified(before), _qualified(after))
     _log(done, verb, type(model).__name__)
     if not from_ours and not done.changed:
-        _warn_of_nothing(model, done.skipped)
+        _warn_of_no_change(model, done.skipped)
     if report is not None:
         report.changed += done.changed
         report.skipped += done.skipped
@@ -158,20 +165,20 @@ def _change(
 
 
 def reason_to_leave(module: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]] = OURS) -> str:
-    """Why convert() (revert(), by its classes) leaves a BatchNorm as it is, "" if it does not."""
+    """The reason why convert(), or revert() for its mapping of classes, skips a BatchNorm; "" if it does not."""
     if type(module) not in classes:
-        return "a subclass, whose forward may be its own"
+        return "a subclass, which may override forward"
     if "forward" in module.__dict__:
-        return "its forward has been replaced on the object"
+        return "its forward was replaced on the instance"
     return ""
 
 
-def _warn_of_nothing(model: nn.Module, skipped: list[Skip]) -> None:
-    """Says why convert() has changed nothing, unless the layers are this package's already."""
+def _warn_of_no_change(model: nn.Module, skipped: list[Skip]) -> None:
+    """Warns that convert() changed nothing, with the reasons, unless the model has layers of this package."""
     if any(isinstance(module, modules.ForwardMixin) for module in model.modules()):
         return
     reasons = Counter(f"{_qualified(skip.module)}: {skip.reason}" for skip in skipped)
-    why = "; ".join(f"{count} x {reason}" for reason, count in reasons.items()) or "it has none"
+    why = "; ".join(f"{count} x {reason}" for reason, count in reasons.items()) or "the model has none"
     warnings.warn(f"convert() changed no BatchNorm of {type(model).__name__}: {why}", stacklevel=4)
 
 
@@ -182,11 +189,11 @@ def _log(report: ConversionReport, verb: str, model: str) -> None:
         key = (_qualified(skip.module), skip.reason)
         reasons[key] = reasons.get(key, 0) + 1
     for (module, reason), count in reasons.items():
-        logger.info("left %d %s as they are: %s", count, module, reason)
+        logger.info("skipped %d %s: %s", count, module, reason)
 
 
 def _qualified(cls: type[nn.Module]) -> str:
-    """nn.BatchNorm2d, bnkernels.BatchNorm2d, or the full name of another class."""
+    """nn.BatchNorm2d, bnkernels.BatchNorm2d, or the qualified name of any other class."""
     if cls in OURS:
         return f"nn.{cls.__name__}"
     if cls in _TORCH_CLASSES:

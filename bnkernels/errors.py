@@ -1,7 +1,7 @@
 """Errors for arguments that no kernel accepts.
 
-The ops, pybind11 and the dispatcher do not name such an argument. The search for it runs after the failure, so that
-successful calls do not pay for it.
+The messages of the ops, of pybind11 and of the dispatcher do not name such an argument. The arguments are searched
+after the failure, so that successful calls have no overhead.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 
 UNNAMED = (AttributeError, RuntimeError, TypeError)
+"""The errors of a call whose messages may not name the argument."""
 
 
 def name_the_cause(**arguments: Any) -> None:
-    """Raises an error with the argument that no kernel accepts, what it is, and what to pass instead.
+    """Raises an error that names the unsupported argument, its type or layout, and what to pass instead.
 
-    Returns if every argument is a dense tensor: the call's own error then names its cause.
+    Returns if every argument is a dense tensor. The original error then names its cause.
 
     Raises:
-        TypeError: an argument is no tensor.
-        NotImplementedError: one is nested, sparse or quantized.
+        TypeError: an argument is not a tensor.
+        NotImplementedError: an argument is a nested, sparse or quantized tensor.
     """
     for name, value in arguments.items():
         if isinstance(value, Tensor):
@@ -44,15 +45,15 @@ def name_the_cause(**arguments: Any) -> None:
 
 
 def _reason_against(name: str, tensor: Tensor) -> str:
-    """Why no kernel accepts a tensor, and what to pass instead; "" for a dense one."""
+    """Why no kernel accepts the tensor, and what to pass instead; "" for a dense tensor."""
     if tensor.is_nested:
-        jagged = tensor.layout == torch.jagged  # the values of the other layout have one dimension
+        jagged = tensor.layout == torch.jagged  # values() of a strided nested tensor has one dimension
         parts = f"{name}.values(), with the channels in dimension 1" if jagged else f"the tensors of {name}.unbind()"
-        padded = "or pad it by torch.nested.to_padded_tensor (the padding counts in the statistics)"
-        return f"a nested one of layout {tensor.layout}: pass {parts}, {padded}"
+        padded = "or pad it with torch.nested.to_padded_tensor (the statistics then include the padding)"
+        return f"a nested tensor with layout {tensor.layout}: pass {parts}, {padded}"
     if tensor.layout != torch.strided:
-        return f"one of layout {tensor.layout}: pass {name}.to_dense()"
+        return f"a tensor with layout {tensor.layout}: pass {name}.to_dense()"
     if tensor.is_quantized:
-        tools = "Quantization handles only torch.nn's layers: call bnkernels.revert(model) first"
-        return f"a quantized one, {tensor.dtype}: pass {name}.dequantize(). {tools}"
+        tools = "To quantize a model, call bnkernels.revert(model) first: quantization supports torch.nn layers only"
+        return f"a quantized tensor, {tensor.dtype}: pass {name}.dequantize(). {tools}"
     return ""

@@ -1,4 +1,4 @@
-"""batch_norm() as a function, for those who keep the parameters and the buffers themselves."""
+"""batch_norm(), the functional form: the caller holds the parameters and buffers."""
 
 from __future__ import annotations
 
@@ -24,37 +24,38 @@ def batch_norm(
     residual: Tensor | None = None,
     activation: str | None = None,
 ) -> Tensor:
-    """Batch normalisation (Ioffe & Szegedy 2015): torch.nn.functional.batch_norm's signature, results and errors.
+    """Batch normalisation (Ioffe & Szegedy 2015), with the signature, results and errors of F.batch_norm.
 
         y = activation((input - mean) / sqrt(var + eps) * weight + bias + residual)      per channel
 
-    with the batch's mean and biased variance if training, and running_mean and running_var otherwise. If training, the
-    running statistics that are given are updated in place:
+    mean and var are the batch's mean and biased variance if training is True, else running_mean and running_var.
+    Training updates the given running statistics in place:
 
         running_mean += momentum * (mean - running_mean)
         running_var  += momentum * (var * n/(n - 1) - running_var)      n = elements per channel
 
     Args:
         input: (N, C) or (N, C, *), float64, float32, float16 or bfloat16, any strides. Contiguous and channels_last
-            inputs are read as they are; others are copied once.
-        running_mean, running_var: (C,), or both None, which needs training.
-        weight, bias: (C,) or None. These and the running statistics have input's dtype; or float32 if that is 16-bit.
-        residual: added to the normalised input. Of input's shape, dtype and device, it is read by the kernel that
-            writes y, and the sum is rounded once; another one is added by torch, with torch's broadcasting.
-        activation: None or "relu", of the sum, by the same kernel.
+            inputs are read in place; other layouts are copied once.
+        running_mean, running_var: (C,). Both may be None if training is True.
+        weight, bias: (C,) or None. They and the running statistics have the dtype of input, or float32 if input is
+            16-bit.
+        residual: added to the normalised input. If it has the shape, dtype and device of input, the kernel that writes
+            y adds it and rounds the sum once. Otherwise torch adds it, with broadcasting.
+        activation: None or "relu". Applied to the sum by the same kernel.
 
     Returns:
-        y, of input's shape, dtype and memory format. Differentiable in input, weight, bias and residual, to any order.
+        y, with the shape, dtype and memory format of input. Differentiable with respect to input, weight, bias and
+        residual, to any order.
 
     Raises:
-        ValueError: one value per channel in training; eps <= 0 in training, or < 0; one running statistic without the
-            other in training; input of fewer than two dimensions; an activation of another name.
-        RuntimeError: no running statistics in inference; a wrong size, dtype or device; a residual that does not
-            broadcast.
-        TypeError: an argument that is no tensor.
-        NotImplementedError: input of another dtype; a nested, sparse or quantized tensor.
+        ValueError: training with one value per channel, or with only one of the running statistics; eps <= 0 in
+            training, or < 0 in inference; input has fewer than two dimensions; unknown activation.
+        RuntimeError: inference without running statistics; wrong size, dtype or device; residual does not broadcast.
+        TypeError: an argument is not a tensor.
+        NotImplementedError: unsupported dtype; nested, sparse or quantized tensor.
 
-    A call that raises leaves the running statistics as they were.
+    A call that raises does not change the running statistics.
     """
     if has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual):
         result: Tensor = handle_torch_function(
@@ -97,7 +98,10 @@ def batch_norm_tracked(
     residual: Tensor | None = None,
     activation: str | None = None,
 ) -> Tensor:
-    """What the modules call: batch_norm() that also counts the batches; momentum None averages over all of them."""
+    """batch_norm() as the modules call it.
+
+    Training also increments num_batches_tracked, one int64. momentum=None computes the cumulative average.
+    """
     if has_torch_function_unary(input) or (residual is not None and has_torch_function_unary(residual)):
         result: Tensor = handle_torch_function(
             batch_norm_tracked,
@@ -115,7 +119,8 @@ def batch_norm_tracked(
             activation,
         )
         return result
-    # The ops check the rest, in torch's words. They cannot be given None here, and they write numbers in another way.
+    # The ops check everything else and use torch's messages. These two checks are here because the ops do not accept
+    # None for the running statistics and format eps differently.
     if not training and (running_mean is None or running_var is None):
         missing = "running_mean" if running_mean is None else "running_var"
         raise RuntimeError(f"{missing} must be defined in evaluation mode")
@@ -124,7 +129,7 @@ def batch_norm_tracked(
         raise ValueError(f"batch_norm eps must be {wanted}, but got {eps}")
     spec = (running_mean, running_var, num_batches_tracked, training, momentum, eps)
     try:
-        if residual is not None and not _fits(residual, input):
+        if residual is not None and not _can_be_added_by_kernel(residual, input):
             check_residual(residual, input, activation)
             return with_epilogue(autograd.batch_norm(input, weight, bias, spec), residual, activation)
         return autograd.batch_norm(input, weight, bias, spec, residual, activation is not None)
@@ -140,25 +145,28 @@ def batch_norm_tracked(
         raise
 
 
-def _fits(residual: Tensor, input: Tensor) -> bool:
-    """Whether the kernels can add it: anything else is torch's to add, or to refuse."""
+def _can_be_added_by_kernel(residual: Tensor, input: Tensor) -> bool:
+    """Whether the kernels can add the residual. torch adds, or rejects, any other one."""
     return residual.shape == input.shape and residual.dtype == input.dtype and residual.device == input.device
 
 
 def check_residual(residual: Tensor, input: Tensor, activation: str | None) -> None:
-    """Raises what torch's operations after the normalisation would, before the statistics change: on one element."""
+    """Raises the errors of torch's addition and activation before the running statistics are updated.
+
+    Runs both operations on one element.
+    """
     torch.broadcast_tensors(input, residual)
     with_epilogue(input.new_empty(1), residual.new_empty((1,) if residual.dim() else ()), activation)
 
 
 def with_epilogue(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
-    """activation(y + residual) of torch's operations, each part if it is there."""
+    """activation(y + residual) with torch's operations; both parts are optional."""
     y = y if residual is None else y + residual
     return y if activation is None else torch.relu(y)
 
 
 def check_activation(activation: str | None) -> None:
-    """Raises ValueError for a name that is not one of an activation."""
+    """Raises ValueError for an unknown activation."""
     if activation not in (None, "relu"):
         raise ValueError(f"activation must be None or 'relu', but got {activation!r}")
 
@@ -174,7 +182,7 @@ def sync_batch_norm_tracked(
     eps: float,
     ranks: Ranks,
 ) -> Tensor:
-    """What SyncBatchNorm calls in training: batch_norm_tracked() of a batch that lies on several ranks."""
+    """batch_norm_tracked() in training, for a batch that is distributed over several ranks. SyncBatchNorm calls it."""
     if has_torch_function_unary(input):
         result: Tensor = handle_torch_function(
             sync_batch_norm_tracked,
@@ -200,7 +208,11 @@ def sync_batch_norm_tracked(
 
 
 def _without_channels(input: Tensor, *vectors: Tensor | None) -> Tensor:
-    """torch lets an empty 1-D input pass, as one of no channels. It reads past the shape of others; here they raise."""
+    """Handles inputs of fewer than two dimensions.
+
+    torch accepts an empty 1-D input, which has no channels, and reads out of bounds of the shape for any other. Those
+    raise ValueError here.
+    """
     if input.dim() == 1 and input.numel() == 0:
         for name, vector in zip(("running_mean", "running_var", "weight", "bias"), vectors):
             if vector is not None and vector.numel() != 0:

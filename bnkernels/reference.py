@@ -1,12 +1,12 @@
-"""The float64 reference: the truth that every backend is held to.
+"""The float64 reference that every backend is compared with.
 
-Plain formulas of Ioffe & Szegedy, "Batch Normalization" (2015, arXiv 1502.03167): Algorithm 1 (training), Algorithm 2
+Formulas of Ioffe & Szegedy, "Batch Normalization" (2015, arXiv 1502.03167): Algorithm 1 (training), Algorithm 2
 (inference) and the gradients that the paper derives after Algorithm 1. Inputs may have any floating dtype and any
-strides; each is upcast to float64 as it is, so the reference sees the same rounded values as the kernel under test.
+strides. They are upcast to float64, so the reference computes from the same rounded values as the kernel under test.
 
-Two passes: the mean first, then the mean of the squared deviations. Nothing is fused, shifted or reassociated: where a
-backend disagrees with this file, this file should be the one that is easy to believe. It is differentiable torch code,
-imports nothing of the package, and holds several float64 copies of its input: it is for testing, not for speed.
+The variance is computed in two passes: the mean, then the mean of the squared deviations. Nothing is fused, shifted or
+reassociated, so that the code can be verified against the paper by reading. It is differentiable torch code, imports
+nothing from the package, and holds several float64 copies of its input: it is for testing, not for speed.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Forward:
-    """What a forward gives. float64 throughout; `y` is shaped like x, the rest (C,)."""
+    """Results of forward(): float64. y has the shape of x, the other tensors (C,)."""
 
     y: Tensor
     mean: Tensor
-    """The mean that x was normalised with: the batch's in training, else the running one."""
+    """The mean used for normalisation: the batch mean in training, else running_mean."""
     var: Tensor
-    """The variance that x was normalised with; the batch's is the biased one, over n."""
+    """The variance used for normalisation: the biased batch variance (divided by n) in training, else running_var."""
     invstd: Tensor
     """1 / sqrt(var + eps)"""
     running_mean: Tensor | None
@@ -35,7 +35,7 @@ class Forward:
 
 @dataclass(frozen=True)
 class Backward:
-    """The gradients. float64; `dx` is shaped like x, the others (C,)."""
+    """Results of backward(): float64. dx has the shape of x, the others (C,)."""
 
     dx: Tensor
     dweight: Tensor
@@ -53,13 +53,15 @@ def forward(
     momentum: float | None = 0.1,
     eps: float = 1e-5,
 ) -> Forward:
-    """Batch normalisation of x, shaped (N, C, *) with 2 dimensions or more.
+    """Batch normalisation of x, (N, C, *) with 2 or more dimensions, any floating dtype.
 
-    Training normalises with the batch's statistics and moves the running ones, by `momentum`, or, where that is None,
-    so that they are the average over all batches counted by `num_batches_tracked`. No argument is changed in place.
+    Training normalises with the batch statistics and returns updated running statistics: the exponential average with
+    `momentum`, or, if that is None, the cumulative average over the batches counted by `num_batches_tracked`. The
+    vectors are (C,) or None. No argument is modified.
 
-    Raises ValueError where the result is not defined: fewer than 2 values per channel in training (the unbiased
-    variance divides by n - 1), no running statistics in inference, no count for the cumulative average.
+    Raises:
+        ValueError: fewer than 2 values per channel in training (the unbiased variance divides by n - 1); no running
+            statistics in inference; momentum=None without num_batches_tracked; x has fewer than 2 dimensions.
     """
     rows = channel_rows(x)
     n = rows.shape[1]
@@ -69,7 +71,7 @@ def forward(
 
     if training:
         if n < 2:
-            raise ValueError(f"training needs 2 values per channel or more, x of shape {tuple(x.shape)} has {n}")
+            raise ValueError(f"training needs at least 2 values per channel, but x of shape {tuple(x.shape)} has {n}")
         mean = rows.sum(dim=1) / n
         var = (rows - mean[:, None]).square().sum(dim=1) / n
         if count is not None:
@@ -79,14 +81,14 @@ def forward(
         elif count is not None:
             factor = 1.0 / count
         else:
-            raise ValueError("momentum None (cumulative average) needs num_batches_tracked")
+            raise ValueError("momentum=None (cumulative average) requires num_batches_tracked")
         if new_mean is not None:
             new_mean = (1 - factor) * new_mean + factor * mean
         if new_var is not None:
             new_var = (1 - factor) * new_var + factor * var * (n / (n - 1))
     else:
         if new_mean is None or new_var is None:
-            raise ValueError("inference needs running_mean and running_var")
+            raise ValueError("inference requires running_mean and running_var")
         mean, var = new_mean, new_var
 
     invstd = 1 / torch.sqrt(var + eps)
@@ -106,10 +108,10 @@ def backward(
     invstd: Tensor,
     training: bool = True,
 ) -> Backward:
-    """Gradients of `forward` with respect to x, weight and bias; `grad` is shaped like x.
+    """Gradients of `forward` with respect to x, weight and bias. `grad` has the shape of x.
 
-    mean and invstd are what the forward normalised with. In training they depend on x, which gives dx its two further
-    terms; in inference they are constants. dweight and dbias are given whether or not there was a weight or a bias.
+    mean and invstd (C,) are those of the forward. In training they depend on x, which adds two terms to dx; in
+    inference they are constants. dweight and dbias are returned even if weight or bias was None.
     """
     g = channel_rows(grad)
     xhat = (channel_rows(x) - mean.to(torch.float64)[:, None]) * invstd.to(torch.float64)[:, None]
@@ -130,7 +132,7 @@ def channel_rows(x: Tensor) -> Tensor:
     if x.dim() < 2:
         raise ValueError(f"expected (N, C, *), got shape {tuple(x.shape)}")
     n = x.numel() // x.shape[1] if x.shape[1] else 0
-    # contiguous(): reshape keeps the strides where it can, and then the order of the sums would follow them.
+    # contiguous(): reshape may return a view, and the summation order would then depend on the strides of x.
     return x.to(torch.float64).movedim(1, 0).reshape(x.shape[1], n).contiguous()
 
 

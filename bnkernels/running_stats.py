@@ -1,8 +1,9 @@
-"""Forwards in training that leave the running statistics as they are: of recomputation, and of whatever runs twice.
+"""Training forwards that do not update the running statistics, for recomputation and for repeated forwards.
 
-torch.utils.checkpoint runs a block in the forward and once more in the backward. A BatchNorm in it is in training both
-times, so torch's and this package's alike update their running statistics twice: two batches are counted, and the
-averages have moved by 1 - (1 - momentum)^2 of the way. With checkpoint_contexts() there is one update.
+torch.utils.checkpoint runs a block in the forward and again in the backward, both times in training mode. Every
+BatchNorm in it, torch's or this package's, then updates its running statistics twice: num_batches_tracked increases by
+2, and the averages move by a factor of 1 - (1 - momentum)^2 instead of momentum. checkpoint_contexts() prevents the
+second update.
 """
 
 from __future__ import annotations
@@ -17,30 +18,30 @@ from .modules import ForwardMixin
 
 
 def no_statistics_update(model: nn.Module) -> AbstractContextManager[None]:
-    """Within it, the BatchNorms of a model that are in training normalise by the batch and leave their buffers alone.
+    """Context manager in which BatchNorms in training use the batch statistics but do not update their buffers.
 
         with bnk.no_statistics_update(model):
             loss = criterion(model(x), target)      # e.g. the second forward of sharpness-aware minimisation
 
-    This package's BatchNorms and torch's, eager and compiled; inference does not change. It is their flag
-    track_running_stats that is down meanwhile, so whatever else runs the model at that time sees it too.
+    Works for BatchNorms of this package and of torch, eager and compiled. Inference does not change. It sets
+    track_running_stats to False meanwhile, which affects other threads that run the model at the same time.
     """
     return _not_tracking(module for module in model.modules() if isinstance(module, _BatchNorm))
 
 
 def checkpoint_contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """For torch.utils.checkpoint: the BatchNorms of a block update their statistics in its first forward alone.
+    """A context_fn for torch.utils.checkpoint: the BatchNorms of a block update their statistics once, not twice.
 
         y = checkpoint(block, x, use_reentrant=False, context_fn=functools.partial(bnk.checkpoint_contexts, block))
 
-    Only this package's: torch's save their running statistics for the backward, and torch.utils.checkpoint would miss
-    them in the recomputation. They update twice, as ever.
+    Applies to BatchNorms of this package only; torch's still update twice. torch's save their running statistics for
+    the backward, and torch.utils.checkpoint would report them missing from the recomputation.
+
+    torch accepts a context_fn with use_reentrant=False only, and not inside torch.compile, where none is needed: the
+    compiled recomputation does not write the statistics.
 
     Returns:
-        The contexts of the forward and of its recomputation, as a context_fn has to.
-
-    torch takes a context_fn with use_reentrant=False only, and not within torch.compile. It needs none there: what is
-    recomputed is the result, and the statistics are written once.
+        The context managers of the forward and of the recomputation.
     """
     return nullcontext(), _not_tracking(module for module in block.modules() if isinstance(module, ForwardMixin))
 

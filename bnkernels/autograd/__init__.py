@@ -1,6 +1,7 @@
-"""batch_norm as a differentiable function of x, weight, bias and a residual: reverse and forward mode, any order, vmap.
+"""Differentiable batch_norm and sync_batch_norm.
 
-sync_batch_norm is the same for a batch that lies on several ranks: reverse mode, any order.
+batch_norm is differentiable with respect to x, weight, bias and residual, in reverse and forward mode, to any order,
+and supports vmap. sync_batch_norm, for a batch distributed over several ranks, supports reverse mode, to any order.
 """
 
 from .functions import Spec, batch_norm

@@ -1,9 +1,10 @@
-"""The vmap rules: a batch of B BatchNorms over C channels is one BatchNorm over B*C channels.
+"""The vmap rules: B BatchNorms over C channels are computed as one BatchNorm over B*C channels.
 
-Channels are independent, so folding the batch into them gives every example its own statistics, parameters and
-gradients in one launch. In inference, where all examples share them, it is folded into N instead, without a copy.
+Channels are independent, so folding the vmap dimension into the channels gives every example its own statistics,
+parameters and gradients in one call. In inference with shared statistics and parameters it is folded into N, without a
+copy.
 
-`apply` is the Function's own apply: it reaches the next transform outside this one, or the kernels.
+`apply` is the Function's apply method. It calls the next outer transform, or the kernels.
 """
 
 from __future__ import annotations
@@ -17,22 +18,22 @@ Dims = tuple["int | None", ...]
 
 
 def _front(t: Tensor, dim: int | None, batch: int) -> Tensor:
-    """t with the batch as its first dimension."""
+    """t with the vmap dimension first."""
     return t.unsqueeze(0).expand(batch, *t.shape) if dim is None else t.movedim(dim, 0)
 
 
 def _fold_vector(t: Tensor | None, dim: int | None, batch: int) -> Tensor | None:
-    """(C,) each to (B*C,)."""
+    """(C,) per example to (B*C,)."""
     return None if t is None else _front(t, dim, batch).reshape(-1)
 
 
 def _fold_channels(t: Tensor, dim: int | None, batch: int) -> Tensor:
-    """(N, C, *) each to (N, B*C, *)."""
+    """(N, C, *) per example to (N, B*C, *)."""
     return _front(t, dim, batch).movedim(0, 1).flatten(1, 2)
 
 
 def _unfold_channels(t: Tensor, batch: int) -> Tensor:
-    """(N, B*C, *) to (N, B, C, *): the batch is dimension 1."""
+    """(N, B*C, *) to (N, B, C, *): the vmap dimension is 1."""
     return t.unflatten(1, (batch, t.shape[1] // batch))
 
 
@@ -67,8 +68,8 @@ def forward(
             "which will be updated in place, were not batched.\nIf you are using modules, see "
             "https://pytorch.org/docs/stable/func.batch_norm.html for how to patch your module to work with vmap."
         )
-    # The batch's own statistics, unbiased variance and all, arrive in empty buffers with momentum 1, and are then
-    # averaged into the real ones, whose momentum may differ from example to example.
+    # Momentum 1 writes each example's batch mean and unbiased variance into temporary buffers. They are then averaged
+    # into the real buffers, because the cumulative average may have a different factor for each example.
     folded = _fold_channels(x, x_dim, batch)
     fresh_mean, fresh_var = (
         None if buffer is None else buffer.new_zeros(folded.shape[1]) for buffer in (running_mean, running_var)
@@ -96,7 +97,7 @@ def forward(
 
 
 def _average(buffer: Tensor, dim: int | None, fresh: Tensor, factor: float | Tensor, factor_dim: int | None) -> None:
-    """buffer += factor*(fresh - buffer); without a batch all examples are the same one."""
+    """buffer += factor * (fresh - buffer). A buffer without a vmap dimension uses the first example: all are equal."""
     if dim is None:
         target, fresh = buffer, fresh[0]
     else:

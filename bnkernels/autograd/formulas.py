@@ -1,18 +1,18 @@
-"""The derivatives of batch_norm beyond the kernels' backward, as plain torch formulas.
+"""The derivatives of batch_norm that the kernels do not compute, in torch operations.
 
-Used for double backward, for forward-mode AD, and where a compiler traces a transform. Being made of torch's own
-differentiable operations, they can be differentiated again, to any order and in either mode, and vmapped.
+Used for double backward, for forward-mode AD, and when a compiler traces a transform of torch.func. They consist of
+torch's differentiable operations, so they support further differentiation, to any order and in either mode, and vmap.
 
 Notation, per channel, with <u, v> the sum of u*v over the channel's n elements and I = (var + eps)^-1/2:
 
-    xhat = (x - mean) I                           the input, standardised
-    P v  = v - <1, v>/n - xhat <xhat, v>/n        in training: what is left of v once the statistics follow it;
-    P v  = v                                      in inference, where they are constants. Both are symmetric.
+    xhat = (x - mean) I                           the normalised input
+    P v  = v - <1, v>/n - xhat <xhat, v>/n        in training, where the statistics depend on x;
+    P v  = v                                      in inference, where they are constants. P is symmetric.
 
     y = w xhat + b          d xhat = I P dx          dI = -I^2 <xhat, dx>/n   (0 in inference)
 
 and the backward of y for a gradient g is   db = <1, g>,   dw = <g, xhat>,   dx = w I P g.
-(These hold for eps > 0 too, where <xhat, xhat>/n is not 1.)
+(They also hold for eps > 0, where <xhat, xhat>/n != 1.)
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ def _accumulate_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-class Standardised:
-    """xhat, I and the sums above for one x, in the accumulation dtype.
+class NormalisedInput:
+    """xhat, I and the sums above for an input x (N, C, *), in the accumulation dtype.
 
-    In training the statistics are computed from x again, as part of the formula: the ones that were saved would be
-    constants to whoever differentiates this.
+    In training the statistics are recomputed from x, because the saved ones have no autograd graph and would be treated
+    as constants when these formulas are differentiated.
     """
 
     def __init__(self, x: Tensor, mean: Tensor | None, invstd: Tensor | None, training: bool, eps: float) -> None:
         self.dtype = _accumulate_dtype(x)
-        self.channel = [1, -1] + [1] * (x.dim() - 2)  # the shape in which a (C,) tensor meets x
-        self.others = [0, *range(2, x.dim())]  # the dimensions that are summed over
+        self.channel = [1, -1] + [1] * (x.dim() - 2)  # the shape in which a (C,) tensor broadcasts with x
+        self.reduced_dims = [0, *range(2, x.dim())]  # the reduced dimensions
         self.batch_statistics = training and self.has_values(x)
         x = x.to(self.dtype)
         if self.batch_statistics:
@@ -48,24 +48,24 @@ class Standardised:
             self.xhat = centred * self.invstd
         else:
             assert mean is not None and invstd is not None
-            self.invstd = self.spread(invstd)
-            self.xhat = (x - self.spread(mean)) * self.invstd
+            self.invstd = self.broadcast(invstd)
+            self.xhat = (x - self.broadcast(mean)) * self.invstd
 
     def has_values(self, x: Tensor) -> bool:
-        """Whether there is anything to take statistics of."""
+        """Whether x has elements to compute statistics from."""
         return x.numel() > 0
 
-    def spread(self, vector: Tensor) -> Tensor:
+    def broadcast(self, vector: Tensor) -> Tensor:
         """(C,) to a shape that broadcasts with x."""
         return vector.to(self.dtype).view(self.channel)
 
     def sum(self, v: Tensor) -> Tensor:
         """<1, v>, of shape (C,)."""
-        return v.sum(self.others)
+        return v.sum(self.reduced_dims)
 
     def mean(self, v: Tensor) -> Tensor:
-        """<1, v>/n, in a shape that broadcasts with x."""
-        return v.mean(self.others, keepdim=True)
+        """<1, v>/n, of a shape that broadcasts with x."""
+        return v.mean(self.reduced_dims, keepdim=True)
 
     def project(self, v: Tensor) -> Tensor:
         """P v."""
@@ -73,13 +73,13 @@ class Standardised:
 
     def scale(self, weight: Tensor | None) -> Tensor:
         """w I."""
-        return self.invstd if weight is None else self.invstd * self.spread(weight)
+        return self.invstd if weight is None else self.invstd * self.broadcast(weight)
 
 
-class Synchronised(Standardised):
-    """The same of an x that is this rank's part of a batch: means are those of the whole batch, sums the rank's own.
+class SynchronisedInput(NormalisedInput):
+    """NormalisedInput for this rank's part x of a batch: mean() averages over all ranks, sum() over this rank's part.
 
-    count: of a channel's values on all ranks, one element. total: sums a tensor over the ranks, differentiably.
+    count: the number of values per channel on all ranks, one element. total: a differentiable sum over the ranks.
     """
 
     def __init__(self, x: Tensor, eps: float, count: Tensor, total: Callable[[Tensor], Tensor]) -> None:
@@ -87,10 +87,10 @@ class Synchronised(Standardised):
         super().__init__(x, None, None, True, eps)
 
     def has_values(self, x: Tensor) -> bool:
-        return True  # on some rank
+        return True  # some rank has values
 
     def mean(self, v: Tensor) -> Tensor:
-        return self.spread(self.total(self.sum(v)) / self.count.to(self.dtype))
+        return self.broadcast(self.total(self.sum(v)) / self.count.to(self.dtype))
 
 
 def forward(
@@ -104,15 +104,15 @@ def forward(
     momentum: float | None,
     eps: float,
 ) -> Tensor:
-    """batch_norm as a whole: y = w xhat + b, and the three buffers in place."""
+    """batch_norm: returns y = w xhat + b, in the dtype of x, and updates the three buffers in place."""
     if training and x.numel() > 0:
-        s = Standardised(x, None, None, True, eps)
+        s = NormalisedInput(x, None, None, True, eps)
     elif running_mean is not None and running_var is not None:
-        s = Standardised(x, running_mean, (running_var.to(_accumulate_dtype(x)) + eps).rsqrt(), False, eps)
+        s = NormalisedInput(x, running_mean, (running_var.to(_accumulate_dtype(x)) + eps).rsqrt(), False, eps)
     else:
-        return x.clone()  # nothing to normalise, and nothing to normalise it by
-    y = s.xhat if weight is None else s.xhat * s.spread(weight)
-    y = y if bias is None else y + s.spread(bias)
+        return x.clone()  # an empty batch, without running statistics
+    y = s.xhat if weight is None else s.xhat * s.broadcast(weight)
+    y = y if bias is None else y + s.broadcast(bias)
 
     if training and num_batches_tracked is not None:
         num_batches_tracked.add_(1)
@@ -129,28 +129,28 @@ def forward(
 
 
 def forward_tangent(
-    s: Standardised, weight: Tensor | None, dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None
+    s: NormalisedInput, weight: Tensor | None, dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None
 ) -> Tensor | None:
     """dy = w I P dx + dw xhat + db."""
     terms = []
     if dx is not None:
         terms.append(s.scale(weight) * s.project(dx.to(s.dtype)))
     if dweight is not None:
-        terms.append(s.xhat * s.spread(dweight))
+        terms.append(s.xhat * s.broadcast(dweight))
     if dbias is not None:
-        terms.append(s.spread(dbias).expand_as(s.xhat))
+        terms.append(s.broadcast(dbias).expand_as(s.xhat))
     return _total(terms)
 
 
 def backward_tangent(
-    s: Standardised,
+    s: NormalisedInput,
     grad: Tensor,
     weight: Tensor | None,
     dgrad: Tensor | None,
     dx: Tensor | None,
     dweight: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The tangents of (dx, dw, db) of backward for tangents of its g, x and w."""
+    """The tangents of the backward's results (dx, dw, db) for tangents of g, x and w."""
     g = grad.to(s.dtype)
     input_terms, weight_terms, grad_bias = [], [], None
     if dgrad is not None:
@@ -165,23 +165,27 @@ def backward_tangent(
         if s.batch_statistics:
             dinvstd = -s.invstd.square() * s.mean(s.xhat * dx)
             dproject = -dxhat * s.mean(s.xhat * g) - s.xhat * s.mean(dxhat * g)  # (dP) g
-            factor = 1 if weight is None else s.spread(weight)
+            factor = 1 if weight is None else s.broadcast(weight)
             input_terms.append(factor * (dinvstd * s.project(g) + s.invstd * dproject))
     if dweight is not None:
-        input_terms.append(s.spread(dweight) * s.invstd * s.project(g))
+        input_terms.append(s.broadcast(dweight) * s.invstd * s.project(g))
     return _total(input_terms), _total(weight_terms), grad_bias
 
 
 def double_backward(
-    s: Standardised,
+    s: NormalisedInput,
     grad: Tensor,
     weight: Tensor | None,
     cotangents: tuple[Tensor | None, ...],
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients with respect to g, x and w of L = <u, dx> + a dw + b db, for cotangents (u, a, b); those of `needs`.
+    """Gradients of L = <u, dx> + a dw + b db with respect to g, x and w, for cotangents (u, a, b).
 
-    With S = <u, P g>, L = w I S + a <g, xhat> + b <1, g>, hence
+    needs says which of the three to compute; the others are None. With S = <u, P g>,
+
+        L = w I S + a <g, xhat> + b <1, g>
+
+    and hence
 
         dL/dg = w I P u + a xhat + b
         dL/dw = I S
@@ -205,18 +209,21 @@ def double_backward(
             )
             input_terms.append(-s.scale(weight) * s.invstd * bracket)
     if a is not None:
-        a = s.spread(a)
+        a = s.broadcast(a)
         if need_grad:
             grad_terms.append(a * s.xhat)
         if need_input:
-            input_terms.append(s.invstd * s.project(a * g))  # a may differ from rank to rank
+            input_terms.append(s.invstd * s.project(a * g))  # a may differ between ranks
     if b is not None and need_grad:
-        grad_terms.append(s.spread(b).expand_as(g))
+        grad_terms.append(s.broadcast(b).expand_as(g))
     return _total(grad_terms), _total(input_terms), grad_weight
 
 
-def passed_by_relu(grad: Tensor, x: Tensor, relu_bounds: Tensor) -> Tensor:
-    """grad where the ReLU of a fused forward let x pass, else 0. relu_bounds (2, C): least and greatest such x."""
+def relu_backward(grad: Tensor, x: Tensor, relu_bounds: Tensor) -> Tensor:
+    """The ReLU's backward: grad where the ReLU of the forward's epilogue was positive, else 0.
+
+    relu_bounds (2, C): the smallest and largest x of each channel whose result is positive.
+    """
     low, high = relu_bounds.view(2, 1, -1, *[1] * (x.dim() - 2))
     value = x.to(low.dtype)
     return grad.masked_fill((value < low) | (value > high), 0)

@@ -1,20 +1,20 @@
 """The autograd.Functions of y = relu(batch_norm(x) + residual), where the residual and the ReLU are optional.
 
-    Eager            backward through the kernels: ordinary training
-    Transformable    batch_norm alone, with jvp and vmap, for torch.func and for forward mode
-    Traced           of ops without side effects, for torch.compile and torch.export
-    Backward         the backward kernel, as a function that is differentiable in its turn
+    Eager            ordinary training: the backward calls the kernels
+    Transformable    batch_norm without an epilogue, with jvp and vmap, for torch.func and forward-mode AD
+    Traced           for torch.compile and torch.export: calls ops without side effects
+    Backward         the backward kernel as a differentiable function, for double backward
 
-What they compute is in the ops (kernels) and in formulas.py (the rest).
+The kernels (ops) and formulas.py do the computation.
 
-Why three of one thing: torch.func requires the setup_context form, whose arguments torch binds with inspect.signature()
-on every call, which takes longer than a small BatchNorm does (23 us against 3 us, on empty functions of these
-arguments); and torch.compile traces no function that has a jvp.
+Three forward functions are needed for two reasons. torch.func requires the setup_context form, for which torch binds
+the arguments with inspect.signature() in every call. That takes longer than a small BatchNorm (23 us instead of 3 us,
+measured with empty functions of these arguments). And torch.compile cannot trace a function that has a jvp.
 
-Saved are x, the weight and the statistics of *this* forward, 2C values. The running statistics are not read again, so
-an eval forward that is followed by a train forward still has its own gradient. A ReLU without a residual adds its
-bounds, 2C values: the backward kernel compares x with them, so neither y nor a mask is saved or read. With a residual y
-is saved, as torch's ReLU does, and the ReLU's backward is torch's own.
+The forward saves x, the weight and the statistics that it used, 2C values. The backward does not read the running
+statistics, so the gradient of an eval forward is correct even if a training forward follows it. A ReLU without a
+residual also saves its bounds, 2C values: the backward kernel compares x with them, so neither y nor a mask is saved or
+read. A ReLU with a residual saves y, like torch's ReLU, and uses torch's backward for the ReLU.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch.autograd.function import Function
 from torch.compiler import is_compiling
 from torch.onnx import is_in_onnx_export
 
-from bnkernels import ops
+from bnkernels import _ops as ops
 
 from . import batching, formulas
 
@@ -38,9 +38,9 @@ transforms_active = torch._C._are_functorch_transforms_active
 
 
 def is_traced() -> bool:
-    """Whether a compiler sees this call: TorchDynamo, torch.export, or what takes a captured graph to its ops.
+    """Whether this call is traced by TorchDynamo, torch.export or AOTAutograd.
 
-    torch before 2.13 says so by is_compiling() for the first two only.
+    Before torch 2.13, is_compiling() covers only the first two.
     """
     return is_compiling() or TracingContext.try_get() is not None
 
@@ -59,11 +59,11 @@ def batch_norm(
 ) -> Tensor:
     """relu(batch_norm(x) + residual), differentiable in x, weight, bias and residual.
 
-    In training the buffers of `spec` that are not None are updated.
+    Training updates the buffers in `spec` that are not None, in place.
 
-    x is (N, C, *), residual like x; the others are (C,) or None, num_batches_tracked one int64; dtypes as the ops take
-    them. Inference needs running_mean and running_var. momentum None averages over all batches: it needs
-    num_batches_tracked.
+    x is (N, C, *), residual has its shape, dtype and device, num_batches_tracked is one int64, and the other tensors
+    are (C,); all but x may be None. Dtypes: see bnkernels.batch_norm(). Inference requires running_mean and
+    running_var. momentum=None, the cumulative average, requires num_batches_tracked.
     """
     running_mean, running_var, num_batches_tracked, training, momentum, eps = spec
     grad_enabled = is_grad_enabled()
@@ -81,7 +81,7 @@ def batch_norm(
         if is_in_onnx_export():
             return _exported_to_onnx(x, weight, bias, spec)
         if transforms_active():
-            # A compiler drops the backward of a Function in a transform of torch.func (torch 2.13: zeros, silently).
+            # Compilers ignore the backward of a Function inside a transform of torch.func (torch 2.13: silently zeros).
             return formulas.forward(x, weight, bias, *spec)
         return _traced(x, weight, bias, spec, residual, relu)
     if transformed:
@@ -117,16 +117,16 @@ def _run(
     eps: float,
     relu: bool,
 ) -> Any:
-    """What the forward op of the mode returns: (y, mean, invstd, relu_bounds, ...)."""
+    """Calls the forward op of the mode: returns (y, mean, invstd, relu_bounds, ...)."""
     if training:
         return train(x, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, residual, relu)
     return evaluate(x, weight, bias, running_mean, running_var, eps, residual, relu)
 
 
 class Eager(Function):
-    """(x, weight, bias, (*spec, relu)) -> y, or with a fifth argument, the residual.
+    """(x, weight, bias, (*spec, relu), [residual]) -> y
 
-    What has no gradient is in one tuple, which autograd does not look into: every argument of its own costs time.
+    Arguments without a gradient are passed in one tuple, which autograd ignores, because each argument adds overhead.
     """
 
     @staticmethod
@@ -157,19 +157,19 @@ class Eager(Function):
         x, weight, mean, invstd, *passed = ctx.saved_tensors
         training, eps, relu = ctx.call
         need_input, need_weight, need_bias, _, *need_residual = ctx.needs_input_grad
-        # Where there is no weight, autograd itself casts the bias's gradient to the bias's dtype.
-        again = is_grad_enabled() or transforms_active() or forward_ad._current_level >= 0
+        create_graph = is_grad_enabled() or transforms_active() or forward_ad._current_level >= 0
         bounds = None
         if relu:
             if need_residual:
                 grad = ops.threshold_backward(grad, passed[0], 0)
-            elif again:
-                grad = formulas.passed_by_relu(grad, x, passed[0])
+            elif create_graph:
+                grad = formulas.relu_backward(grad, x, passed[0])
             else:
                 bounds = passed[0]
         grads: tuple[Tensor | None, ...] = (None, None, None)
         if need_input or need_weight or need_bias:
-            if again:
+            # Without a weight, grad_bias has the dtype of the statistics; autograd casts it to the dtype of the bias.
+            if create_graph:
                 grads = Backward.apply(grad, x, weight, mean, invstd, training, eps, need_input, need_weight, need_bias)
             else:
                 grads = ops.backward(
@@ -181,9 +181,10 @@ class Eager(Function):
 def _apply_eager_in_c(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, rest: tuple[Any, ...], residual: Tensor | None
 ) -> Any:
-    """Eager.apply() for a torch whose own is Python: it looks for transforms, of which batch_norm() has found none.
+    """Eager.apply() for versions of torch that implement Function.apply in Python.
 
-    What is left of it to do is to unwrap tensors that have outlived the transform they come from.
+    Function.apply checks for active transforms, which batch_norm() has already done, and unwraps tensors of transforms
+    that have ended, which is done here.
     """
     last = () if residual is None else (_unwrap_if_dead(residual),)
     return super(Function, Eager).apply(
@@ -195,20 +196,20 @@ def _apply_eager_in_c(
     )
 
 
-def _apply_eager_itself(
+def _apply_eager_default(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, rest: tuple[Any, ...], residual: Tensor | None
 ) -> Any:
     return Eager.apply(x, weight, bias, rest, *(() if residual is None else (residual,)))
 
 
 _unwrap_if_dead = torch._C._functorch.unwrap_if_dead
-_apply_eager = _apply_eager_in_c if isinstance(Function.__dict__["apply"], classmethod) else _apply_eager_itself
+_apply_eager = _apply_eager_in_c if isinstance(Function.__dict__["apply"], classmethod) else _apply_eager_default
 
 
 class Transformable(Function):
     """(x, weight, bias, *spec) -> (y, mean, invstd)
 
-    mean and invstd are what y was made with; they have no gradient of their own.
+    mean and invstd are the statistics used to compute y, (C,). They are not differentiable.
     """
 
     @staticmethod
@@ -236,7 +237,7 @@ class Transformable(Function):
     @staticmethod
     def jvp(ctx: Any, dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, *_: None) -> tuple[Any, ...]:
         x, weight, mean, invstd = ctx.saved_tensors
-        s = formulas.Standardised(x, mean, invstd, ctx.training, ctx.eps)
+        s = formulas.NormalisedInput(x, mean, invstd, ctx.training, ctx.eps)
         dy = formulas.forward_tangent(s, weight, dx, dweight, dbias)
         return (None if dy is None else dy.to(x.dtype)), None, None
 
@@ -248,7 +249,7 @@ class Transformable(Function):
 def _traced(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: Spec, residual: Tensor | None, relu: bool
 ) -> Tensor:
-    """batch_norm() for a compiler: the new statistics are results, and writing them back is an operation it sees."""
+    """batch_norm() for compilers: a functional op returns the new buffers, and traceable copies write them back."""
     outputs: tuple[Tensor, ...] = Traced.apply(x, weight, bias, residual, *spec, relu)
     for buffer, updated in zip(spec[:3], outputs[4:]):
         if buffer is not None:
@@ -257,7 +258,7 @@ def _traced(
 
 
 def _exported_to_onnx(x: Tensor, weight: Tensor | None, bias: Tensor | None, spec: Spec) -> Tensor:
-    """batch_norm() for ONNX: its own BatchNormalization, as which it knows torch's operator; in training, formulas."""
+    """batch_norm() for ONNX: F.batch_norm, exported as BatchNormalization, in inference; formulas in training."""
     running_mean, running_var, _, training, _, eps = spec
     if training:
         return formulas.forward(x, weight, bias, *spec)
@@ -265,7 +266,7 @@ def _exported_to_onnx(x: Tensor, weight: Tensor | None, bias: Tensor | None, spe
 
 
 class Traced(Function):
-    """(x, weight, bias, residual, *spec, relu) -> (y, mean, invstd, relu_bounds), and in training the new buffers."""
+    """(x, weight, bias, residual, *spec, relu) -> (y, mean, invstd, relu_bounds, *(new buffers in training))"""
 
     @staticmethod
     def forward(
@@ -278,17 +279,17 @@ class Traced(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, weight, _, residual, *_, ctx.training, _, _, ctx.relu = inputs
         y, mean, invstd, bounds = output[:4]
-        ctx.adds = residual is not None
-        ctx.save_for_backward(x, weight, mean, invstd, None if not ctx.relu else y if ctx.adds else bounds)
+        ctx.has_residual = residual is not None
+        ctx.save_for_backward(x, weight, mean, invstd, None if not ctx.relu else y if ctx.has_residual else bounds)
         ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, invstd, passed = ctx.saved_tensors
         *needs, need_residual = ctx.needs_input_grad[:4]
-        if ctx.relu and ctx.adds:
+        if ctx.relu and ctx.has_residual:
             grad = ops.threshold_backward(grad, passed, 0)
-        bounds = passed if ctx.relu and not ctx.adds else None
+        bounds = passed if ctx.relu and not ctx.has_residual else None
         grads = ops.backward_op(grad, x, weight, mean, invstd, ctx.training, *needs, bounds)
         return (
             *(g if need else None for g, need in zip(grads, needs)),
@@ -300,8 +301,9 @@ class Traced(Function):
 class Backward(Function):
     """(grad, x, weight, mean, invstd, training, eps, need_input, need_weight, need_bias) -> (dx, dweight, dbias)
 
-    Those that are not needed are None. mean and invstd are what the forward returned. In training they are functions of
-    x, and x's derivatives are the total ones; otherwise they are constants. Theirs are never asked for.
+    Results that are not needed are None. mean and invstd are those of the forward. In training they are functions of x,
+    and derivatives with respect to x are total derivatives; in inference they are constants. Gradients with respect to
+    mean and invstd are never required.
     """
 
     @staticmethod
@@ -329,7 +331,7 @@ class Backward(Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         grad, x, weight, mean, invstd = ctx.saved_tensors
-        s = formulas.Standardised(x, mean, invstd, ctx.training, ctx.eps)
+        s = formulas.NormalisedInput(x, mean, invstd, ctx.training, ctx.eps)
         results = formulas.double_backward(s, grad, weight, cotangents, ctx.needs_input_grad[:3])
         return (
             *(None if result is None else result.to(like.dtype) for result, like in zip(results, (grad, x, weight))),
@@ -339,7 +341,7 @@ class Backward(Function):
     @staticmethod
     def jvp(ctx: Any, dgrad: Tensor | None, dx: Tensor | None, dweight: Tensor | None, *_: None) -> tuple[Any, ...]:
         grad, x, weight, mean, invstd = ctx.saved_tensors
-        s = formulas.Standardised(x, mean, invstd, ctx.training, ctx.eps)
+        s = formulas.NormalisedInput(x, mean, invstd, ctx.training, ctx.eps)
         tangents = formulas.backward_tangent(s, grad, weight, dgrad, dx, dweight)
         parameter = weight if weight is not None else mean
         return tuple(

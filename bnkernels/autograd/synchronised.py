@@ -1,15 +1,16 @@
-"""batch_norm of a batch that lies on several ranks: two kernels, one exchange and one kernel, in each direction.
+"""batch_norm of a batch that is distributed over several ranks, with one collective in each direction.
 
-    Eager            forward: statistics of the rank's part -> gather -> join -> normalize
-                     backward: sums of the rank's part -> gather -> gradient of the input
-    Traced           the same of ops without side effects, for torch.compile
-    Backward         the backward, as a function that is differentiable in its turn
-    Total            the sum over the ranks, which its derivatives are made of
+    Eager            forward: statistics of the rank's part -> all-gather -> combine -> normalize
+                     backward: gradient sums of the rank's part -> all-gather -> gradient of the input
+    Traced           the same with ops without side effects, for torch.compile
+    Backward         the backward as a differentiable function, for double backward
+    Total            the differentiable sum over ranks that the double backward uses
 
-The gradient of the weight and of the bias is the rank's part of it, as that of any other layer: whoever averages
-gradients between ranks (DDP, FSDP) sums these too.
+The gradients of weight and bias are those of the rank's part of the batch, as for any other layer: DDP and FSDP reduce
+them over the ranks.
 
-How many values there are in all is known on the device alone: it travels with the statistics and no host waits for it.
+The total number of values per channel is exchanged with the statistics and stays on the device; the host never waits
+for it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import Function, once_differentiable
 from torch.compiler import is_compiling
 
-from bnkernels import ops
+from bnkernels import _ops as ops
 from bnkernels.ranks import Ranks, gather_traced
 
 from . import formulas
@@ -39,14 +40,18 @@ def sync_batch_norm(
     eps: float,
     ranks: Ranks,
 ) -> Tensor:
-    """y of batch_norm in training, for this rank's part x of the batch; the buffers that are there are updated.
+    """y of batch_norm in training for this rank's part x (N, C, *) of the batch. Updates the given buffers in place.
 
-    Every rank calls it, in the same order; x may be empty. Arguments otherwise as batch_norm's.
+    Every rank must call it in the same order; x may be empty. Other arguments: see batch_norm().
+
+    Raises:
+        NotImplementedError: a transform of torch.func or forward-mode AD is active.
+        RuntimeError: the collective failed; see Ranks.gather().
     """
     if transforms_active() or forward_ad._current_level >= 0:
         raise NotImplementedError(
-            f"{ranks.layer}: transforms of torch.func and forward-mode AD are not supported where statistics are "
-            "synchronised between ranks; in eval mode, or without a process group, they are"
+            f"{ranks.layer}: transforms of torch.func and forward-mode AD are not supported while statistics are "
+            "synchronised between ranks. They are supported in eval mode and without a process group"
         )
     buffers = (running_mean, running_var, num_batches_tracked)
     if is_compiling():
@@ -121,7 +126,7 @@ class Backward(Function):
             summed: Tensor = Total.apply(v, ctx.ranks)
             return summed
 
-        s = formulas.Synchronised(x, ctx.eps, count, total)
+        s = formulas.SynchronisedInput(x, ctx.eps, count, total)
         results = formulas.double_backward(s, grad, weight, cotangents, ctx.needs_input_grad[:3])
         return (
             *(None if result is None else result.to(like.dtype) for result, like in zip(results, (grad, x, weight))),
@@ -130,7 +135,7 @@ class Backward(Function):
 
 
 class Total(Function):
-    """(v, ranks) -> the sum of the ranks' v. Each rank's v moves the results of all: the gradient is such a sum too."""
+    """(v, ranks) -> the sum of v over the ranks. Its gradient is the sum of the gradients over the ranks."""
 
     @staticmethod
     def forward(ctx: Any, v: Tensor, ranks: Ranks) -> Tensor:
@@ -144,7 +149,7 @@ class Total(Function):
 
 class Traced(Function):
     """(x, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps, group_name, size) ->
-    (y, and the buffers as they are to be afterwards)"""
+    (y, *(updated buffers))"""
 
     @staticmethod
     def forward(

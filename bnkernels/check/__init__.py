@@ -1,12 +1,12 @@
-"""python -m bnkernels.check: does this installation compute what it should?
+"""python -m bnkernels.check: checks the numerical results of this installation.
 
-Every backend that is here (the CPU; CUDA where it is built and a GPU is present) runs the cases of bnkernels.testing
-through bnkernels.batch_norm and autograd, and is held to the float64 reference. torch's own layer is judged beside it,
-for comparison only.
+Every available backend (the CPU; CUDA if built and a GPU is present) runs the cases of bnkernels.testing through
+bnkernels.batch_norm and autograd. The results are compared with the float64 reference. torch's layer is included for
+comparison only.
 
 Exit code: 0 all within bounds, 1 something out of bounds, 2 could not run.
 
-With --env it checks nothing, and prints what a report of a bug should say of the machine and the installation.
+With --env it runs no checks, and prints the information on machine and installation that a bug report needs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WITHIN, OUT_OF_BOUNDS, COULD_NOT_RUN = 0, 1, 2
 
 
 class CannotRun(Exception):
-    """The check has nothing to say about the numbers, for the reason given."""
+    """The check could not run, for the given reason."""
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -41,15 +41,15 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     tier = parser.add_mutually_exclusive_group()
     for name, text in (
-        ("quick", "some hundred small cases, under 30 seconds (the default)"),
-        ("full", "some thousand, with shapes of real networks: minutes"),
-        ("huge", "over 2^31 elements: needs 100 GB of memory and a 16 GB device"),
+        ("quick", "several hundred small cases, under 30 seconds (the default)"),
+        ("full", "several thousand cases, including shapes of real networks: minutes"),
+        ("huge", "more than 2^31 elements: needs 100 GB of memory and a 16 GB device"),
     ):
         tier.add_argument(f"--{name}", dest="tier", action="store_const", const=name, help=text)
     tier.add_argument(
-        "--env", action="store_true", help="check nothing; print what a bug report needs, and exit with 0"
+        "--env", action="store_true", help="run no checks; print the information for a bug report, and exit with 0"
     )
-    tier.add_argument("--case", action="append", metavar="NAME", help="only this case, in detail; may be repeated")
+    tier.add_argument("--case", action="append", metavar="NAME", help="run only this case, in detail; may be repeated")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: every backend of this installation)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results to FILE; - for standard output")
     return parser.parse_args(argv)
@@ -71,7 +71,7 @@ def _devices(wanted: str | None) -> list[torch.device]:
         if not torch.cuda.is_available():
             raise CannotRun("torch finds no usable GPU")
         if (device.index or 0) >= torch.cuda.device_count():
-            raise CannotRun(f"there is no {device}: torch finds {torch.cuda.device_count()} GPU(s)")
+            raise CannotRun(f"no such device: {device}: torch finds {torch.cuda.device_count()} GPU(s)")
     return [device]
 
 
@@ -91,7 +91,7 @@ def _run(chosen: list[Case], device: torch.device) -> report.Backend:
             try:
                 results.append(run_case(case, device))
             except Exception as error:
-                # A kernel that faults takes the device with it: what fails after a failed case belongs to that case.
+                # A faulting kernel makes the device unusable, so an error after a failed case is a consequence of it.
                 if all(r.ok for r in results):
                     raise
                 stopped = f"{case}: {type(error).__name__}: {error}"
@@ -100,7 +100,7 @@ def _run(chosen: list[Case], device: torch.device) -> report.Backend:
     return report.Backend(device, _device_name(device), tuple(results), time.monotonic() - start, stopped)
 
 
-def _tell_environment(file: Path | None) -> int:
+def _print_environment(file: Path | None) -> int:
     found = environment.environment()
     text = environment.as_text(found) if file is None else json.dumps(found, indent=1)
     if file is None or str(file) == "-":
@@ -112,14 +112,14 @@ def _tell_environment(file: Path | None) -> int:
 
 def _check(arguments: argparse.Namespace) -> int:
     if arguments.env:
-        return _tell_environment(arguments.json)
+        return _print_environment(arguments.json)
     tier = arguments.tier or "quick"
     try:
         chosen = [Case.parse(name) for name in arguments.case] if arguments.case else [*cases(tier), *fused_cases(tier)]
     except ValueError as error:
         raise CannotRun(str(error)) from None
     devices = _devices(arguments.device)
-    # With the JSON on standard output, the words go to the other one.
+    # If the JSON goes to standard output, the text goes to standard error.
     out = sys.stderr if str(arguments.json) == "-" else sys.stdout
 
     def say(text: str = "") -> None:
@@ -150,7 +150,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the check with these arguments (default: the command line's) and return the exit code."""
+    """Runs the check with argv (default: sys.argv[1:]) and returns the exit code."""
     arguments = _arguments(argv)
     try:
         return _check(arguments)
@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         reason = str(error)
     except OSError as error:
         reason = str(error)
-    except Exception as error:  # a fault of the check, of torch or of the machine: it says nothing about the numbers
+    except Exception as error:  # a failure of the check, torch or the machine, not of the results
         reason = f"out of memory: {error}" if is_out_of_memory(error) else f"{type(error).__name__}: {error}"
     print(f"bnkernels.check could not run: {reason}", file=sys.stderr)
     return COULD_NOT_RUN

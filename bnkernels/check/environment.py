@@ -1,4 +1,4 @@
-"""What a bug report needs: the machine, the versions, how this installation was built and what it runs on."""
+"""The information that a bug report needs: machine, versions, build configuration and environment variables."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import torch
 import bnkernels
 
 VARIABLES = ("BNKERNELS_", "CUDA_", "TORCH_", "TORCHINDUCTOR_", "PYTORCH_", "OMP_", "MKL_", "NVIDIA_")
-"""Environment variables that change what is built, chosen or run begin so."""
+"""Prefixes of environment variables that affect the build or the execution."""
 
 _COMPILERS = ("c++", "nvcc")
 _SECONDS = 10.0
 
 
 def environment() -> dict[str, object]:
-    """All of it; strings, numbers, lists and dicts only. What could not be found out says why."""
+    """The environment as strings, numbers, lists and dicts. Unavailable values contain the reason."""
     return {
         "bnkernels": bnkernels.__version__,
         "installed in": str(Path(bnkernels.__file__).parent),
@@ -33,15 +33,15 @@ def environment() -> dict[str, object]:
         "CPU": _processor(),
         "CPU capability of torch": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "driver": _said(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]),
+        "driver": _output_of(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]),
         "GPUs": [_gpu(index) for index in range(torch.cuda.device_count())],
-        "compilers": {name: _said([name, "--version"]) for name in _COMPILERS},
+        "compilers": {name: _output_of([name, "--version"]) for name in _COMPILERS},
         "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)},
     }
 
 
 def as_text(found: dict[str, object]) -> str:
-    """One line each, `name: value`; what has parts, and texts of several lines, indented below their names."""
+    """Formats one `name: value` per line. Nested values and multi-line texts are indented below their names."""
     return "\n".join(_lines(found, ""))
 
 
@@ -84,8 +84,8 @@ def _gpu(index: int) -> str:
     return f"{properties.name}, {capability}, {properties.multi_processor_count} multiprocessors, {memory}"
 
 
-def _said(command: list[str]) -> str:
-    """What a program prints, or why there is nothing."""
+def _output_of(command: list[str]) -> str:
+    """The output of a program, or the reason why there is none."""
     program = shutil.which(command[0])
     if program is None:
         return "not on PATH"

@@ -1,4 +1,4 @@
-"""A progress bar: tqdm's where it is installed, else one line of our own. Silent where stderr is no terminal."""
+"""A progress bar: tqdm if installed, else OneLine. Prints nothing if stderr is not a terminal."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ class OneLine:
 
 
 def bar(total: int) -> OneLine:
-    """A context manager with update() and set_description_str(), as tqdm's."""
+    """A progress bar as a context manager with tqdm's update() and set_description_str()."""
     try:
         from tqdm import tqdm
     except ImportError:
         return OneLine(total)
-    # disable=None: only where stderr is a terminal.
+    # disable=None disables the bar if stderr is not a terminal.
     made: OneLine = tqdm(total=total, disable=None, leave=False, unit="case", dynamic_ncols=True)
     return made

@@ -1,4 +1,4 @@
-"""What SyncBatchNorm computes, in one process: the rows of several ranks are made one after the other."""
+"""Runs the ops of SyncBatchNorm for several ranks sequentially in one process."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from itertools import pairwise
 
 import torch
 
-from .. import ops
+from .. import _ops as ops
 from ..testing import Inputs, Outputs
 
 
 def call_in_ranks(inputs: Inputs, bounds: Sequence[int]) -> Outputs:
-    """Forward and backward in training, of ranks that have x[bounds[0]:bounds[1]] and so on, put together again.
+    """Forward and backward in training for ranks with x[bounds[0]:bounds[1]] etc., concatenated.
 
-    The ranks' own gradients of weight and bias are rounded to the parameters' dtype; those returned are the sums of
-    what they exchange, in the statistics' dtype.
+    The ops return each rank's gradients of weight and bias rounded to the parameters' dtype. The gradients returned
+    here are sums of the exchanged rows instead, in the dtype of the statistics.
     """
     parts = [(inputs.x[a:b], inputs.grad[a:b]) for a, b in pairwise(bounds)]
     weight, bias = inputs.weight, inputs.bias

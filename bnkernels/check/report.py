@@ -1,4 +1,4 @@
-"""What the check says: the tables for people, the JSON for their CI."""
+"""The reports of the check: tables as text, and JSON for CI."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from ..testing import DTYPE_PAIRS, EPILOGUES, FAMILIES, GRADS, REPORT_FROM, WEIG
 from .runner import Result, worst_ratio
 
 FORMAT = 1
-"""Of the JSON: raised when a field changes its meaning or goes away."""
+"""Version of the JSON format: incremented when a field changes its meaning or is removed."""
 
 _RULE = "-" * 79
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One device, and all that ran on it."""
+    """The results of one device."""
 
     device: torch.device
     name: str
     results: tuple[Result, ...]
     seconds: float
     stopped: str | None = None
-    """Why not all cases ran, where something after a failed case could not."""
+    """Why the run stopped after a failed case, or None if all cases ran."""
 
     @property
     def ok(self) -> bool:
@@ -50,13 +50,13 @@ def ratio_text(ratio: float) -> str:
 
 
 def command(case: Case, device: torch.device) -> str:
-    """The one line that runs a case again."""
+    """The command line that reproduces a case."""
     return f"python -m bnkernels.check --device {device} --case {case}"
 
 
 @dataclass(frozen=True)
 class Grouping:
-    """One way of grouping the cases: the tables' title and the JSON's field, and the groups in their order."""
+    """A grouping of the cases. title: of the table and the JSON field; order: the groups in order."""
 
     title: str
     of: Callable[[Case], str]
@@ -96,13 +96,13 @@ def _where(error_reports: tuple[ErrorReport, ...]) -> str:
     return f"{worst.quantity} {_SHORT[worst.dtype]}" if worst is not None and worst.ratio > 0 else "-"
 
 
-def _their_worst(results: Iterable[Result]) -> Result | None:
+def _worst_native(results: Iterable[Result]) -> Result | None:
     judged = [r for r in results if r.native is not None]
     return max(judged, key=lambda r: worst_ratio(r.native or ()), default=None)
 
 
 def table(backend: Backend) -> str:
-    """Worst error over bound by group of inputs, 79 columns: ours and in which output, torch's and in which."""
+    """Tables of the worst error over bound per group, for bnkernels and torch, and its output. 79 columns."""
     lines = []
     for group in GROUPINGS:
         lines.append(f"{group.title:<17}{'cases':>5}{'bnkernels':>11} in{'torch':>24}  in")
@@ -111,7 +111,7 @@ def table(backend: Backend) -> str:
             worst = max(results, key=lambda r: r.ratio)
             where = "see below" if worst.problems else _where(worst.ours)
             line = f"{name:<17}{len(results):>5}{ratio_text(worst.ratio):>10}{_mark(worst.ratio)} {where:<17}"
-            native = _their_worst(results)
+            native = _worst_native(results)
             if native is None or native.native is None:
                 line += f"{'n/a':>9}"
             else:
@@ -122,7 +122,7 @@ def table(backend: Backend) -> str:
 
 
 def summary(backend: Backend, limit: int = 5) -> str:
-    """The error report on a backend, and how to see its worst case again."""
+    """The result of a backend, and the command that reproduces its worst case."""
     failed = sorted((r for r in backend.results if not r.ok), key=lambda r: -r.ratio)
     count = len(backend.results)
     worst = backend.worst
@@ -146,13 +146,13 @@ def summary(backend: Backend, limit: int = 5) -> str:
 
 
 def details(result: Result, device: torch.device) -> str:
-    """One case, output by output."""
+    """The results of one case for each output."""
     lines = [str(result.case), f"on {device}", ""]
     lines.append(f"{'':<14}{'error/bound':>11}  {'got':>14}{'expected':>15}{'bound':>10}  at")
     lines.append(_RULE)
     for title, error_reports in (("bnkernels", result.ours), ("torch", result.native)):
         if error_reports is None:
-            lines.append(f"{title}: does not take this input")
+            lines.append(f"{title}: does not support this input")
             continue
         lines.append(title)
         for v in error_reports:
@@ -164,13 +164,13 @@ def details(result: Result, device: torch.device) -> str:
 
 
 LEGEND = (
-    "Worst error over bound of each row, against float64; 1 is the limit, and the\n"
-    f"output's own rounding is free.  ! out of bounds   * above {REPORT_FROM / K:.2f}, worth a look"
+    "Worst error over bound of each row, compared with float64. The limit is 1; the\n"
+    f"rounding of the output is not counted.  ! out of bounds   * above {REPORT_FROM / K:.2f}"
 )
 
 
 def _number(value: float) -> float | str:
-    """JSON has no NaN and no infinity: those are strings."""
+    """Non-finite values become strings, because JSON does not support them."""
     return value if math.isfinite(value) else str(value)
 
 
@@ -194,7 +194,7 @@ def _result_json(result: Result, error_reports: tuple[ErrorReport, ...] | None) 
 
 
 def _group_json(results: list[Result]) -> dict[str, object]:
-    ours, native = max(results, key=lambda r: r.ratio), _their_worst(results)
+    ours, native = max(results, key=lambda r: r.ratio), _worst_native(results)
     return {
         "cases": len(results),
         "passed": all(r.ok for r in results),
@@ -241,7 +241,7 @@ def versions() -> dict[str, str | None]:
 
 
 def as_json(tier: str, backends: list[Backend]) -> dict[str, object]:
-    """All of it. Ratios are error over bound; what is not finite is a string."""
+    """The complete report. Ratios are error over bound; non-finite values are strings."""
     return {
         "format": FORMAT,
         "tier": tier,

@@ -1,4 +1,4 @@
-"""Runs one case: our layer, torch's beside it, and the promises that the tolerance does not see."""
+"""Runs one case: this package's layer, torch's layer, and checks of invariants that the tolerance does not cover."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from ..testing import (
 )
 
 BatchNorm = Callable[..., Tensor]
-"""Called as bnkernels.batch_norm is, with residual= and activation= where there is an epilogue."""
+"""A function with the signature of bnkernels.batch_norm, called with residual and activation for an epilogue."""
 
 
 NO_EPILOGUE = Epilogue()
@@ -37,17 +37,17 @@ NO_EPILOGUE = Epilogue()
 
 @dataclass(frozen=True)
 class Result:
-    """What one case gave. `theirs` is None where torch's layer does not take such input."""
+    """The result of one case. `native` is None if torch's layer does not support the input."""
 
     case: Case
     ours: tuple[ErrorReport, ...]
     native: tuple[ErrorReport, ...] | None
     problems: tuple[str, ...]
-    """Promises broken beside the tolerance, in words."""
+    """Descriptions of violated invariants."""
 
     @property
     def ratio(self) -> float:
-        """Our worst error over bound; infinite where a promise was broken."""
+        """The worst error over bound of bnkernels; infinite if an invariant is violated."""
         return math.inf if self.problems else worst_ratio(self.ours)
 
     @property
@@ -60,7 +60,7 @@ def worst_ratio(error_reports: tuple[ErrorReport, ...]) -> float:
 
 
 def run_case(case: Case, device: torch.device) -> Result:
-    """Run a case on a device. What our layer raises is a problem of the case; lack of memory is raised on."""
+    """Runs a case on a device. Errors of bnkernels become problems of the case, except for out-of-memory errors."""
     threads = nullcontext if math.prod(case.shape) > _LARGE else _one_thread
     with threads():
         inputs = case.inputs(device)
@@ -68,10 +68,10 @@ def run_case(case: Case, device: torch.device) -> Result:
     providers: list[Outputs] = []
     problems: list[str] = []
     try:
-        # The attribute, at every call: a check of this installation is a check of what users call.
-        ours, problems = _promises(bnkernels.batch_norm, inputs, epilogue)
+        # Looked up at every call, to check the function that users call.
+        ours, problems = _call_and_check_invariants(bnkernels.batch_norm, inputs, epilogue)
         if device.type == "cuda":
-            torch.cuda.synchronize(device)  # so that a fault of a kernel is raised here, and not in what comes next
+            torch.cuda.synchronize(device)  # raises errors of kernels here
         providers.append(ours)
     except Exception as error:
         if is_out_of_memory(error):
@@ -85,17 +85,17 @@ def run_case(case: Case, device: torch.device) -> Result:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    # The CPU's allocator raises a plain RuntimeError.
+    # The CPU allocator raises a plain RuntimeError.
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 _LARGE = 1 << 20
-"""Elements from which on the reference is worth several threads."""
+"""Up to this many elements, the reference runs in one thread."""
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Waking threads for small tensors costs more than they do, much more where the machine is busy."""
+    """Runs torch in one thread: for small tensors thread wake-up is slower than the work, especially under load."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -105,7 +105,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def call(layer: BatchNorm, inputs: Inputs, epilogue: Epilogue = NO_EPILOGUE) -> Outputs:
-    """One forward and backward through autograd. Nothing of `inputs` is given away to be changed."""
+    """One forward and backward through autograd. The tensors in `inputs` are not modified."""
     outputs, _ = _call(layer, inputs, epilogue)
     return outputs
 
@@ -118,7 +118,7 @@ def _native(x: Tensor, *rest: Any, residual: Tensor | None = None, activation: s
 
 def _judged(inputs: Inputs, epilogue: Epilogue, providers: list[Outputs]) -> list[tuple[ErrorReport, ...]]:
     if epilogue.is_empty:
-        return [tuple(error_reports) for error_reports in judge_calls(inputs, providers)]  # one reference for all
+        return [tuple(error_reports) for error_reports in judge_calls(inputs, providers)]  # runs the reference once
     return [tuple(judge_fused_call(inputs, epilogue, outputs)) for outputs in providers]
 
 
@@ -134,7 +134,7 @@ def _call(layer: BatchNorm, inputs: Inputs, epilogue: Epilogue) -> tuple[Outputs
     for name in ("running_mean", "running_var"):
         before = getattr(inputs, name)
         if before is not None:
-            # As misaligned as the case has it, between guard bands.
+            # With the alignment of the case, between guard bands.
             offset = before.storage_offset()
             guards[name] = guarded(tuple(before.shape), before.dtype, before.device, values=before, offset=offset)
     running = {name: guard.tensor for name, guard in guards.items()}
@@ -155,21 +155,25 @@ def _call(layer: BatchNorm, inputs: Inputs, epilogue: Epilogue) -> tuple[Outputs
     judged = {name: grad for name, grad in grads.items() if name != "dresidual"}
     outputs = Outputs(y=y.detach(), **running, **judged)
     if residual is not None and not same_bits(grads["dresidual"], at_the_sum(inputs, epilogue, y.detach()).grad):
-        problems.append("the residual's gradient is not the one that arrives at the sum")
+        problems.append("the residual's gradient differs from the gradient of the sum")
     for name, guard in guards.items():
         if not guard.intact():
-            problems.append(f"wrote beyond the end of {name}")
+            problems.append(f"wrote out of bounds of {name}")
         if not inputs.training and not same_bits(guard.tensor, getattr(inputs, name)):
             problems.append(f"changed {name} in inference")
     for name, out, like in (("y", outputs.y, x), *((name, grads[name], leaf) for name, leaf in wanted.items())):
         if out is not None and (out.dtype != like.dtype or out.shape != like.shape):
-            problems.append(f"{name} is {out.dtype} {tuple(out.shape)}, not {like.dtype} {tuple(like.shape)}")
+            expected = f"{like.dtype} {tuple(like.shape)}"
+            problems.append(f"expected {name} to be {expected}, but got {out.dtype} {tuple(out.shape)}")
     return outputs, problems
 
 
-def _promises(layer: BatchNorm, inputs: Inputs, epilogue: Epilogue) -> tuple[Outputs, list[str]]:
-    """The outputs, and the promises broken: inputs are read only, memory is written in full and nowhere else, and the
-    same call gives the same bits, whatever the number of threads."""
+def _call_and_check_invariants(layer: BatchNorm, inputs: Inputs, epilogue: Epilogue) -> tuple[Outputs, list[str]]:
+    """The outputs and the violated invariants.
+
+    The call must not modify its inputs, must write its outputs completely and nothing else, and must return the same
+    bits every time, for any number of threads.
+    """
     names = ("x", "grad", "weight", "bias", "running_mean", "running_var")
     before = {name: None if (t := getattr(inputs, name)) is None else t.clone() for name in names}
     residual = None if epilogue.residual is None else epilogue.residual.clone()
@@ -180,8 +184,8 @@ def _promises(layer: BatchNorm, inputs: Inputs, epilogue: Epilogue) -> tuple[Out
     if not same_bits(epilogue.residual, residual):
         problems.append("changed its input residual")
     with poisoned_allocations(), _one_thread():
-        again, _ = _call(layer, inputs, epilogue)
+        repeated, _ = _call(layer, inputs, epilogue)
     for name in ("y", "dx", "dweight", "dbias", "running_mean", "running_var"):
-        if not same_bits(getattr(outputs, name), getattr(again, name)):
-            problems.append(f"{name} has other bits when called again, in one thread and with NaN in fresh memory")
+        if not same_bits(getattr(outputs, name), getattr(repeated, name)):
+            problems.append(f"{name} differs bitwise in a repeated call, in one thread and with NaN in fresh memory")
     return outputs, problems

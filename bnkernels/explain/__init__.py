@@ -1,4 +1,4 @@
-"""How a BatchNorm would run on a GPU, in words and figures: bnkernels.explain(), python -m bnkernels.explain."""
+"""Prints the execution plan of a BatchNorm on a GPU: bnkernels.explain(), python -m bnkernels.explain."""
 
 from .explanation import Explanation, explain
 from .model import LayerExplanation, ModelExplanation, explain_model

@@ -1,14 +1,14 @@
-"""Devices that a plan can be made for: the GPUs of this machine, and well-known ones by name.
+"""Devices for which plans can be made: the GPUs of this machine, and well-known GPUs by name.
 
-What a plan needs of a device is what CUDA's attributes tell; a time needs its memory bandwidth as well. The figures of
-named devices are of these kinds:
+A plan depends on CUDA device attributes; time estimates also need the memory bandwidth. Sources of the values for named
+devices:
 
-    of a multiprocessor   CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; what the system
-                          reserves of each block's shared memory: its sections on compute capability 8.x and later
+    per multiprocessor    CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; the shared
+                          memory that the system reserves per block: its sections on compute capability 8.x and later
     multiprocessors       NVIDIA's architecture white papers (Turing, Ampere, Ada, Hopper, Blackwell)
     memory bandwidth      NVIDIA's datasheet or product page of the GPU (B200: DGX B200's 64 TB/s for eight)
-    MIG slices            multiprocessors as `nvidia-smi mig -lgip` lists them; the bandwidth is the GPU's, by the share
-                          of memory that NVIDIA's MIG User Guide gives the profile
+    MIG slices            multiprocessors from `nvidia-smi mig -lgip`; the bandwidth is that of the GPU times the
+                          fraction of memory of the profile (NVIDIA's MIG User Guide)
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from typing import Any
 
 import torch
 
-from .. import ops
+from .. import _ops as ops
 
 _KIB = 1024
 _GIGA = 1e9
 
 DEFAULT = "h200"
-"""Explained for where no GPU is at hand and no device is named."""
+"""The device to explain for if none is given and there is no usable GPU."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """DeviceLimits of csrc/plan/plan.h; bytes where memory is meant."""
+    """DeviceLimits of csrc/plan/plan.h. Shared memory in bytes."""
 
     multiprocessors: int
     max_threads_per_multiprocessor: int
@@ -41,13 +41,13 @@ class Limits:
     max_cluster: int
 
     def arguments(self) -> dict[str, Any]:
-        """As ops.plan takes them."""
+        """The keyword arguments of ops.plan."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Device:
-    """A CUDA device. bandwidth: bytes/s of its memory, None if unknown; bandwidth_source: where the figure is from."""
+    """A CUDA device. bandwidth: of its memory in bytes/s, None if unknown; bandwidth_source: its source."""
 
     name: str
     title: str
@@ -58,16 +58,16 @@ class Device:
 
 @dataclass(frozen=True)
 class _Gpu:
-    title: str  # as torch.cuda.get_device_name() has it
+    title: str  # torch.cuda.get_device_name()
     capability: str
     multiprocessors: int
     gigabytes_per_second: float
-    # Of its MIG profiles, if it has them: multiprocessors, and eighths of the memory.
+    # MIG profiles: multiprocessors, and eighths of the memory.
     slices: dict[str, tuple[int, int]]
 
 
-# Threads, blocks and KiB of shared memory of a multiprocessor; KiB that a block may ask for, and reserved of it; blocks
-# of a cluster.
+# By compute capability: threads, blocks and KiB of shared memory per multiprocessor; KiB of shared memory available and
+# reserved per block; blocks per cluster.
 _MULTIPROCESSORS = {
     "7.5": (1024, 16, 64, 64, 0, 0),
     "8.0": (2048, 32, 164, 163, 1, 0),
@@ -124,41 +124,41 @@ def _table() -> dict[str, Device]:
 
 
 NAMED: dict[str, Device] = _table()
-"""By the names that explain() and its command line take."""
+"""Devices by the names that explain() and its command line accept."""
 
 
 def named(name: str) -> Device:
-    """The device of a name, in any case; ValueError lists those that there are."""
+    """The device with this name, ignoring case. Raises ValueError with the known names if there is none."""
     device = NAMED.get(name.lower())
     if device is None:
-        raise ValueError(f"expected a device of {', '.join(NAMED)}, cuda, cuda:N or cpu, but got {name!r}")
+        raise ValueError(f"expected device to be one of {', '.join(NAMED)}, cuda, cuda:N or cpu, but got {name!r}")
     return device
 
 
 def _bandwidth(properties: torch.cuda._CudaDeviceProperties) -> tuple[float | None, str]:
-    """Of a device at hand: a datasheet's, by its name; else from the clock and bus width that the driver tells."""
+    """The memory bandwidth of a GPU of this machine: from the datasheet if its name is known, else from the driver."""
     for device in NAMED.values():
         if device.title == properties.name:
             return device.bandwidth, device.bandwidth_source
     clock = getattr(properties, "memory_clock_rate", 0)  # kHz
     bits = getattr(properties, "memory_bus_width", 0)
-    if clock and bits and " MIG " not in properties.name:  # a slice has a part of the bus, and is not told which
+    if clock and bits and " MIG " not in properties.name:  # a MIG slice has an unknown fraction of the bus
         return 2 * clock * 1e3 * bits / 8, "memory clock x bus width"
     return None, "unknown"
 
 
-def at_hand(index: int) -> Device:
-    """The CUDA device of this number; ValueError if this installation cannot use it."""
+def cuda_device(index: int) -> Device:
+    """The CUDA device with this index. Raises ValueError if this installation cannot use it."""
     try:
         limits = ops.device_limits(index)
     except RuntimeError as error:
         reason = str(error).split("\n")[0]
-        raise ValueError(f"cuda:{index}: {reason}. Named devices need no GPU: device={DEFAULT!r}, say") from error
+        raise ValueError(f"cuda:{index}: {reason}. Named devices need no GPU, e.g. device={DEFAULT!r}") from error
     properties = torch.cuda.get_device_properties(index)
     bandwidth, source = _bandwidth(properties)
     return Device(f"cuda:{index}", properties.name, Limits(**limits), bandwidth, source)
 
 
 def has_gpu() -> bool:
-    """Whether this installation's kernels could run on a GPU of this machine."""
+    """Whether this installation can run kernels on a GPU of this machine."""
     return bool(ops.build_info()["with_cuda"]) and torch.cuda.is_available()

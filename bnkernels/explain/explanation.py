@@ -1,4 +1,4 @@
-"""explain(): how one BatchNorm would run."""
+"""explain(): the execution plan of one BatchNorm."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import _ops as ops
 from ..functional import check_activation
 from . import format as fmt
-from .devices import DEFAULT, Device, at_hand, has_gpu, named
+from .devices import DEFAULT, Device, cuda_device, has_gpu, named
 from .passes import PassPlan, plan_of
 from .spec import NO_EPILOGUE, Epilogue, Spec, spec_of
 
-CPU_LINE = "cpu: plans concern CUDA; the CPU backend cuts the work by the problem alone (SIMD level {simd})"
+CPU_LINE = "cpu: plans exist for CUDA only; the CPU backend partitions the work by the shape alone (SIMD level {simd})"
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """How a BatchNorm over an input runs, forward and backward; str() tells it in words and figures.
+    """How a BatchNorm runs for an input, forward and backward. str() formats it as text.
 
-    device and both passes are None for the CPU, which has no plan. assumed: the device is one that nobody named.
+    device and both passes are None for the CPU, which has no plan. assumed: device is the default, because none was
+    given and there is no GPU.
     """
 
     spec: Spec
@@ -39,7 +40,7 @@ class Explanation:
         return tuple(plan for plan in (self.forward, self.backward) if plan is not None)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain data: every field, and what follows from them."""
+        """All fields and derived values as plain data."""
         return {
             "spec": {**asdict(self.spec), "bytes": self.spec.bytes},
             "training": self.training,
@@ -51,26 +52,26 @@ class Explanation:
 
     def __str__(self) -> str:
         mode = "training" if self.training else "inference"
-        title = f"{self.epilogue} in {mode} of {self.spec}: {fmt.amount(self.spec.bytes)} a tensor"
+        title = f"{self.epilogue} in {mode} of {self.spec}: {fmt.amount(self.spec.bytes)} per tensor"
         if not self.spec.aligned:
-            title += ", not on a boundary of 16 bytes"
+            title += ", not aligned to 16 bytes"
         return "\n".join([title, device_text(self.device, self.assumed), *map(fmt.pass_text, self.passes)])
 
 
 def device_text(device: Device | None, assumed: bool) -> str:
-    """The line about the device."""
+    """The line that describes the device."""
     if device is None:
         return f"on {CPU_LINE.format(simd=ops.build_info()['simd'])}"
-    note = "\n(this installation has no GPU to use, and no device was named)" if assumed else ""
+    note = "\n(default device: none was given, and this installation has no usable GPU)" if assumed else ""
     return f"on {fmt.device_line(device)}{note}"
 
 
 def device_of(device: torch.device | str | None, x: object) -> tuple[Device | None, bool]:
-    """The device to explain for, None for the CPU; and whether it is the default, for want of a GPU and a name."""
+    """(device, assumed): the device to explain for, None for the CPU, and whether it is the default."""
     if device is None and isinstance(x, Tensor) and x.is_cuda:
         device = x.device
     if device is None:
-        return (at_hand(torch.cuda.current_device()), False) if has_gpu() else (named(DEFAULT), True)
+        return (cuda_device(torch.cuda.current_device()), False) if has_gpu() else (named(DEFAULT), True)
     text = str(device).lower()
     if text == "cpu":
         return None, False
@@ -79,13 +80,13 @@ def device_of(device: torch.device | str | None, x: object) -> tuple[Device | No
         return named(text), False
     if number and not number.isdecimal():
         raise ValueError(f"expected cuda or cuda:N with N a number, but got {device!r}")
-    return at_hand(int(number) if number else torch.cuda.current_device() if has_gpu() else 0), False
+    return cuda_device(int(number) if number else torch.cuda.current_device() if has_gpu() else 0), False
 
 
 def explain_spec(
     spec: Spec, device: Device | None, assumed: bool, training: bool, epilogue: Epilogue = NO_EPILOGUE
 ) -> Explanation:
-    """Of what was parsed already."""
+    """explain() for parsed arguments."""
     if training and spec.outer * spec.inner < 2:
         raise ValueError(f"expected more than 1 value per channel when training, but got a shape of {spec.shape}")
     if device is None:
@@ -107,28 +108,29 @@ def explain(
     residual: bool = False,
     activation: str | None = None,
 ) -> Explanation:
-    """How batch_norm() over an input runs on a GPU: which kernels, which grid, how many bytes, how far from the floor.
+    """Explains how batch_norm() runs on a GPU: kernels, launch configuration, and memory traffic relative to the
+    minimum.
 
-    The plan that the CUDA backend would make, by arithmetic: nothing runs, and no GPU is needed. On a device at hand
-    the driver has the last word: where it grants fewer blocks at a time than the limits say, a call takes the streaming
-    path. Times are the predicted bytes over the memory's bandwidth: lower estimates, not measurements.
+    Computes the plan that the CUDA backend would make. Nothing runs, and no GPU is needed. On an actual device, the
+    driver may allow fewer concurrent blocks than the limits suggest; the call then takes the two-pass path. Times are
+    predicted bytes divided by memory bandwidth: lower bounds, not measurements.
 
     Args:
-        x: an input, or the shape (N, C, ...) of one. Of a tensor nothing but its description is read.
-        dtype: as torch's or by name, e.g. "bf16" (default: the tensor's, or float32).
-        layout: "nchw" or "nhwc", or as torch's memory format (default: the tensor's, or contiguous).
-        device: "cuda" or "cuda:N" for a GPU at hand, "cpu", or a name of explain.devices.NAMED, e.g. "h200" or
-            "h100-1g.10gb" (default: the tensor's if that is a GPU, else the GPU at hand, else "h200").
+        x: an input, or the shape (N, C, ...) of an input. The data of a tensor is not read.
+        dtype: a torch dtype or a name such as "bf16" (default: the dtype of x, or float32).
+        layout: "nchw", "nhwc" or a torch memory format (default: the format of x, or contiguous).
+        device: "cuda" or "cuda:N" for a GPU of this machine, "cpu", or a name in explain.devices.NAMED, e.g. "h200" or
+            "h100-1g.10gb" (default: the device of x if it is a GPU, else the current GPU, else "h200").
         training: False explains inference.
-        residual: whether one of x's shape and dtype is added, as by batch_norm(..., residual=).
-        activation: None or "relu", as batch_norm()'s.
+        residual: whether a residual with the shape and dtype of x is added, as in batch_norm(..., residual=...).
+        activation: None or "relu", as in batch_norm().
 
     Returns:
-        An Explanation: print it, or read its fields.
+        An Explanation, with its values as fields. str() formats it.
 
     Raises:
-        TypeError, ValueError: shape, dtype, layout, device or activation are none; in training, a single value per
-            channel.
+        TypeError: x is neither a tensor nor a sequence of integers.
+        ValueError: invalid shape, dtype, layout, device or activation; training with a single value per channel.
     """
     check_activation(activation)
     found, assumed = device_of(device, x)

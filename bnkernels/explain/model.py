@@ -1,4 +1,4 @@
-"""explain_model(): how every BatchNorm of a model would run, and the sum."""
+"""explain_model(): the execution plans of every BatchNorm of a model, and their total."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .spec import Epilogue, spec_of
 
 @dataclass(frozen=True)
 class LayerExplanation:
-    """One call of one layer. name: its path in the model, "" for the model itself."""
+    """A call of a layer. name: the path of the layer in the model, "" for the model itself."""
 
     name: str
     explanation: Explanation
@@ -33,7 +33,10 @@ class LayerExplanation:
 
 @dataclass(frozen=True)
 class ModelExplanation:
-    """How the BatchNorms of a model run in training, in the order of their calls; str() gives a table."""
+    """How the BatchNorms of a model run in training, in call order. str() gives a table.
+
+    device, assumed: as in Explanation.
+    """
 
     layers: tuple[LayerExplanation, ...]
     device: Device | None
@@ -44,13 +47,13 @@ class ModelExplanation:
         return [plan for e in explanations for plan in e.passes if direction is None or plan.name.startswith(direction)]
 
     def ratio(self, direction: str | None = None) -> float:
-        """Predicted bytes over the floor, of all layers: "forward", "backward", or both."""
+        """Predicted DRAM bytes over the floor, for all layers. direction: "forward", "backward", or None for both."""
         plans = self._plans(direction)
         return sum(p.whole.total for p in plans) / sum(p.whole_floor.total for p in plans)
 
     @property
     def seconds(self) -> float | None:
-        """Of all layers, forward and backward: a lower estimate by bandwidth alone."""
+        """Lower bound of the time of all layers, forward and backward, by memory bandwidth; None if unknown."""
         times = [plan.seconds for plan in self._plans()]
         known = [time for time in times if time is not None]
         return sum(known) if known and len(known) == len(times) else None
@@ -67,12 +70,12 @@ class ModelExplanation:
 
     def __str__(self) -> str:
         head = f"{fmt.count(len(self.layers), 'call')} of BatchNorm layers in training"
-        rows: list[tuple[str, ...]] = [("layer", "shape", "dtype", "layout", "forward", "backward", "no less than")]
+        rows: list[tuple[str, ...]] = [("layer", "shape", "dtype", "layout", "forward", "backward", "at least")]
         rows += [_row(layer) for layer in self.layers]
         plans = self._plans()
         if plans:
             sums = (f"x{self.ratio('forward'):.2f}", f"x{self.ratio('backward'):.2f}", fmt.duration(self.seconds))
-            rows.append(("all", "", "", "", *sums))
+            rows.append(("total", "", "", "", *sums))
         widths = [max(map(len, column)) for column in zip(*rows)]
         table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
         lines = [head, device_text(self.device, self.assumed), *table]
@@ -80,7 +83,7 @@ class ModelExplanation:
             lines.append(
                 f"DRAM: floor {fmt.amount(sum(p.whole_floor.total for p in plans))}, predicted "
                 f"{fmt.amount(sum(p.whole.total for p in plans))} (x: predicted over floor). "
-                f"{sum(p.launches for p in plans)} launches. Times: bandwidth alone, not measurements."
+                f"{sum(p.launches for p in plans)} launches. Times are bandwidth bounds, not measurements."
             )
         return "\n".join(lines)
 
@@ -97,12 +100,12 @@ def _row(layer: LayerExplanation) -> tuple[str, ...]:
 
 
 def _empty(tensor: Tensor) -> Tensor:
-    """Of a tensor's size, strides and dtype, without data where the mode is FakeTensorMode."""
+    """An uninitialised tensor with the same size, strides and dtype; without data in FakeTensorMode."""
     return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
 
 
-def _twin(model: nn.Module) -> nn.Module:
-    """A copy whose parameters and buffers have no data. The model's are not copied."""
+def _copy_without_data(model: nn.Module) -> nn.Module:
+    """A copy of the model, in FakeTensorMode, whose parameters and buffers have no data."""
     memo: dict[int, Any] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
         empty = _empty(tensor)
@@ -111,7 +114,7 @@ def _twin(model: nn.Module) -> nn.Module:
 
 
 def _inputs(given: Tensor | Sequence[int] | Sequence[Tensor], model: nn.Module) -> list[Tensor]:
-    """Those that were given, or one of the shape that was given; without data, as _empty() is."""
+    """The given inputs, or one input of the given shape, without data."""
     tensors = [given] if isinstance(given, Tensor) else [one for one in given if isinstance(one, Tensor)]
     if isinstance(given, Tensor) or (tensors and len(tensors) == len(given)):
         return [_empty(tensor) for tensor in tensors]
@@ -128,44 +131,44 @@ Forward = Callable[[Tensor, Tensor | None, str | None], Tensor]
 
 @dataclass(frozen=True)
 class _Call:
-    """Of a BatchNorm layer. input has no data."""
+    """A recorded call of a BatchNorm layer. input has no data."""
 
     name: str
     input: Tensor
     epilogue: Epilogue
 
 
-def _recorded(forward: Forward, name: str, calls: list[_Call]) -> Forward:
-    """ForwardMixin._forward of a layer, which all ways to its kernels take, that notes each call."""
+def _with_recording(forward: Forward, name: str, calls: list[_Call]) -> Forward:
+    """Wraps ForwardMixin._forward of a layer, which every call of its kernels uses, to append each call to `calls`."""
 
-    def forward_and_note(input: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+    def recording_forward(input: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
         calls.append(_Call(name, input, Epilogue(residual is not None, activation is not None)))
         return forward(input, residual, activation)
 
-    return forward_and_note
+    return recording_forward
 
 
 def _batch_norm_calls(model: nn.Module, given: Tensor | Sequence[int] | Sequence[Tensor]) -> list[_Call]:
-    """Each call of a BatchNorm of this package in the converted model, in order."""
+    """The calls of this package's BatchNorms in the converted model, in order."""
     calls: list[_Call] = []
     with FakeTensorMode(), torch.no_grad():
         inputs = _inputs(given, model)
         try:
-            twin = _twin(model)
-            for name, module in twin.named_modules():
+            data_free = _copy_without_data(model)
+            for name, module in data_free.named_modules():
                 if isinstance(module, nn.SyncBatchNorm):
-                    module.eval()  # it would exchange statistics that are not there
+                    module.eval()  # in training it would communicate
                     continue
                 if isinstance(module, _BatchNorm) and not reason_to_leave(module):
                     module.__class__ = OURS[type(module)]  # type: ignore[assignment]
                 if isinstance(module, ForwardMixin):
-                    module.__dict__["_forward"] = _recorded(module._forward, name, calls)
-            twin(*inputs)
+                    module.__dict__["_forward"] = _with_recording(module._forward, name, calls)
+            data_free(*inputs)
         except Exception as error:
             shapes = [tuple(x.shape) for x in inputs]
             raise RuntimeError(
-                f"{type(model).__name__} cannot run without data on inputs of {shapes}: {error}\n"
-                "A forward pass that looks at values cannot be explained as a whole: explain() takes single shapes"
+                f"{type(model).__name__} cannot run without data on inputs of shapes {shapes}: {error}\n"
+                "Data-dependent control flow cannot be explained: call explain() for the shape of each layer instead"
             ) from error
     return calls
 
@@ -177,37 +180,43 @@ def explain_model(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
 ) -> ModelExplanation:
-    """How every BatchNorm of a model runs in a step of training, and the sum: explain() for each of their inputs.
+    """Explains how every BatchNorm of a model runs in a training step, and the total: explain() for each layer's input.
 
-    The inputs are found by running a copy of the model on fake tensors, which have no data, in the mode that the model
-    is in. Nothing is computed, no memory is taken, and the model does not change: statistics, counters, mode, hooks.
-    A forward pass that looks at values cannot be explained so. The layers are those that run on this package's kernels
-    after convert(model): what convert() leaves is left out, for the reasons that its report says. So is SyncBatchNorm:
-    ranks exchange between its passes, which nothing stays on chip for.
+    The layers' inputs are found by running a copy of the model on fake tensors, which have no data, in the model's
+    current mode. Nothing is computed, no memory is allocated, and the model, including its statistics, counters, mode
+    and hooks, does not change. Models with data-dependent control flow are not supported.
+
+    The layers are those that use this package's kernels after convert(model). Layers that convert() skips are left out,
+    and so is SyncBatchNorm: its ranks communicate between the passes, so nothing can be cached on chip.
 
     Args:
-        model: any module, with torch.nn's BatchNorm layers or this package's.
-        input_or_shape: its input, a tuple of inputs, or the shape of one, taken to be contiguous and of the parameters'
-            dtype. Memory formats are followed through the model: give a tensor in channels_last to see that layout
-            (a meta tensor will do), or a model in it.
-        dtype: of the layers' inputs, where that is not what the model's parameters make it: "bf16" under autocast.
-        device: as explain()'s.
+        model: any module with BatchNorm layers of torch.nn or of this package.
+        input_or_shape: the model's input, a tuple of inputs, or the shape of an input, which is taken as contiguous
+        with
+            the dtype of the parameters. Memory formats propagate through the model: for channels_last, pass a tensor
+            (a meta tensor suffices) or a model in that format.
+        dtype: overrides the dtype of the layers' inputs, e.g. "bf16" for autocast.
+        device: as in explain().
+
+    Returns:
+        A ModelExplanation. str() gives a table.
 
     Raises:
-        ValueError: the model called no such layer, or has lazy ones that saw no input yet; else as explain().
+        TypeError: model is not a module; input_or_shape is neither a tensor, a tuple of tensors nor a shape.
+        ValueError: the model calls no such layer, or has uninitialised lazy layers; otherwise as explain().
         RuntimeError: the model cannot run without data, or not on this input.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, but got {type(model).__name__}")
     if any(is_lazy(tensor) for tensor in [*model.parameters(), *model.buffers()]):
-        raise ValueError("expected a model whose lazy layers know their sizes: run it once, then explain it")
+        raise ValueError("expected a model without uninitialised lazy layers: run a forward pass first")
     first = input_or_shape if isinstance(input_or_shape, Tensor) else None
     found, assumed = device_of(device, first)
     calls = _batch_norm_calls(model, input_or_shape)
     if not calls:
         raise ValueError(
-            f"expected a model with BatchNorm layers, but {type(model).__name__} called none that convert() makes "
-            "bnkernels' own, or that is already"
+            f"expected a model with BatchNorm layers, but {type(model).__name__} called none that convert() "
+            "converts, and none of bnkernels"
         )
     layers = tuple(
         LayerExplanation(call.name, explain_spec(spec_of(call.input, dtype, None), found, assumed, True, call.epilogue))

@@ -1,4 +1,4 @@
-"""The plan of one pass over a device: csrc/plan/plan.h's Plan, and what follows from it."""
+"""The plan of one pass on a device (Plan of csrc/plan/plan.h) and values derived from it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .. import ops
+from .. import _ops as ops
 from .devices import Device
 from .spec import Epilogue, Spec
 
@@ -20,7 +20,7 @@ PASSES = {
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes of global memory."""
+    """Bytes of global memory traffic."""
 
     read: int
     written: int
@@ -38,7 +38,7 @@ NOTHING = Traffic(0, 0)
 
 @dataclass(frozen=True)
 class TilePartition:
-    """How an array is cut: channel tiles of channels, each into splits."""
+    """The partition of an array into channel tiles, and of each channel tile into splits."""
 
     layout: str
     channel_tiles: int
@@ -53,7 +53,7 @@ class TilePartition:
 
 @dataclass(frozen=True)
 class TwoPass:
-    """The path of several launches, which any device can run."""
+    """The two-pass path: several launches, supported by every device."""
 
     partition: TilePartition
     grid: int
@@ -65,8 +65,10 @@ class TwoPass:
 
 @dataclass(frozen=True)
 class Persistent:
-    """The path of one launch: groups of `members` blocks keep a channel tile on chip, each in shared_bytes of its
-    memory."""
+    """The persistent kernel: one launch, in which groups of group_size CTAs cache channel tiles in shared memory.
+
+    shared_bytes: the shared memory of each CTA.
+    """
 
     partition: TilePartition
     group: str
@@ -82,16 +84,19 @@ class Persistent:
 
     @property
     def rounds(self) -> int:
-        """Channel tiles that a group takes one after the other, at most."""
+        """The maximum number of channel tiles per group."""
         return -(-self.partition.channel_tiles // self.groups)
 
 
 @dataclass(frozen=True)
 class PassPlan:
-    """How one pass runs. bandwidth: of the device's memory in bytes/s, None if unknown.
+    """How one pass runs.
 
-    floor and predicted are BatchNorm's own; what an epilogue adds to each is in more_floor and more. masked: torch's
-    operation takes out what a ReLU held back, before the backward: where the ReLU is of a sum.
+    floor, predicted: the minimum and the predicted DRAM traffic of the BatchNorm without its epilogue.
+    more_floor, more: what the epilogue adds to floor and predicted.
+    exchanged: the traffic of partials between CTAs, not included in predicted.
+    bandwidth: of the device's memory in bytes/s, None if unknown.
+    masked: whether torch's threshold_backward runs before the backward, which is the case for a ReLU of a sum.
     """
 
     name: str
@@ -109,17 +114,17 @@ class PassPlan:
 
     @property
     def whole_floor(self) -> Traffic:
-        """The fewest bytes of the pass, its epilogue's included."""
+        """The minimum traffic of the pass, including its epilogue."""
         return self.floor + self.more_floor
 
     @property
     def whole(self) -> Traffic:
-        """The predicted bytes of the pass, its epilogue's included."""
+        """The predicted traffic of the pass, including its epilogue."""
         return self.predicted + self.more
 
     @property
     def partition(self) -> TilePartition:
-        """Of the path that is taken."""
+        """The partition of the chosen path."""
         return self.two_pass.partition if self.persistent is None else self.persistent.partition
 
     @property
@@ -129,22 +134,22 @@ class PassPlan:
 
     @property
     def launches(self) -> int:
-        """Where all results are asked for."""
+        """The number of launches if all results are required."""
         return (1 if self.persistent is not None or self.name == "forward_eval" else 3) + self.masked
 
     @property
     def on_chip(self) -> int:
-        """Bytes of shared memory that hold data, of all blocks together."""
+        """Bytes of shared memory, of all CTAs together."""
         return 0 if self.persistent is None else self.persistent.grid * self.persistent.shared_bytes
 
     @property
-    def stays(self) -> float:
-        """The part of what is read that waits for its second use on chip."""
+    def cached_fraction(self) -> float:
+        """The fraction of the elements read that is cached in shared memory for the second use."""
         return 0.0 if self.persistent is None else 2 - self.predicted.read / self.floor.read
 
     @property
     def seconds(self) -> float | None:
-        """What moving the predicted bytes takes at the memory's bandwidth: a lower estimate, nothing measured."""
+        """Predicted bytes divided by memory bandwidth, a lower bound of the time; None if the bandwidth is unknown."""
         return None if self.bandwidth is None else self.whole.total / self.bandwidth
 
     def as_json(self) -> dict[str, Any]:
@@ -161,28 +166,29 @@ class PassPlan:
 
 
 def _forces_two_pass() -> bool:
-    """BNKERNELS_PLAN, as the backend reads it."""
+    """Reads BNKERNELS_PLAN like the CUDA backend. Raises ValueError for an unknown value."""
     value = os.environ.get("BNKERNELS_PLAN", "")
     if value not in ("", "auto", "two_pass"):
-        raise ValueError(f"BNKERNELS_PLAN={value}: expected auto or streaming")
+        raise ValueError(f"BNKERNELS_PLAN={value}: expected auto or two_pass")
     return value == "two_pass"
 
 
 def _more(spec: Spec, name: str, epilogue: Epilogue) -> dict[str, Any]:
-    """What an epilogue adds to a pass. A ReLU alone moves nothing: the backward knows it from x."""
+    """The traffic that an epilogue adds to a pass. A ReLU alone adds none: the backward recomputes its mask from x."""
     tensor = spec.bytes
     if not epilogue.residual:
         return {}
     if name.startswith("forward"):
         return {"more_floor": Traffic(tensor, 0), "more": Traffic(tensor, 0)}
     if not epilogue.relu:
-        return {}  # the residual's gradient is the one that comes in
-    # Another tensor then, whichever way. torch's operation reads grad and y, and writes it.
+        return {}  # the gradient of the residual is grad_y itself
+    # The masked gradient is another output in any implementation. torch's threshold_backward reads grad_y and y, writes
+    # it, and the BatchNorm backward then reads it instead of grad_y.
     return {"more_floor": Traffic(0, tensor), "more": Traffic(2 * tensor, tensor), "masked": True}
 
 
 def plan_of(spec: Spec, name: str, device: Device, epilogue: Epilogue) -> PassPlan:
-    """How a device runs a pass over an input, and over what its epilogue needs."""
+    """The plan of a pass, including its epilogue, on a device."""
     raw = ops.plan(
         spec.outer,
         spec.channels,

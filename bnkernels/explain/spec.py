@@ -1,4 +1,4 @@
-"""What is explained: an input's shape, dtype and layout, as a tensor or as words tell them."""
+"""Spec: the shape, dtype and layout of an input, from a tensor or from names."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _LAYOUTS = {
 
 @dataclass(frozen=True)
 class Epilogue:
-    """What follows the normalised value: y = relu(v + residual), each part if it is there."""
+    """The operations fused after normalisation: y = relu(v + residual), where both parts are optional."""
 
     residual: bool = False
     relu: bool = False
@@ -45,7 +45,7 @@ NO_EPILOGUE = Epilogue()
 
 @dataclass(frozen=True)
 class Spec:
-    """An input of shape (N, C, ...). aligned: its first element lies on a boundary of 16 bytes."""
+    """An input of shape (N, C, ...). aligned: whether its first element is aligned to 16 bytes."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -58,7 +58,7 @@ class Spec:
 
     @property
     def inner(self) -> int:
-        """Neighbours in memory that are of one channel."""
+        """The number of consecutive elements in memory that belong to the same channel."""
         return 1 if self.layout == "channels_last" else math.prod(self.shape[2:])
 
     @property
@@ -74,24 +74,24 @@ class Spec:
 
 
 def _one_of(what: str, given: object, names: dict[str, tuple[str, ...]]) -> str:
-    """The name that a word, or a thing of torch (torch.bfloat16), stands for."""
+    """The canonical name for a name or a torch object such as torch.bfloat16."""
     word = str(given).removeprefix("torch.").lower().replace("-", "_")
     for name, others in names.items():
         if word == name or word in others:
             return name
     allowed = "; ".join(f"{name} ({', '.join(others)})" for name, others in names.items())
-    raise ValueError(f"expected a {what} of {allowed}, but got {given!r}")
+    raise ValueError(f"expected {what} to be one of {allowed}, but got {given!r}")
 
 
 def _check_shape(shape: Sequence[int]) -> tuple[int, ...]:
     try:
         sizes = tuple(map(index, shape))
     except TypeError:
-        raise TypeError(f"expected a tensor or a shape (N, C, ...) of whole numbers, but got {shape!r}") from None
+        raise TypeError(f"expected a tensor or a shape (N, C, ...) of integers, but got {shape!r}") from None
     if len(sizes) < 2:
         raise ValueError(f"expected a shape of 2 or more dimensions, (N, C, ...), but got {sizes}")
     if min(sizes) < 1:
-        raise ValueError(f"expected sizes of at least 1, but got {sizes}: nothing is computed of an empty input")
+        raise ValueError(f"expected sizes of at least 1, but got {sizes}: an empty input has no plan")
     return sizes
 
 
@@ -99,14 +99,14 @@ def _check_layout(layout: str, shape: tuple[int, ...]) -> None:
     if layout == "channels_last" and len(shape) not in (4, 5):
         raise ValueError(
             f"expected a shape of 4 or 5 dimensions for channels_last, but got {shape}: "
-            "torch has no such memory format for others; leave the layout out"
+            "torch has channels_last formats for 4 and 5 dimensions only; omit the layout"
         )
 
 
 def spec_of(
     x: Tensor | Sequence[int], dtype: torch.dtype | str | None, layout: torch.memory_format | str | None
 ) -> Spec:
-    """Of a tensor, what it is; of a shape, float32 and contiguous; unless dtype or layout say otherwise."""
+    """The spec of a tensor or shape. dtype and layout override those of the tensor, or float32 and contiguous."""
     shape = _check_shape(x.shape if isinstance(x, Tensor) else x)
     if dtype is None:
         dtype = x.dtype if isinstance(x, Tensor) else "float32"
@@ -118,6 +118,6 @@ def spec_of(
     _check_layout(order, shape)
     aligned = True
     if isinstance(x, Tensor) and layout is None and x.is_contiguous(memory_format=own):
-        # It is taken where it lies. Any other is copied first, to memory that is aligned.
+        # Such inputs are read in place. Others are copied to aligned memory first.
         aligned = int(x.storage_offset()) * x.element_size() % _VECTOR_BYTES == 0
     return Spec(shape, name, order, aligned)

@@ -1,4 +1,4 @@
-"""Fusion of BatchNorm with the addition and the ReLU that follow it, in the graphs that TorchDynamo captures."""
+"""Fuses BatchNorm with the addition and the ReLU that follow it, in the graphs that TorchDynamo captures."""
 
 from .fuse import Fusion, FusionReport, Left, fuse, unfuse
 

@@ -1,6 +1,6 @@
-"""The backends "bnkernels" and "bnkernels_inductor" of torch.compile: the pass, then the graph as it is, or inductor.
+"""The torch.compile backends "bnkernels" (fusion, then eager) and "bnkernels_inductor" (fusion, then inductor).
 
-torch._dynamo takes seconds to import, so they are registered when it is imported, which may be never.
+Importing torch._dynamo takes seconds, so the backends are registered lazily, when it is imported.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ EAGER, INDUCTOR = "bnkernels", "bnkernels_inductor"
 
 
 def fuse_graphs(graph_module: fx.GraphModule, example_inputs: Sequence[Any], record: Record | None = None) -> int:
-    """The pass, on a captured graph and those within it (of checkpointed blocks). Returns the number of fused calls."""
+    """Runs the fusion pass on a captured graph and its subgraphs (checkpointed blocks).
+
+    record is called for each BatchNorm. Returns the number of fused calls.
+    """
     from .patterns import fuse_graph
 
     fused = 0
@@ -52,7 +55,7 @@ def fuse_graphs(graph_module: fx.GraphModule, example_inputs: Sequence[Any], rec
 def eager_backend(
     graph_module: fx.GraphModule, example_inputs: Sequence[Any], *, record: Record | None = None, **_: Any
 ) -> Callable[..., Any]:
-    """Runs the rest of the graph as it is, operation by operation: autograd, to any order, is that of eager."""
+    """Fuses, then executes the graph eagerly. Autograd works as in eager mode, to any order."""
     logger.debug("fused %d calls in a graph", fuse_graphs(graph_module, example_inputs, record))
     _checkpoint_eagerly(graph_module)
     return graph_module.forward
@@ -66,7 +69,7 @@ def inductor_backend(
     mode: str | None = None,
     options: dict[str, Any] | None = None,
 ) -> Callable[..., Any]:
-    """Compiles the rest of the graph by inductor. mode, options: those of torch.compile."""
+    """Fuses, then compiles the graph with inductor. mode, options: as for torch.compile."""
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
@@ -80,7 +83,10 @@ BACKENDS: dict[str, Callable[..., Callable[..., Any]]] = {EAGER: eager_backend, 
 
 
 def _checkpoint_eagerly(graph_module: fx.GraphModule) -> None:
-    """Checkpointed blocks recompute. The operator in a captured graph marks them for a compiler that partitions."""
+    """Replaces the checkpoint operator of captured graphs by torch.utils.checkpoint.
+
+    The operator only tags the block for a compiler's partitioner; executed eagerly, it would not recompute.
+    """
     from torch._higher_order_ops.wrap import tag_activation_checkpoint as operator
 
     for module in graph_module.modules():
@@ -93,23 +99,31 @@ def _checkpoint_eagerly(graph_module: fx.GraphModule) -> None:
 
 
 def _checkpoint(block: fx.GraphModule, *args: Any, use_reentrant: bool = False, **kwargs: Any) -> Any:
-    """torch.utils.checkpoint of a captured block. Of no arguments: it would miss the statistics that a block writes."""
+    """torch.utils.checkpoint of a captured block.
+
+    The checkpointed function takes no arguments. As arguments, the running statistics would be saved for the backward,
+    which raises if the block has updated them in place.
+    """
     context_fn = block.meta.get("_checkpoint_context_fn")
     if context_fn is not None:
         kwargs["context_fn"] = context_fn
-    recomputes = False
+    updates_once = getattr(context_fn, "func", None) is checkpoint_contexts
+    is_recomputation = False
 
     def run() -> Any:
-        nonlocal recomputes
-        given, recomputes = _with_statistics_to_spare(block, args) if recomputes and once else args, True
-        return block(*given)
+        nonlocal is_recomputation
+        run_args = _with_cloned_statistics(block, args) if is_recomputation and updates_once else args
+        is_recomputation = True
+        return block(*run_args)
 
-    once = getattr(context_fn, "func", None) is checkpoint_contexts
     return torch.utils.checkpoint.checkpoint(run, use_reentrant=False, **kwargs)
 
 
-def _with_statistics_to_spare(block: fx.GraphModule, args: Sequence[Any]) -> list[Any]:
-    """The arguments, with copies in place of what this package's BatchNorms update: the batch is counted already."""
+def _with_cloned_statistics(block: fx.GraphModule, args: Sequence[Any]) -> list[Any]:
+    """The arguments, with clones of the buffers that this package's BatchNorms update.
+
+    The recomputation then leaves the original buffers unchanged.
+    """
     updated: set[Any] = set()
     for node in block.graph.nodes:
         call = norm_call(node)
@@ -123,12 +137,12 @@ def _with_statistics_to_spare(block: fx.GraphModule, args: Sequence[Any]) -> lis
 
 
 def register() -> None:
-    """Makes the layers one node of captured graphs, and the backends known by name."""
+    """Makes each layer a single node of captured graphs, and registers the backends by name."""
     from torch._dynamo.backends import registry
 
     torch.compiler.allow_in_graph(batch_norm_tracked)
     for name, backend in BACKENDS.items():
-        # Known already: as an entry point, which torch loads and registers itself.
+        # torch may have registered it from the package's entry points.
         if name not in registry._BACKENDS:
             registry.register_backend(backend, name=name)
 

@@ -1,4 +1,4 @@
-"""The calls of a captured graph that fusion knows: BatchNorm, ReLU and addition, in all their forms."""
+"""Recognises the calls that fusion handles in a captured graph: BatchNorm, ReLU and addition, in all their forms."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ _ADD_IN_PLACE = {operator.iadd, "add_", "__iadd__"}
 
 @dataclass(frozen=True)
 class NormCall:
-    """One call of a BatchNorm, with its arguments by the names of batch_norm_tracked()."""
+    """A call of a BatchNorm, with its arguments by their names in batch_norm_tracked()."""
 
     node: fx.Node
     arguments: dict[str, Any]
 
     @property
     def is_torch(self) -> bool:
-        """Whether it is torch's function, not this package's."""
+        """Whether it calls torch's function, not this package's."""
         return self.node.target is F.batch_norm
 
     @property
@@ -46,7 +46,7 @@ class NormCall:
 
 
 def norm_call(node: fx.Node) -> NormCall | None:
-    """A node as a call of a BatchNorm; None where it is another operation."""
+    """The BatchNorm call of a node; None if the node is another operation."""
     names = _SIGNATURES.get(node.target) if node.op == "call_function" else None
     if names is None:
         return None
@@ -54,14 +54,14 @@ def norm_call(node: fx.Node) -> NormCall | None:
 
 
 def is_relu(node: fx.Node, of: fx.Node) -> bool:
-    """Whether a node is the ReLU of a value, in place or not."""
+    """Whether node is the ReLU of the value `of`, in place or not."""
     targets: dict[str, set[Any]] = {"call_function": _RELU_FUNCTIONS, "call_method": _RELU_METHODS}
     input = node.args[0] if node.args else node.kwargs.get("input")
     return node.target in targets.get(node.op, ()) and input is of and node.kwargs.keys() <= {"input", "inplace"}
 
 
 def operands(node: fx.Node) -> tuple[Any, ...]:
-    """The two operands of an addition, () for anything else, alpha and out among it."""
+    """The two operands of an addition; () for any other operation, including additions with alpha or out."""
     targets: dict[str, set[Any]] = {"call_function": _ADD_FUNCTIONS, "call_method": _ADD_METHODS}
     found = (*node.args, *(node.kwargs[name] for name in ("input", "other") if name in node.kwargs))
     plain = node.kwargs.keys() <= {"input", "other", "alpha"} and node.kwargs.get("alpha", 1) == 1
@@ -73,7 +73,7 @@ def adds_in_place(node: fx.Node) -> bool:
 
 
 def describe(node: fx.Node) -> str:
-    """A node's operation, by the name that its user knows."""
+    """The name of a node's operation in the user's code: an activation module's class or the function."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     target: Any = node.target
     name = str(getattr(target, "__name__", target))

@@ -1,4 +1,4 @@
-"""fuse(), unfuse() and the report of what became of each BatchNorm."""
+"""fuse(), unfuse() and FusionReport."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ logger = logging.getLogger("bnkernels")
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
-# Before it had this name, is_fx_tracing() was no more than that.
+# Older versions of torch have the same function under the name is_fx_tracing().
 _is_fx_tracing = getattr(_symbolic_trace, "is_fx_symbolic_tracing", _symbolic_trace.is_fx_tracing)
 
 NOT_CAPTURED = "not captured yet: no captured graph has called it since fuse()"
@@ -31,7 +31,7 @@ NOT_CAPTURED = "not captured yet: no captured graph has called it since fuse()"
 
 @dataclass(frozen=True)
 class Fusion:
-    """A BatchNorm that was fused. name is its path in the model; what: "relu", "add" or "add + relu"."""
+    """A fused BatchNorm. name is its path in the model; what is "relu", "add" or "add + relu"."""
 
     name: str
     what: str
@@ -39,7 +39,7 @@ class Fusion:
 
 @dataclass(frozen=True)
 class Left:
-    """A BatchNorm that was left as it is in a captured graph, and why."""
+    """A BatchNorm that was not fused in a captured graph, and the reason."""
 
     name: str
     reason: str
@@ -47,14 +47,14 @@ class Left:
 
 @dataclass
 class FusionReport:
-    """What became of each BatchNorm of a model, once the model has run. str() gives a table.
+    """The outcome of fuse() for each BatchNorm of a model, filled as the model runs. str() gives a table.
 
-    TorchDynamo captures a graph when the model is first called, more for other modes, dtypes or shapes. A layer that
-    is called several times, or in several graphs, is in the lists once for each different outcome.
+    TorchDynamo captures a graph at the first call, and further graphs for other modes, dtypes or shapes. A layer that
+    is called several times, or in several graphs, is listed once per distinct outcome.
     """
 
     outcomes: dict[str, list[Fusion | Left]] = field(default_factory=dict)
-    """By the name of the layer; an empty list for one that no captured graph has called yet."""
+    """The outcomes by layer name; an empty list if no captured graph has called the layer yet."""
 
     @property
     def fused(self) -> list[Fusion]:
@@ -66,7 +66,7 @@ class FusionReport:
         return [each for _, found in rows for each in found if isinstance(each, Left)]
 
     def summary(self) -> str:
-        """One line: how many layers were fused with what, and how many were left, by reason."""
+        """One line: the numbers of fused layers by epilogue, and of other layers by reason."""
         fused, left = Counter(each.what for each in self.fused), Counter(each.reason for each in self.left)
         counts = [f"{len({each.name for each in self.fused})} BatchNorms fused"]
         counts += [f"{count} x {what}" for what, count in fused.most_common()]
@@ -82,30 +82,32 @@ class FusionReport:
 
 
 def fuse(model: _Model, *, report: FusionReport | None = None, backend: str = EAGER) -> _Model:
-    """Computes the ReLU, the addition, or both after each BatchNorm of a model in the BatchNorm's kernel, in place.
+    """Fuses each BatchNorm of a model with the addition, the ReLU, or both that follow it. Works in place.
 
-    The same as model.compile(backend="bnkernels"), with a report. TorchDynamo captures what the model computes when it
-    is called; in the graphs, nn.ReLU, F.relu, torch.relu, Tensor.relu and additions of tensors, in place or not,
-    become part of the call of a BatchNorm before them, of torch or of this package. The rest of a graph runs as it is.
+    Equivalent to model.compile(backend="bnkernels"), with a report. TorchDynamo captures graphs when the model is
+    called. In these graphs, nn.ReLU, F.relu, torch.relu, Tensor.relu and additions of tensors, in place or not, become
+    the epilogue of the preceding BatchNorm call, of torch or of this package. Other operations do not change.
 
-    The model keeps its class, methods, modules, hooks and state_dict; only its call goes another way, and unfuse()
-    undoes it. What the model decides by its mode, by types and by sizes of its arguments stays decided at each call:
-    TorchDynamo checks it and captures another graph where it differs. What it cannot capture runs in eager, and the
-    graphs before and after it are fused.
+    The model keeps its class, methods, modules, hooks and state_dict. Only __call__ is redirected; unfuse() undoes it.
+    Control flow that depends on the mode, or on types and sizes of the arguments, stays dynamic: TorchDynamo guards it
+    and captures another graph if it changes. Data-dependent control flow cannot be traced: it runs in eager mode, and
+    the graphs before and after it are fused.
 
-    A copy (copy.deepcopy, pickle) is not fused. torch.export, torch.fx, torch.jit.trace and transforms of torch.func
-    see the model as it was. In 16 bits a sum that becomes part of a kernel is rounded once instead of twice.
+    Copies (copy.deepcopy, pickle) are not fused. torch.export, torch.fx, torch.jit.trace and transforms of torch.func
+    use the original model. In 16-bit dtypes, a fused sum is rounded once instead of twice.
 
     Args:
-        report: receives what was fused, and what was left and why, as the model runs.
-        backend: "bnkernels", or "bnkernels_inductor", which compiles the rest of the graph by inductor.
+        model: any module other than a BatchNorm.
+        report: optional; receives the outcome for each BatchNorm as the model runs. Outcomes are also logged to the
+            logger "bnkernels" at INFO.
+        backend: "bnkernels", or "bnkernels_inductor", which compiles the rest of the graph with inductor.
 
     Returns:
         model.
 
     Raises:
-        TypeError: model is no module.
-        ValueError: the model is a BatchNorm itself, or compiled already; an unknown backend.
+        TypeError: model is not a torch.nn.Module.
+        ValueError: model is a BatchNorm, or is already compiled; unknown backend.
     """
     _check(model, backend)
     report = FusionReport() if report is None else report
@@ -120,7 +122,10 @@ def fuse(model: _Model, *, report: FusionReport | None = None, backend: str = EA
 
 
 def unfuse(model: _Model) -> _Model:
-    """Undoes fuse(), in place, in the model and in its submodules."""
+    """Undoes fuse(), in place, for the model and its submodules.
+
+    Returns model. Raises TypeError if it is not a torch.nn.Module.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     for module in model.modules():
@@ -130,7 +135,7 @@ def unfuse(model: _Model) -> _Model:
 
 
 class FusedCall:
-    """What a fused model's call runs: the captured graphs, or the model itself for other tracers and transforms."""
+    """The call of a fused model: runs the captured graphs, or the original model for other tracers and transforms."""
 
     def __init__(self, model: nn.Module, compiled: Any) -> None:
         self._model, self._compiled = model, compiled
@@ -146,10 +151,10 @@ class FusedCall:
 
 
 def _call_of(model: nn.Module) -> Callable[..., Any]:
-    """The model's call, as a function whose code object is its own.
+    """The model's call as a function with its own code object.
 
-    TorchDynamo keeps graphs, and limits their number, by code object. nn.Module.compile() gives all models the same:
-    beyond torch._dynamo.config.recompile_limit of them, models run in eager.
+    TorchDynamo caches graphs, and limits their number, per code object. With nn.Module.compile() all models share one:
+    beyond torch._dynamo.config.recompile_limit models, further ones run in eager mode.
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -160,13 +165,13 @@ def _call_of(model: nn.Module) -> Callable[..., Any]:
 
 
 def _is_traced() -> bool:
-    """Whether something else than autograd sees the operations of this call."""
+    """Whether a tracer or a transform of torch.func, other than autograd, observes the operations of this call."""
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     return transformed or _is_fx_tracing() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def _is_lazy(model: nn.Module) -> bool:
-    """Whether a layer gets its parameters in the coming call, which also changes its class."""
+    """Whether the next call initialises the parameters of a lazy layer, which also changes the layer's class."""
     return any(nn.parameter.is_lazy(tensor) for tensor in [*model.parameters(), *model.buffers()])
 
 
@@ -175,12 +180,12 @@ def _check(model: Any, backend: str) -> None:
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     if isinstance(model, _BatchNorm):
         raise ValueError(
-            f"model is a {type(model).__name__} itself, followed by nothing to fuse: pass the model that calls it"
+            f"model is a {type(model).__name__} itself, which has nothing to fuse with: pass the model that contains it"
         )
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, but got {backend!r}")
     if model._compiled_call_impl is not None and not isinstance(model._compiled_call_impl, FusedCall):
-        raise ValueError('model is compiled already: use model.compile(backend="bnkernels_inductor") instead')
+        raise ValueError('model is already compiled: use model.compile(backend="bnkernels_inductor") instead')
 
 
 def _record(
@@ -201,7 +206,7 @@ def _record(
 
 
 def _name_of(model: nn.Module, node: torch_fx.Node, values: Sequence[Any]) -> str:
-    """The layer that a call is of: whose parameters or statistics it has, or whose code calls it."""
+    """The name of the layer of a call: found by its parameters and statistics, else from the stack of module calls."""
     tensors = {id(value) for value in values if isinstance(value, Tensor)}
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm):

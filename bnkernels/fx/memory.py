@@ -1,8 +1,8 @@
-"""Which memory the nodes of a captured graph read and write.
+"""Alias analysis: which memory the nodes of a captured graph read and write.
 
-TorchDynamo runs each node on fake tensors as it captures it, and keeps the results in node.meta["example_value"]. Views
-share their fake storage, so that aliases are known exactly. What a node writes to follows from the conventions of
-torch's functions; a function of another origin may write to each of its arguments.
+TorchDynamo runs each node on fake tensors during capture and stores the result in node.meta["example_value"]. Views
+share their fake storage, so aliases are exact. Writes are derived from the conventions of torch's functions; any other
+function is assumed to write to each of its arguments.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _IN_PLACE_OPERATORS = {
 _TORCH_MODULES = ("torch", "torch._C", "torch.functional", "torch.nn.functional", "_operator", "math", "builtins")
 
 _ANY = "any"
-"""Stands for memory that is not known: it may be that of any other value."""
+"""Unknown memory, which may alias any other."""
 _INPUTS = "inputs"
-"""Stands for the memory of a graph's inputs: those of a later call may overlap where those of the capture do not."""
+"""The memory of graph inputs, which may alias each other: inputs of later calls may overlap even if these do not."""
 
 Memory = frozenset[Any]
 
@@ -51,14 +51,14 @@ class MemoryOf:
         self._of_all_inputs = {s for node in graph.nodes if node.op == "placeholder" for s in _storages(node)}
 
     def of(self, *nodes: Any) -> Memory:
-        """What values lie in. Arguments that are no nodes have none."""
+        """The memory of the values of nodes. Arguments that are not nodes have none."""
         found = {storage for node in nodes if isinstance(node, fx.Node) for storage in _storages(node)}
         if found & self._of_inputs:
             found.add(_INPUTS)
         return frozenset(found)
 
     def is_shared(self, memory: Memory) -> bool:
-        """Whether it may be seen from outside of the graph."""
+        """Whether the memory may be visible outside the graph."""
         return _ANY in memory or not memory.isdisjoint(self._of_all_inputs)
 
     def read(self, node: fx.Node) -> Memory:
@@ -76,7 +76,7 @@ def overlap(one: Memory, other: Memory) -> bool:
 
 
 def is_barrier(node: fx.Node) -> bool:
-    """Whether a node may change a mode (grad mode, autocast, a saved-tensor hook) in which those after it run."""
+    """Whether a node may change a mode (grad mode, autocast, saved-tensor hooks) for the nodes that follow."""
     if node.op not in ("call_function", "call_method", "call_module"):
         return False
     value = node.meta.get("example_value")
@@ -84,7 +84,7 @@ def is_barrier(node: fx.Node) -> bool:
 
 
 def fake(node: Any) -> FakeTensor | None:
-    """The fake tensor of a node's value; None for what is no plain tensor."""
+    """The fake tensor of a node's value; None if the value is not a plain tensor."""
     value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
     return value if type(value) is FakeTensor else None
 
@@ -131,11 +131,11 @@ def _written_arguments(node: fx.Node) -> Iterable[Any]:
     known = getattr(target, "__module__", None) in (None, *_TORCH_MODULES, "torch._C._nn")
     if not known or name.endswith("_") or "out" in node.kwargs or name in ("batch_norm", "instance_norm"):
         return node.all_input_nodes
-    return node.args[:1] or node.all_input_nodes if _asks_for_in_place(node) else ()
+    return node.args[:1] or node.all_input_nodes if _is_called_in_place(node) else ()
 
 
-def _asks_for_in_place(node: fx.Node) -> bool:
-    """Whether a function of torch.nn.functional is called with inplace=True, by keyword or by position."""
+def _is_called_in_place(node: fx.Node) -> bool:
+    """Whether a function of torch.nn.functional is called with inplace=True, by keyword or position."""
     if "inplace" in node.kwargs:
         return node.kwargs["inplace"] is not False
     position = _position_of_inplace(node.target)
@@ -146,6 +146,6 @@ def _asks_for_in_place(node: fx.Node) -> bool:
 def _position_of_inplace(function: Any) -> int | None:
     try:
         names = list(inspect.signature(function).parameters)
-    except (TypeError, ValueError):  # a builtin, which has no such argument
+    except (TypeError, ValueError):  # builtins have no signature and no such argument
         return None
     return names.index("inplace") if "inplace" in names else None

@@ -1,9 +1,11 @@
-"""The pass: BatchNorm -> [add] -> ReLU in a captured graph becomes one call with an epilogue.
+"""The fusion pass: replaces BatchNorm -> [add] -> [ReLU] in a captured graph by one call with an epilogue.
 
-It runs before autograd, on the graph that TorchDynamo captured: control flow, train() and eval(), dtypes and shapes
-are as its guards say. It fuses only what computes the same afterwards. Nothing else may use a value between, nothing
-may write to what the fused call reads at another time than the calls that it replaces, and no mode may change between
-them.
+The pass runs before autograd, on the graph that TorchDynamo captured; TorchDynamo's guards fix control flow, train()
+and eval(), dtypes and shapes. A pattern is fused only if the result is the same. That requires:
+
+- nothing else uses an intermediate value;
+- moving the reads and writes to the position of the fused call reorders no conflicting accesses;
+- no mode (grad mode, autocast, saved-tensor hooks) may change between the replaced calls.
 """
 
 from __future__ import annotations
@@ -25,14 +27,14 @@ IS_RESIDUAL = "its result is the residual of another BatchNorm"
 
 @dataclass(frozen=True)
 class Match:
-    """One call of a BatchNorm, and what becomes part of it."""
+    """A call of a BatchNorm and the nodes that become its epilogue."""
 
     call: NormCall
     add: fx.Node | None
     relu: fx.Node | None
     residual: fx.Node | None
     before: fx.Node
-    """Where the fused call is inserted."""
+    """The node before which the fused call is inserted."""
 
     @property
     def what(self) -> str:
@@ -51,14 +53,14 @@ class Match:
 
 
 def fuse_graph(graph: fx.Graph) -> list[tuple[NormCall, str, str]]:
-    """Rewrites a graph. Returns each call of a BatchNorm in order, what was fused ("" if nothing), and why not."""
+    """Rewrites a graph. Returns (call, what was fused or "", why not) for each BatchNorm call, in order."""
     if any(_is_transform(node) for node in graph.nodes):
         calls = [call for node in graph.nodes if (call := norm_call(node)) is not None]
-        return [(call, "", "within a transform of torch.func") for call in calls]
+        return [(call, "", "inside a transform of torch.func") for call in calls]
     memory = MemoryOf(graph)
     outcomes = []
     residuals: set[fx.Node] = set()
-    for node in reversed(list(graph.nodes)):  # of two operands the later: nothing has to move, no value lives longer
+    for node in reversed(list(graph.nodes)):  # prefer the later operand of an addition: it needs no move
         call = norm_call(node)
         if call is None:
             continue
@@ -79,7 +81,7 @@ def _is_transform(node: fx.Node) -> bool:
 
 
 def _match(call: NormCall, memory: MemoryOf) -> Match | str:
-    """What a call becomes one with; or why it stays alone."""
+    """The match of a call, or the reason why it cannot be fused."""
     node = call.node
     if reason := _reason_to_leave(call):
         return reason
@@ -102,66 +104,69 @@ def _match(call: NormCall, memory: MemoryOf) -> Match | str:
             return "its result leaves the captured graph"
         return f"followed by {describe(user)}, which is neither a ReLU nor an addition of two tensors"
     if not _same_layout(relu or last, node):
-        return "what follows it changes the layout"
-    return _placed(call, add, relu, residual, memory)
+        return "the operation that follows changes the layout"
+    return _match_at_insertion_point(call, add, relu, residual, memory)
 
 
 def _reason_to_leave(call: NormCall) -> str:
-    """Why a call is left whatever follows it, "" if it need not be."""
+    """The reason why a call cannot be fused, whatever follows it; "" if it can."""
     arguments = call.arguments
     input, result = fake(arguments["input"]), fake(call.node)
     if arguments["activation"] is not None:
         return "it has an activation already"
     if input is None or result is None:
-        return "its input is no plain tensor"
+        return "its input is not a plain tensor"
     constants = isinstance(arguments["training"], bool) and isinstance(arguments["eps"], float | int)
     if not constants or isinstance(arguments["momentum"], fx.Node):
         return "its momentum, eps or mode is computed in the graph"
     if not call.is_torch:
         return ""
     if input.device.type not in ("cpu", "cuda"):
-        return f"a BatchNorm of torch on {input.device.type}"
+        return f"a torch.nn BatchNorm on {input.device.type}, which bnkernels does not support"
     if input.dim() < 2 or not _same_layout(arguments["input"], call.node):
-        return "a BatchNorm of torch, of an input that is neither contiguous nor channels_last"
+        return "a torch.nn BatchNorm with an input that is neither contiguous nor channels_last"
     vectors = [fake(arguments[name]) for name in ("weight", "bias", *STATISTICS[:2]) if arguments[name] is not None]
     allowed = {input.dtype, torch.float32} if input.dtype in (torch.float16, torch.bfloat16) else {input.dtype}
     dtypes = {vector.dtype if vector is not None else None for vector in vectors}
     if input.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64) or not (
         len(dtypes) <= 1 and dtypes <= allowed
     ):
-        return "a BatchNorm of torch, of dtypes that this package's does not take"
+        return "a torch.nn BatchNorm with dtypes that bnkernels does not support"
     return ""
 
 
 def _reason_against(add: fx.Node, call: NormCall, memory: MemoryOf) -> str:
-    """Why an addition cannot become part of a call, "" if it can."""
+    """The reason why an addition cannot be fused into a call; "" if it can."""
     others = [operand for operand in operands(add) if operand is not call.node]
     if not others:
         return "its result is added to itself"
     (other,) = others
     tensor, result = fake(other), fake(call.node)
     if tensor is None or result is None:
-        return "added to what is no plain tensor"
+        return "added to something that is not a plain tensor"
     if tensor.dtype != result.dtype or tensor.device != result.device or not _same_layout(other, call.node):
         return "added to a tensor of another shape, layout, dtype or device"
     if adds_in_place(add) and operands(add)[0] is other:
         target = memory.of(other)
         if memory.is_shared(target):
-            return "the addition writes to a tensor that others may see"
+            return "the addition writes in place to a tensor with other users"
         derived = {add}
         for node in _after(add):
             aliases = {input for input in node.all_input_nodes if overlap(target, memory.of(input))}
             if not aliases <= derived:
-                return "the addition writes to a tensor that others may see"
+                return "the addition writes in place to a tensor with other users"
             if overlap(target, memory.of(node)):
                 derived.add(node)
     return ""
 
 
-def _placed(
+def _match_at_insertion_point(
     call: NormCall, add: fx.Node | None, relu: fx.Node | None, residual: fx.Node | None, memory: MemoryOf
 ) -> Match | str:
-    """The match, where the fused call can be: in the place of the BatchNorm, or of the addition."""
+    """The match with its insertion point, or the reason why there is none.
+
+    The fused call replaces the BatchNorm, or, if the residual is computed after that, the addition.
+    """
     node, last = call.node, relu or add
     assert last is not None
     between = [each for each in _between(node, last) if each is not add]
@@ -170,19 +175,19 @@ def _placed(
     if add is None or residual is None or residual < node:
         until = [] if add is None else list(_between(node, add))
         if any(overlap(memory.of(residual), memory.written(each)) for each in until):
-            return "what lies between it and the addition may change its residual"
+            return "an operation between it and the addition may change its residual"
         return Match(call, add, relu, residual, node)
     read = memory.of(*(call.arguments[name] for name in ("input", "weight", "bias")))
     statistics = memory.of(*(call.arguments[name] for name in STATISTICS))
     for each in _between(node, add):
         touched = memory.written(each) | (memory.read(each) if call.training else frozenset())
         if overlap(read, memory.written(each)) or overlap(statistics, touched):
-            return "what lies between it and the addition may change its input"
+            return "an operation between it and the addition may change its input"
     return Match(call, add, relu, residual, add)
 
 
 def _same_layout(one: fx.Node, other: fx.Node) -> bool:
-    """Whether two tensors certainly have the same sizes and strides, whatever values dynamic sizes take."""
+    """Whether two tensors have the same sizes and strides for all values of dynamic sizes."""
     a, b = fake(one), fake(other)
     if a is None or b is None or a.dim() != b.dim():
         return False

@@ -1,14 +1,14 @@
-"""What correct means here, and the inputs to see it on: the tolerance and the one generator that all tests share.
+"""The tolerance that defines correctness, and the test inputs shared by all tests and the check.
 
-    gate       how far an output may lie from the float64 reference
-    calls      the inputs and outputs of one call, judged
-    epilogue     the same with an addition, a ReLU or both behind it
+    tolerance       how far an output may be from the float64 reference
+    calls           inputs and outputs of one call, compared with the reference
+    epilogue        the same with an addition, a ReLU or both
     distributions   adversarial values
-    shapes     shapes, each with its reason
-    layouts    strides, guard bands, poisoned memory
-    cases      named, reproducible cases made of these, and the grids of each tier
+    shapes          shapes, each with its reason
+    layouts         strides, guard bands, poisoned memory
+    cases           named, reproducible test cases, and the grids of each tier
 
-Pure torch: nothing here knows a backend, so that what judges a kernel shares no code with it.
+Pure torch: this package does not use any backend, so it shares no code with the kernels under test.
 """
 
 from .calls import Inputs, Outputs, judge_call, judge_calls

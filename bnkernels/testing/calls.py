@@ -1,4 +1,4 @@
-"""One whole call of BatchNorm, and its judgement: inputs and outputs on one side, the reference on the other."""
+"""Inputs and Outputs of one call of BatchNorm, and their comparison with the float64 reference."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .tolerance import ErrorReport, Expectation, expect_backward, expect_forward
 
 @dataclass(frozen=True)
 class Inputs:
-    """The arguments of one call, and the gradient to send back. Tensors keep the layout that the call will see."""
+    """The arguments of one call, and the gradient for its backward. Tensors have the layout under test."""
 
     x: Tensor
     grad: Tensor
@@ -30,7 +30,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a backend gave; None: not judged."""
+    """The outputs of a backend. None: not compared."""
 
     y: Tensor | None = None
     mean: Tensor | None = None
@@ -44,14 +44,14 @@ class Outputs:
 
 
 _ELEMENTS_AT_ONCE = 1 << 23
-"""Channels are judged in blocks of about this many elements, so that memory does not grow with the tensor."""
+"""Channels are compared in blocks of about this many elements, which bounds the memory of the float64 copies."""
 
 
 def judge_call(inputs: Inputs, outputs: Outputs, device: torch.device | str = "cpu") -> list[ErrorReport]:
-    """One error report for each output that is there, worst first.
+    """One error report for each output that is not None, worst first.
 
-    `inputs` must hold the running statistics as they were BEFORE the call. The reference runs on `device`: the CPU,
-    unless the tensors are so large that its minutes count.
+    `inputs` must contain the running statistics from BEFORE the call. The reference runs on `device`; use a GPU for
+    tensors so large that the reference takes minutes on the CPU.
     """
     return judge_calls(inputs, [outputs], device)[0]
 
@@ -59,7 +59,7 @@ def judge_call(inputs: Inputs, outputs: Outputs, device: torch.device | str = "c
 def judge_calls(
     inputs: Inputs, providers: list[Outputs], device: torch.device | str = "cpu"
 ) -> list[list[ErrorReport]]:
-    """`judge_call` for several outputs of the same inputs, at the price of one reference."""
+    """`judge_call` for several outputs of the same inputs, with a single run of the reference."""
     channels = inputs.x.shape[1]
     step = max(1, _ELEMENTS_AT_ONCE * channels // max(1, inputs.x.numel()))
     worst: list[dict[str, ErrorReport]] = [{} for _ in providers]

@@ -1,13 +1,13 @@
-"""Cases: one call of BatchNorm with inputs that its name alone reproduces, and the grids that tests and check run.
+"""Test cases, each reproducible from its name, and the grids of cases that the tests and the check run.
 
-A name is seven fields joined by "/", or eight:
+A name consists of seven or eight fields joined by "/":
 
-    family / shape / dtype[+parameters'] / layout[+gradient's] / gradient / weight / train|eval[+seed] [/ epilogue]
-    offset_1e4/8x64x14x14/float16+float32/channels_last/xhat/normal/train
+    distribution / shape / dtype[+parameters'] / layout[+gradient's] / gradient / weight / train|eval[+seed] [/
+    epilogue] offset_1e4/8x64x14x14/float16+float32/channels_last/xhat/normal/train
     normal/4x3x5x7/float32/contiguous/normal/normal/eval/add+relu
 
-Values depend on family, shape, seed and the distributions of gradient and weight; dtype only rounds them and layout
-only moves them, so cases that differ in nothing else hold the same numbers.
+Values depend on the distributions, the shape and the seed. dtype only rounds them and layout only changes strides, so
+cases that differ only in these have the same values.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ DTYPE_PAIRS: tuple[tuple[str, str], ...] = (
 
 @dataclass(frozen=True)
 class Case:
-    """One call, by the names of its parts. Raises ValueError for a name that is not known or does not fit."""
+    """A call, specified by the names of its parts. Raises ValueError for unknown or incompatible names."""
 
     distribution: str
     shape: Shape
@@ -62,7 +62,7 @@ class Case:
     training: bool = True
     seed: int = 0
     epilogue: str = ""
-    """What follows in the same kernel (EPILOGUES). Only fused_cases() have one."""
+    """The operations fused after normalisation (EPILOGUES). Only fused_cases() have one."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parameters", self.parameters or self.dtype)
@@ -78,16 +78,16 @@ class Case:
             ("epilogue", self.epilogue, EPILOGUES),
         ):
             if value not in known:
-                raise ValueError(f"no {field} {value!r}; there are: {', '.join(filter(None, known))}")
+                raise ValueError(f"unknown {field} {value!r}: expected one of {', '.join(filter(None, known))}")
         if len(self.shape) < 2 or min(self.shape) < 1 or self.elements_per_channel < 2:
-            raise ValueError(f"shape {self.shape}: expected (N, C, *) with 2 or more values per channel")
+            raise ValueError(f"expected a shape (N, C, *) with at least 2 values per channel, but got {self.shape}")
         if (self.dtype, self.parameters) not in DTYPE_PAIRS:
-            raise ValueError(f"{self.parameters} parameters do not go with {self.dtype} data")
+            raise ValueError(f"{self.dtype} inputs do not support {self.parameters} parameters")
         if not FAMILIES[self.distribution].fits(DTYPES[self.dtype]):
-            raise ValueError(f"{self.dtype} cannot hold the values of {self.distribution}")
+            raise ValueError(f"{self.dtype} cannot represent the values of {self.distribution}")
         for layout in (self.layout, self.grad_layout):
             if not LAYOUTS[layout].applies(self.shape):
-                raise ValueError(f"layout {layout} means nothing for shape {self.shape}")
+                raise ValueError(f"layout {layout} does not apply to shape {self.shape}")
 
     @property
     def elements_per_channel(self) -> int:
@@ -112,20 +112,20 @@ class Case:
         """The inverse of str(case). Raises ValueError."""
         fields = name.strip().split("/")
         if len(fields) not in (7, 8):
-            expected = "family/shape/dtype/layout/gradient/weight/train|eval[/epilogue]"
-            raise ValueError(f"a case is {expected}; {name!r} has {len(fields)} fields, not 7 or 8")
+            expected = "distribution/shape/dtype/layout/gradient/weight/train|eval[/epilogue]"
+            raise ValueError(f"expected a case {expected} of 7 or 8 fields, but {name!r} has {len(fields)}")
         distribution, shape, dtype, layout, grad, weight, mode = fields[:7]
         epilogue = "".join(fields[7:])
         dtype, _, parameters = dtype.partition("+")
         layout, _, grad_layout = layout.partition("+")
         mode, _, seed = mode.partition("+")
         if mode not in ("train", "eval"):
-            raise ValueError(f"expected train or eval, got {mode!r}")
+            raise ValueError(f"expected train or eval, but got {mode!r}")
         try:
             sizes = tuple(int(s) for s in shape.split("x"))
             number = int(seed or 0)
         except ValueError:
-            raise ValueError(f"shape or seed is no number in {name!r}") from None
+            raise ValueError(f"expected integers for shape and seed, but got {name!r}") from None
         return Case(
             *(
                 distribution,
@@ -143,7 +143,7 @@ class Case:
         )
 
     def inputs(self, device: torch.device | str = "cpu") -> Inputs:
-        """The tensors of this case on `device`, each call anew; equal bits every time."""
+        """New tensors for this case on `device`. Every call returns the same bits."""
         dtype, parameters = DTYPES[self.dtype], DTYPES[self.parameters]
         x, grad = self._activations(dtype)
         channels = self.shape[1]
@@ -153,7 +153,7 @@ class Case:
         if self.training:
             mean, var = z[2], z[2].abs() + 0.5
         else:
-            # As after training on such data: near the batch's statistics, but not equal to them.
+            # Close to the batch statistics, as after training on such data, but not equal.
             mean, var = _finite_statistics(x)
             mean, var = mean + 0.1 * var.sqrt() * z[2], var * (1 + 0.2 * z[2].tanh())
 
@@ -185,12 +185,12 @@ class Case:
         return misaligned(t) if "offset" in self.layout else t
 
     def _activations(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """x and its gradient, contiguous (N, C, *), made in blocks of channels so that float64 copies stay small."""
+        """x and its gradient, contiguous (N, C, *), generated in blocks of channels to limit the float64 copies."""
         channels, n = self.shape[1], self.elements_per_channel
         x = torch.empty(channels, n, dtype=dtype)
         grad = torch.empty(channels, n, dtype=dtype)
         step = max(1, (1 << 22) // n)
-        # A family sees a block as the whole: one_nan and first_1e5 happen once in each.
+        # Distributions apply to each block: one_nan and first_1e5 place one element per block.
         for start in range(0, channels, step):
             stop = min(start + step, channels)
             block = (self.distribution, str(self.shape), str(start))
@@ -202,12 +202,12 @@ class Case:
 
 
 def _generator(seed: int, *words: str) -> torch.Generator:
-    # crc32 and not hash(): the latter is salted anew in every process.
+    # crc32 instead of hash(), which is salted per process.
     return torch.Generator().manual_seed(zlib.crc32("/".join((str(seed), *words)).encode()))
 
 
 _PERIOD = 1_048_583
-"""Longer rows repeat after this many values (a prime): drawing 2^31 normal numbers takes minutes."""
+"""Longer rows repeat after this many values (a prime), because generating 2^31 normal values takes minutes."""
 
 
 def _normal(rows: int, n: int, generator: torch.Generator) -> Tensor:
@@ -216,7 +216,7 @@ def _normal(rows: int, n: int, generator: torch.Generator) -> Tensor:
 
 
 def _round(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """To `dtype`; what is finite stays finite, so that only the distributions that mean infinity have one."""
+    """Rounds to `dtype`, saturating finite values, so that only distributions with infinities produce them."""
     limit = torch.finfo(dtype).max
     return torch.where(t.isfinite(), t.clamp(-limit, limit), t).to(dtype)
 
@@ -230,7 +230,7 @@ T = TypeVar("T")
 
 
 class _Deck(Generic[T]):
-    """Deals every item once, shuffled, before it deals one again: a grid without its full product."""
+    """Deals items in shuffled order, each once per round: covers all values without their full product."""
 
     def __init__(self, items: list[T], seed: int) -> None:
         self._items = items
@@ -245,11 +245,12 @@ class _Deck(Generic[T]):
             fresh = list(self._items)
             self._random.shuffle(fresh)
             self._left += fresh
-        raise ValueError("no item of the deck fits")
+        raise ValueError("no item of the deck satisfies the condition")
 
 
 class _Dealer:
-    """Fills in what a grid leaves open, so that every value of every field is met often and in changing company."""
+    """Fills the unspecified fields of cases, so that every value of every field occurs often and in varied
+    combinations."""
 
     def __init__(self, pool: tuple[Shape, ...]) -> None:
         self._shapes = _Deck(list(pool), 1)
@@ -292,13 +293,14 @@ class _Dealer:
 def cases(tier: str = "quick") -> Iterator[Case]:
     """The grid of a tier, the same in every process.
 
-    quick   every family, gradient and weight in every pair of dtypes, every small shape in every layout, training and
-            inference; what is not crossed is dealt evenly. Some hundred cases of at most 50,000 elements, and N large.
-    full    every family in every pair of dtypes on every small shape, every large shape in every pair of dtypes.
-    huge    over 2^31 elements, in 16 bits: 5 GB a tensor and more.
+    quick   every distribution, gradient and weight in every pair of dtypes, every small shape in every layout, training
+            and inference; other combinations are dealt evenly. Some hundred cases of at most 50,000 elements, and some
+            with large N.
+    full    every distribution in every pair of dtypes on every small shape, every large shape in every pair of dtypes.
+    huge    more than 2^31 elements, in 16 bits: at least 5 GB per tensor.
     """
     if tier not in TIERS:
-        raise ValueError(f"no tier {tier!r}; there are: {', '.join(TIERS)}")
+        raise ValueError(f"unknown tier {tier!r}: expected one of {', '.join(TIERS)}")
     deal = _Dealer(shapes.QUICK).case
     if tier == "huge":
         for shape in shapes.HUGE:
@@ -330,10 +332,12 @@ def cases(tier: str = "quick") -> Iterator[Case]:
 def fused_cases(tier: str = "quick") -> Iterator[Case]:
     """Every epilogue in every pair of dtypes, in training and inference, the same in every process.
 
-    quick   some distributions of each; full: all of them; huge: none, the plain cases have the indices.
+    quick   some distributions each
+    full    all distributions
+    huge    none: the cases without an epilogue already cover large indices
     """
     if tier not in TIERS:
-        raise ValueError(f"no tier {tier!r}; there are: {', '.join(TIERS)}")
+        raise ValueError(f"unknown tier {tier!r}: expected one of {', '.join(TIERS)}")
     if tier == "huge":
         return
     deal = _Dealer(shapes.QUICK).case
@@ -341,9 +345,9 @@ def fused_cases(tier: str = "quick") -> Iterator[Case]:
         for epilogue in EPILOGUES[1:]:
             for pair in DTYPE_PAIRS:
                 fitting = [name for name, distribution in FAMILIES.items() if distribution.fits(DTYPES[pair[0]])]
-                dealt: list[str | None] = [*fitting] if tier == "full" else [None] * _FAMILIES_OF_A_FUSED_CASE
+                dealt: list[str | None] = [*fitting] if tier == "full" else [None] * _DISTRIBUTIONS_PER_EPILOGUE
                 for distribution in dealt:
                     yield replace(deal(distribution, pair, training=training), epilogue=epilogue)
 
 
-_FAMILIES_OF_A_FUSED_CASE = 3
+_DISTRIBUTIONS_PER_EPILOGUE = 3

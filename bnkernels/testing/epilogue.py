@@ -1,8 +1,8 @@
-"""What may follow a normalised value in the same kernel, y = relu(v + residual), and how a call with it is judged.
+"""Epilogues, y = relu(v + residual), and the comparison of calls that have one with the reference.
 
-A ReLU moves no two values apart, so y is held to the tolerance of v, with what the addition may round on top. The
-gradients are held to the tolerance behind the forward's own y: whether a value near 0 has passed is the forward's to
-round, and the backward has to know it exactly.
+A ReLU does not increase the distance of two values, so y has the tolerance of v plus the rounding of the addition.
+Gradients are compared with the reference for the ReLU mask of the forward's own y: rounding in the forward decides the
+sign of values near 0, and the backward must use exactly the same mask.
 """
 
 from __future__ import annotations
@@ -17,36 +17,36 @@ from .calls import Inputs, Outputs, judge_call
 from .tolerance import ErrorReport, Expectation, accumulate_roundoff, expect_forward, judge
 
 EPILOGUES = ("", "relu", "add", "add+relu")
-"""By the names that cases have for them."""
+"""The names of epilogues in cases."""
 
 
 @dataclass(frozen=True)
 class Epilogue:
-    """An epilogue: each part if it is there."""
+    """The operations fused after normalisation; both parts are optional."""
 
     residual: Tensor | None = None
-    """Of x's shape, dtype and layout."""
+    """Has the shape, dtype and layout of x."""
     relu: bool = False
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing follows."""
+        """Whether there is neither a residual nor a ReLU."""
         return self.residual is None and not self.relu
 
     @property
     def has_bounds(self) -> bool:
-        """Whether the forward leaves the interval of x that the ReLU lets through."""
+        """Whether the forward saves ReLU bounds, the interval of x with positive results."""
         return self.relu and self.residual is None
 
 
 def make_epilogue(name: str, inputs: Inputs) -> Epilogue:
-    """The one of that name in EPILOGUES, for these inputs."""
+    """The epilogue with this name in EPILOGUES, for these inputs."""
     parts = name.split("+")
     return Epilogue(make_residual(inputs) if "add" in parts else None, "relu" in parts)
 
 
 def expect_fused(inputs: Inputs, epilogue: Epilogue) -> Expectation:
-    """Of y, from the float64 reference's v. A ReLU moves no two values apart; what is added is rounded once more."""
+    """The expectation for y, from v of the float64 reference. The addition adds one rounding."""
     i = inputs
     forward = reference.forward(
         i.x, i.weight, i.bias, i.running_mean, i.running_var, i.num_batches_tracked, i.training, i.momentum, i.eps
@@ -60,17 +60,17 @@ def expect_fused(inputs: Inputs, epilogue: Epilogue) -> Expectation:
 
 
 def behind_relu(inputs: Inputs, y: Tensor) -> Inputs:
-    """The same with the gradient that a ReLU whose result is `y` hands on: as in torch, where y is not 0 or less."""
+    """The inputs with grad replaced by the ReLU's input gradient, for its result `y`: 0 where y <= 0, as in torch."""
     return replace(inputs, grad=inputs.grad.masked_fill(y <= 0, 0))
 
 
 def judge_fused(
     inputs: Inputs, epilogue: Epilogue, outputs: Outputs, device: torch.device | str = "cpu"
 ) -> list[ErrorReport]:
-    """Of the ops: y against the reference with the epilogue; gradients against its backward behind the forward's own y,
-    where the backward op knows the ReLU.
+    """Error reports for the ops: y with the epilogue, and the gradients of the backward op.
 
-    `device`: as for judge_call, of the gradients; y is judged where x is.
+    If the backward op applies the ReLU mask (ReLU bounds), the reference uses the mask of the forward's own y.
+    `device`: as for judge_call, for the gradients; y is compared on the device of x.
     """
     assert outputs.y is not None
     own = behind_relu(inputs, outputs.y) if epilogue.has_bounds else inputs
@@ -78,14 +78,14 @@ def judge_fused(
 
 
 def at_the_sum(inputs: Inputs, epilogue: Epilogue, y: Tensor) -> Inputs:
-    """The same with the gradient that arrives at v + residual, whose epilogue made `y`: the residual's gradient."""
+    """The inputs with grad replaced by the gradient of v + residual, which is the gradient of the residual."""
     return behind_relu(inputs, y) if epilogue.relu else inputs
 
 
 def judge_fused_call(
     inputs: Inputs, epilogue: Epilogue, outputs: Outputs, device: torch.device | str = "cpu"
 ) -> list[ErrorReport]:
-    """judge_call() of a whole call, which may have an epilogue: gradients are behind its ReLU, whichever op's it is."""
+    """judge_call() for a call through autograd, with or without an epilogue."""
     if epilogue.is_empty:
         return judge_call(inputs, outputs, device)
     assert outputs.y is not None
@@ -93,7 +93,7 @@ def judge_fused_call(
 
 
 def let_through(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """The elements that the backward of a ReLU takes for positive: within their channel's interval, or NaN."""
+    """The elements where the ReLU backward passes the gradient: within their channel's bounds, or NaN."""
     rows = reference.channel_rows(x)
     return reference.from_channel_rows(
         ((low.double()[:, None] <= rows) & (rows <= high.double()[:, None])) | rows.isnan(), x.shape
@@ -101,10 +101,10 @@ def let_through(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 
 def wrongly_masked(inputs: Inputs, y: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Where the interval and y = relu(...) disagree: nowhere, if it is right.
+    """Where the bounds disagree with y = relu(...): nowhere, if they are correct.
 
-    A weight of 0 makes y NaN where the deviation overflows, far from the mean on both sides of it: no interval holds
-    just those, and they are not looked at.
+    With a weight of 0, y is NaN where the deviation overflows, far from the mean on both sides. No interval can
+    represent these elements, so they are excluded.
     """
     flat = torch.zeros(y.shape[1], dtype=torch.bool) if inputs.weight is None else inputs.weight == 0
     beyond = flat.view(1, -1, *(1,) * (y.dim() - 2)) & y.isnan() & ~inputs.x.isnan()
@@ -117,6 +117,6 @@ def assert_bounds_are_exact(inputs: Inputs, y: Tensor, low: Tensor, high: Tensor
 
 
 def make_residual(inputs: Inputs) -> Tensor:
-    """As large as v is, of both signs, where x's elements lie."""
+    """A residual with the strides of x: normal values, of the magnitude of v and of both signs."""
     generator = torch.Generator().manual_seed(inputs.x.numel())
     return torch.empty_like(inputs.x).copy_(torch.randn(inputs.x.shape, generator=generator))

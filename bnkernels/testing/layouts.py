@@ -1,7 +1,7 @@
-"""Layouts: the same values behind other strides, and memory that tells when it was touched.
+"""Layouts (the same values with other strides), guard bands and poisoned memory.
 
-`lay_out` is the one place that makes strides; `guarded` and `poisoned_allocations` are how tests see a write that
-should not have happened, and a missing one.
+`lay_out` creates all layouts under test. `guarded` detects out-of-bounds writes, and `poisoned_allocations` detects
+missing writes.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor
 
 
 def _offset(t: Tensor) -> Tensor:
-    """The same strides one element into its storage: aligned to the element and to nothing more."""
+    """The same strides with a storage offset of one element: aligned to the element size only."""
     storage = torch.empty(t.numel() + 1, dtype=t.dtype, device=t.device)
     return storage[1:].as_strided(t.shape, t.stride()).copy_(t)
 
 
 def _contiguous(t: Tensor) -> Tensor:
-    return t.clone(memory_format=torch.contiguous_format)  # contiguous() would return t itself where it can
+    return t.clone(memory_format=torch.contiguous_format)  # contiguous() may return t itself
 
 
 def _channels_last(t: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ def _sliced(t: Tensor) -> Tensor:
 
 
 def _channel_slice(t: Tensor) -> Tensor:
-    """Some channels of a tensor with more, as in a DenseNet: dense within a channel, gaps between the rows of N."""
+    """A slice of the channels of a larger tensor, as in a DenseNet: each sample is dense, with gaps between samples."""
     wide = torch.full((t.shape[0], t.shape[1] + 3, *t.shape[2:]), math.nan, dtype=t.dtype, device=t.device)
     return wide[:, 2:-1].copy_(t)
 
@@ -48,7 +48,7 @@ def _transposed(t: Tensor) -> Tensor:
 
 
 def _odd_ones(t: Tensor) -> Tensor:
-    """Contiguous, but for the strides of the dimensions of size 1, which mean nothing and must not be trusted."""
+    """Contiguous, except for the strides of dimensions of size 1, which are arbitrary and must be ignored."""
     t = _contiguous(t)
     strides = [7 + 2 * d if size == 1 else stride for d, (size, stride) in enumerate(zip(t.shape, t.stride()))]
     return t.as_strided(t.shape, strides)
@@ -62,7 +62,7 @@ class Layout:
 
 LAYOUTS: dict[str, Layout] = {
     "contiguous": Layout(_contiguous),
-    # Three dimensions have no torch.channels_last; (N, L, C) in memory is met all the same, after a transpose.
+    # torch has no channels_last format for 3 dimensions, but a transpose produces (N, L, C) in memory.
     "channels_last": Layout(_channels_last, lambda shape: len(shape) > 2),
     "offset": Layout(lambda t: _offset(_contiguous(t))),
     "channels_last_offset": Layout(lambda t: _offset(_channels_last(t)), lambda shape: len(shape) > 2),
@@ -74,25 +74,25 @@ LAYOUTS: dict[str, Layout] = {
 
 
 def lay_out(t: Tensor, layout: str) -> Tensor:
-    """The values of `t` (N, C, *) in the named layout of LAYOUTS: a new tensor with the same shape and dtype."""
+    """The values of `t` (N, C, *) in a layout of LAYOUTS, as a new tensor with the same shape and dtype."""
     return LAYOUTS[layout].arrange(t.detach())
 
 
 def misaligned(t: Tensor) -> Tensor:
-    """A copy of a vector that is aligned to its element only, as a slice of a larger buffer may be."""
+    """A copy of a vector that is aligned to its element size only, like a slice of a larger buffer."""
     return _offset(t.detach().contiguous())
 
 
 @dataclass(frozen=True)
 class Guarded:
-    """A dense tensor between two guard bands of the same storage."""
+    """A dense tensor between two guard bands in the same storage."""
 
     tensor: Tensor
     storage: Tensor
     pattern: Tensor
 
     def intact(self) -> bool:
-        """Whether nothing was written outside of `tensor`."""
+        """Whether the guard bands are unchanged."""
         start = self.tensor.storage_offset()
         stop = start + self.tensor.numel()
         bits = _bits(self.storage)
@@ -109,14 +109,15 @@ def guarded(
     offset: int = 1,
     band: int = 64,
 ) -> Guarded:
-    """A tensor of NaN (or of `values`) between guard bands of `band` elements, `offset` elements off their alignment.
+    """A tensor of NaN, or of `values`, between guard bands of `band` elements, misaligned by `offset` elements.
 
-    An element that should have been written and was not stays NaN; one that should not have been is seen by intact().
+    Elements that are not written stay NaN. intact() detects writes outside the tensor.
     """
     size = math.prod(shape)
     storage = torch.full((offset + band + size + band,), math.nan, dtype=dtype, device=device)
     bits = _bits(storage)
-    # A NaN, so that reading beyond the end shows, and no NaN that arithmetic gives, so that writing it shows too.
+    # NaN payloads: reads beyond the end propagate NaN, and arithmetic never produces these bits, so any write is
+    # detected.
     noise = torch.arange(bits.numel(), dtype=torch.int64, device=bits.device) % 97 + 1
     bits += noise.to(bits.dtype)
     pattern = bits.clone()
@@ -136,7 +137,7 @@ def _bits(t: Tensor) -> Tensor:
 
 
 def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
-    """Whether two tensors have the same shape, dtype and bits: NaN equals itself and -0 is not 0. None equals None."""
+    """Whether two tensors have the same shape, dtype and bits: NaN equals NaN, -0 differs from 0, None equals None."""
     if a is None or b is None:
         return a is b
     if a.shape != b.shape or a.dtype != b.dtype:
@@ -148,10 +149,10 @@ def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
 
 @contextmanager
 def poisoned_allocations() -> Iterator[None]:
-    """Within, torch.empty gives NaN: what a backend does not write shows, in outputs and in workspaces alike."""
-    switch: Any = torch.utils.deterministic  # a module with a property, which type checkers cannot see
+    """Context in which torch.empty fills with NaN, which reveals unwritten elements of outputs and workspaces."""
+    switch: Any = torch.utils.deterministic  # a module with a property, which type checkers reject
     mode, fill = torch.get_deterministic_debug_mode(), switch.fill_uninitialized_memory
-    # The filling is a part of deterministic mode. "warn": what has no deterministic form still runs.
+    # Filling requires deterministic mode. With "warn", operations without a deterministic implementation still run.
     torch.set_deterministic_debug_mode("warn")
     switch.fill_uninitialized_memory = True
     try:

@@ -1,10 +1,10 @@
-"""The gate: how far from the float64 reference an output may lie.
+"""The tolerance: how far an output may be from the float64 reference.
 
     |out - ref| <= K * u_acc * scale + 1.05 * u_out * |ref| + tiny(out dtype)
 
 u_acc is the unit roundoff of the arithmetic (2^-53 for float64 data, else 2^-24), u_out that of the output's dtype. The
-last two terms are the rounding of a perfect result on storage (1.05: it may be rounded twice, first to u_acc). `scale`
-is what a backward-stable algorithm's error is proportional to. With n values per channel and
+last two terms allow for rounding an exact result when it is stored (1.05: it may be rounded twice, first to u_acc).
+`scale` is the quantity that the error of a backward-stable algorithm is proportional to. With n values per channel and
 
     I = (var + eps)^-1/2     xh = (x - mean) I     A = (|x| + mean|x| + tiny(u_acc)) I     k = rms(x) I
 
@@ -13,29 +13,29 @@ training:
     dbias         sum |g|
     dweight       sum(|g| A) + |dweight| k
     dx            |w| I [ (|g| + mean|g|) (1 + k) + |xh| scale(dweight)/n + (A + |xh| k) |dweight|/n ]
-    mean          mean|x|                                   a sum of n terms is off by u times the sum of their sizes
+    mean          mean|x|                                   the error of a sum is u times the sum of absolute values
     invstd        I (1 + k)                                 the k of `y`; 1 for the root and the division
     running_mean  f mean|x| + (1 + f) |old|                 f = momentum, or 1/num_batches_tracked
     running_var   f n/(n-1) (2 var + std rms(x) + K u_acc mean|x|^2) + (1 + f) |old|
 
-Why these: k = rms(x)/std is the condition number of the variance (Chan, Golub & LeVeque 1983): a relative perturbation
-u of the data moves var by about u k, and so does a stable algorithm. The last term of running_var is second order: a
-mean that is off by its own bound d = K u_acc mean|x| adds d^2 to the variance, all there is where the channel is
-constant. E[x^2] - E[x]^2 is off by u k^2 instead, and that is what the tolerance is there to find.
+Reason: k = rms(x)/std is the condition number of the variance (Chan, Golub & LeVeque 1983). A relative perturbation u
+of the data changes var by about u k, and a stable algorithm has the same error. The last term of running_var is of
+second order: a mean with an error of its bound d = K u_acc mean|x| adds d^2 to the variance, which is the whole
+variance of a constant channel. E[x^2] - E[x]^2 has an error of u k^2, which this tolerance is designed to detect.
 
-tiny(u_acc) in A is the smallest normal number of the arithmetic: below it rounding is absolute, u_acc times this number
-and no longer u_acc times the value (the usual model of gradual underflow, Demmel 1984). It matters for subnormal data
-alone: their mean is saved to the nearest multiple of 2^-149, and dweight = sum g xh carries that n times.
+tiny(u_acc) in A is the smallest normal number of the arithmetic. Below it the rounding error is absolute: u_acc times
+this number, not u_acc times the value (the usual model of gradual underflow, Demmel 1984). This matters for subnormal
+data only: their mean is rounded to a multiple of 2^-149, and dweight = sum g xh accumulates that error n times.
 
-Inference takes mean and var as given, so their conditioning drops out (k becomes 1, mean|x| becomes |mean|):
+Inference uses given mean and var, so their conditioning does not matter (k becomes 1, mean|x| becomes |mean|):
     y             |w| (A + |xh|) + |b|                      A = (|x| + |mean| + tiny(u_acc)) I
     dweight       sum(|g| A) + |dweight|
     dx            |w| I |g|
     mean, invstd  |mean|, I
 
-What is not finite: where the reference is NaN or infinite, the output must be not finite either; everywhere else it
-must be within the bound. An output of +-inf stands for every value that its dtype rounds to it, so overflow of the
-output's dtype is right where the reference overflows and wrong elsewhere.
+Non-finite values: where the reference is NaN or infinite, the output must be non-finite; everywhere else it must be
+within the bound. An output of +-inf represents every value that its dtype rounds to it, so overflow of the output's
+dtype is correct exactly where the reference overflows.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from .. import reference
 
 K = 32.0
 REPORT_FROM = 8.0
-"""A result that needs more than this of K is within the tolerance, but worth a remark."""
+"""The check marks results that are within the tolerance but need a K of at least this value."""
 
 UNIT_ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
@@ -67,7 +67,7 @@ def accumulate_roundoff(dtype: torch.dtype) -> float:
 
 @dataclass(frozen=True)
 class Expectation:
-    """What one output must be: float64 values, and the scale of the error that accumulation may leave on them."""
+    """The expected values of one output in float64, and the scale of the allowed accumulation error."""
 
     quantity: str
     value: Tensor
@@ -79,8 +79,8 @@ class Expectation:
 class ErrorReport:
     """The worst element of one output.
 
-    `ratio` is the error beyond the rounding of the output's own dtype, over K * u_acc * scale: at most 1 is within the
-    gate, and ratio * K is the K that the result needs. It is infinite for a NaN that should not be there.
+    `ratio` is the error in excess of the rounding of the output's dtype, divided by K * u_acc * scale. At most 1 is
+    within the tolerance, and ratio * K is the K that the result needs. It is infinite for an unexpected NaN.
     """
 
     quantity: str
@@ -112,7 +112,7 @@ def expect_forward(
     training: bool,
     momentum: float | None = 0.1,
 ) -> dict[str, Expectation]:
-    """Expectations for y, mean, invstd and the running statistics that are there, given the reference's forward."""
+    """Expectations for y, mean, invstd and the given running statistics, from the reference's forward."""
     u_acc = accumulate_roundoff(x.dtype)
     s = _Statistics.of(x, ref.mean, ref.invstd, training)
     scale = s.w_times(weight, s.a + s.xhat.abs() * s.k[:, None])
@@ -149,7 +149,7 @@ def expect_backward(
     ref: reference.Backward,
     training: bool,
 ) -> dict[str, Expectation]:
-    """Expectations for dx, dweight and dbias. mean and invstd are those that `ref` was computed with."""
+    """Expectations for dx, dweight and dbias. mean and invstd are those used to compute `ref`."""
     u_acc = accumulate_roundoff(x.dtype)
     g = reference.channel_rows(grad).abs()
     s = _Statistics.of(x, mean.double(), invstd.double(), training)
@@ -174,7 +174,7 @@ def expect_backward(
 
 @dataclass(frozen=True)
 class _Statistics:
-    """The letters of the module's formulas; inference has mean_abs = |mean| and k = 1."""
+    """The symbols of the module's formulas. In inference, mean_abs = |mean| and k = 1."""
 
     mean_abs: Tensor
     rms: Tensor
@@ -198,7 +198,7 @@ class _Statistics:
 
 
 def judge(out: Tensor, expectation: Expectation) -> ErrorReport:
-    """Compare one output with what it must be; raises AssertionError where even the shape differs."""
+    """Compares one output with its expectation. Raises AssertionError if the shape differs."""
     ref = expectation.value
     if out.shape != ref.shape:
         raise AssertionError(f"{expectation.quantity}: shape {tuple(out.shape)}, expected {tuple(ref.shape)}")
@@ -206,22 +206,21 @@ def judge(out: Tensor, expectation: Expectation) -> ErrorReport:
     u_out = UNIT_ROUNDOFF[out.dtype]
     got = out.detach().to(ref.device, torch.float64)
 
-    # An infinite output stands for everything from the overflow threshold on.
+    # An infinite output represents all values beyond the overflow threshold.
     threshold = info.max * (1 + u_out / 2)
     error = torch.where(got.isinf(), (threshold - got.sign() * ref).clamp_min(0), (got - ref).abs())
     rounding = 1.05 * u_out * ref.abs() + info.tiny
     allowance = K * expectation.u_acc * expectation.scale
     excess = (error - rounding).clamp_min(0)
-    ratio = torch.where(excess == 0, 0.0, excess / allowance)  # allowance 0: infinite, as it should be
+    ratio = torch.where(excess == 0, 0.0, excess / allowance)  # infinite for an allowance of 0, as intended
     ratio = torch.where(got.isnan(), math.inf, ratio)
     ratio = torch.where(ref.isfinite(), ratio, torch.where(got.isfinite(), math.inf, 0.0))
     if ratio.isnan().any():
-        raise AssertionError(f"{expectation.quantity}: the gate itself is not finite; its scale overflows float64")
+        raise AssertionError(f"{expectation.quantity}: the tolerance is not finite: its scale overflows float64")
     if ratio.numel() == 0:
         return ErrorReport(expectation.quantity, 0.0, (), math.nan, math.nan, math.nan, out.dtype)
 
-    # The worst element; among equals, the one with the largest error, so that a passing error report is not just index
-    # 0.
+    # The worst element. If all ratios are 0, the one with the largest error, which is more informative than index 0.
     worst = int(ratio.reshape(-1).argmax())
     if ratio.reshape(-1)[worst] == 0:
         worst = int(error.nan_to_num(0.0, 0.0).reshape(-1).argmax())
@@ -239,7 +238,7 @@ def judge(out: Tensor, expectation: Expectation) -> ErrorReport:
 
 
 def assert_within(error_reports: list[ErrorReport], context: str) -> None:
-    """Raise AssertionError naming every output beyond the tolerance. `context` says which case it was."""
+    """Raises AssertionError with every output beyond the tolerance. `context` identifies the case."""
     bad = [v for v in error_reports if not v.ok]
     if bad:
         lines = "\n  ".join(str(v) for v in bad)

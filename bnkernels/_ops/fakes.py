@@ -1,7 +1,7 @@
-"""The ops' fakes: shapes, dtypes and strides of their outputs, for FakeTensor, torch.compile and torch.export.
+"""Fake implementations of the ops: shapes, dtypes and strides of the outputs, for FakeTensor, torch.compile and export.
 
-They check sizes, dtypes and devices as the real ops do, so that a wrong call fails when it is traced, and not in the
-compiled code. A call that mixes real and meta tensors comes here too.
+They check sizes, dtypes and devices like the real ops, so that an invalid call fails while tracing and not in the
+compiled code. Calls that mix real and meta tensors also run these.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def _like(x: Tensor) -> Tensor:
-    """A tensor in the memory format of y and grad_x: the one that x is in, or is nearest to."""
+    """An output like y or grad_x: the shape of x, and the memory format that x has or is closest to."""
     memory_format = torch._prims_common.suggest_memory_format(x)
     return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
 
@@ -37,7 +37,7 @@ def _relu_bounds(x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
 def _updated(
     mean: Tensor, running_mean: Tensor | None, running_var: Tensor | None, num_batches_tracked: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The buffers that a functional op returns."""
+    """The updated buffers that a functional op returns; empty if not given."""
 
     def updated(buffer: Tensor | None) -> Tensor:
         return mean.new_empty(0) if buffer is None else torch.empty_like(buffer)
@@ -56,9 +56,9 @@ def _parameter_grads(
 
 
 def _check(x: Tensor, num_batches_tracked: Tensor | None = None, **vectors: Tensor | None) -> None:
-    """The input, the counter and the vectors of a call, by their names."""
+    """Checks the input, num_batches_tracked and the per-channel vectors of a call, given by name."""
     if x.dim() < 2:
-        raise RuntimeError(f"batch_norm: expected an input of 2 or more dimensions, but got {x.dim()}")
+        raise RuntimeError(f"batch_norm: expected an input of at least 2 dimensions, (N, C, ...), but got {x.dim()}")
     _check_vectors(x.shape[1], x.dtype, x.device, num_batches_tracked, **vectors)
 
 
@@ -76,7 +76,8 @@ def _check_vectors(
             raise RuntimeError(f"batch_norm: expected {name} on the input's device, {device}, not {vector.device}")
         allowed = {_statistic_dtype(dtype)} if name in ("mean", "invstd") else dtypes
         if vector.dtype not in allowed:
-            raise RuntimeError(f"batch_norm: expected {name} of one of {allowed}, not {vector.dtype}")
+            dtypes_text = " or ".join(sorted(map(str, allowed)))
+            raise RuntimeError(f"batch_norm: expected {name} of dtype {dtypes_text}, but got {vector.dtype}")
     for names in (("weight", "bias"), ("running_mean", "running_var")):
         one, other = (vectors.get(name) for name in names)
         if one is not None and other is not None and one.dtype != other.dtype:
@@ -108,18 +109,16 @@ def _check_rows(rows: Tensor, size: int, device: torch.device) -> None:
     )
     torch._check(rows.shape[0] >= 1, lambda: "sync_batch_norm: expected a row from each rank, but got none")
     if rows.device != device:
-        raise RuntimeError(f"sync_batch_norm: expected the ranks' rows on {device}, but got them on {rows.device}")
+        raise RuntimeError(f"sync_batch_norm: expected the ranks' rows on {device}, but got {rows.device}")
 
 
-def _check_like(tensor: Tensor | None, x: Tensor, who: str, what: str) -> None:
+def _check_like(tensor: Tensor | None, x: Tensor, op: str, name: str) -> None:
     if tensor is None:
         return
-    torch._check(
-        tensor.shape == x.shape, lambda: f"{who}: expected a {what} of shape {x.shape}, but got {tensor.shape}"
-    )
+    torch._check(tensor.shape == x.shape, lambda: f"{op}: expected a {name} of shape {x.shape}, but got {tensor.shape}")
     if tensor.dtype != x.dtype or tensor.device != x.device:
         raise RuntimeError(
-            f"{who}: expected a {what} of dtype {x.dtype} on {x.device}, but got {tensor.dtype} on {tensor.device}"
+            f"{op}: expected a {name} of dtype {x.dtype} on {x.device}, but got {tensor.dtype} on {tensor.device}"
         )
 
 
