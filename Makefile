@@ -2,20 +2,22 @@
 #
 #   make demo     trains a small ResNet on real images with nn.BatchNorm2d, converted and fused, side by side
 #   make test     builds, and runs the tests; those marked cuda once more on the fake CUDA device, without a GPU (the second alone:
-#                 make test-fake-cuda; tests/support/fake_cuda tells what it is)
+#                 make test-fake-cuda; see docs/testing.md)
 #   make test-slow  the other tests, marked slow: the same claims on more dtypes, orders of threads and networks, whole runs of
 #                 programs, and the kernels' machine code
-#   make examples the studies of what the papers claim: a few minutes; plots and reports in out/examples, exit code 0 if
-#                 all is as docs/why.md tells (make why: writes what was measured into docs/why.md)
+#   make studies  the reproductions of what papers claim: a few minutes; plots and reports in out/studies, exit code 0 if
+#                 every verdict is that of docs/why.md (make why: runs them and writes the reports into docs/why.md)
 #   make mutants  applies some 290 faults to the sources, one at a time, and sees the tests nearest to each fail: hours on two
 #                 cores (MUTANTS_ARGS="--area fusion": some of them; tests/support/mutants has the list)
-#   make lint     ruff, mypy, clang-format (make format: lets them write)
+#   make lint     ruff, mypy, clang-format, and the documentation site (make format: ruff and clang-format write)
+#   make docs     the documentation site, in out/site; broken links and unknown names are errors
 #   make bench    the benchmark harness (CPU, and the GPU where there is one)
 #   make gpu      on a machine with a GPU, without network: both stages of bench/gpu.sh, which can be run one by one. The
 #                 first (4 minutes): build, check, tests of plans, bench, hardware counters; the second (7): compute-sanitizer,
-#                 the other tests, the other figures. bench/results/README.md tells how to read them
+#                 the other tests, the other figures. bench/results/README.md explains the results
 #   make ptxas    registers and spills of every kernel for every supported architecture (needs nvcc, no GPU)
-#   make sass     what each kernel's main loops are made of, as machine code for sm_90 (needs nvcc and nvdisasm, no GPU)
+#   make sass     access widths and instructions per element of each kernel's main loops on sm_90 (needs nvcc and nvdisasm,
+#                 no GPU)
 #   make build    the extension alone, in place
 #   make clean    removes what was built (distclean: the environments too)
 #
@@ -27,7 +29,7 @@
 #   PYTEST_ARGS="-k cpu"   handed to pytest
 #   WORKERS=2              processes that `make test` shares the test files between, where pytest-xdist is installed; 0: none
 #   RESULTS=DIR            where `make gpu` and `make bench` write (default: out/gpu, out/bench)
-#   MAX_JOBS=N             compilers run at a time (default: the cores)
+#   MAX_JOBS=N             parallel compilers (default: the number of cores)
 #   TORCH_CUDA_ARCH_LIST, CUDA_HOME, FORCE_CUDA: as in setup.py. Unlike there, where no GPU is present only sm_90 is compiled.
 
 SHELL := /bin/bash
@@ -63,21 +65,21 @@ else
   VENV := $(CURDIR)/.venv$(if $(filter-out torch>=2.11,$(TORCH)),-$(subst =,,$(subst <,,$(subst >,,$(TORCH)))))
   PY := $(VENV)/bin/python
   TORCH_STAMP := $(VENV)/.torch
-  # What the demo and the benchmark harness need is there as soon as torch is.
+  # The packages of the demo and the benchmark harness are installed together with torch.
   environment = build $(if $(filter dev,$(1)),$(VENV)/.dev)
 endif
 
 CPP_FILES = $(shell git ls-files -co --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'csrc/*.cu' \
     'tests/support/simt/*.h' 'tests/support/simt/*.cpp' 'tests/support/fake_cuda/*.h' 'tests/support/fake_cuda/*.cpp' 'tests/support/faults/*.cpp' \
-    'bench/*.cu' 'bench/*.cuh' \
+    'bench/tools/*.cu' 'bench/tools/*.cuh' \
     2>/dev/null || find csrc tests/support/simt tests/support/fake_cuda tests/support/faults bench -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
-STUDIES = $(filter-out study digits speedrun_networks,$(patsubst examples/%.py,%,$(wildcard examples/*.py)))
+STUDIES = $(filter-out __init__ study speedrun_networks,$(patsubst studies/%.py,%,$(wildcard studies/*.py)))
 
-# The one installed beside the interpreter.
+# The clang-format of the interpreter's environment.
 CLANG_FORMAT = "$$(dirname "$$($(PY) -c 'import sys; print(sys.executable)')")/clang-format"
 
-.PHONY: help demo examples why test test-slow test-fake-cuda mutants lint format bench gpu ptxas sass build clean distclean
+.PHONY: help demo studies why test test-slow test-fake-cuda mutants lint format docs bench gpu ptxas sass build clean distclean
 
 help:
 	@sed -n '1,/^$$/{/^#/!d;s/^# \{0,1\}//;p}' Makefile
@@ -87,16 +89,16 @@ demo: export OMP_WAIT_POLICY ?= passive
 demo: $(call environment,demo)
 	$(PY) examples/digits.py
 
-examples: $(call environment,demo)
-	@news=; for study in $(STUDIES); do \
-	  echo "== examples/$$study.py"; $(PY) "examples/$$study.py" --out out/examples || news="$$news $$study"; \
+studies: $(call environment,demo)
+	@regressions=; for study in $(STUDIES); do \
+	  echo "== studies/$$study.py"; $(PY) -m "studies.$$study" --out out/studies || regressions="$$regressions $$study"; \
 	done; \
-	if [ -n "$$news" ]; then echo "== not as docs/why.md tells:$$news"; exit 1; fi
+	if [ -n "$$regressions" ]; then echo "== verdicts that differ from docs/why.md:$$regressions"; exit 1; fi
 
-# Also where something is not as it tells: then the text around the reports has to follow.
+# Also writes the reports if a verdict differs; the text around them is then updated by hand.
 why:
-	-$(MAKE) examples
-	$(PY) examples/study.py out/examples docs/why.md
+	-$(MAKE) studies
+	$(PY) -m studies.study out/studies docs/why.md
 
 PYTEST = -m pytest $$($(PY) -c "import xdist; print('-n $(WORKERS) --dist loadfile')" 2>/dev/null) --durations 15
 
@@ -132,6 +134,11 @@ lint: $(call environment,dev)
 	$(PY) -m mypy
 	@echo "clang-format: $(words $(CPP_FILES)) files"
 	@$(CLANG_FORMAT) --dry-run -Werror $(CPP_FILES)
+	@$(MAKE) --no-print-directory docs
+
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(call environment,dev)
+	$(PY) -m mkdocs build --quiet --strict
 
 bench: $(call environment,bench)
 	$(PY) -m bench $(if $(RESULTS),--out $(RESULTS))
@@ -141,13 +148,13 @@ gpu: $(call environment,dev)
 	  PYTHON="$(PY)" RESULTS="$(or $(RESULTS),$(CURDIR)/out/gpu)" bash bench/gpu.sh $$stage || status=1; \
 	done; exit $$status
 
-ptxas: $(call environment,bench)
-	$(PY) bench/registers.py
+ptxas: $(TORCH_STAMP)
+	$(PY) -m bench.tools.registers
 
-sass: $(call environment,bench)
-	$(PY) bench/sass.py
+sass: $(TORCH_STAMP)
+	$(PY) -m bench.tools.sass
 
-# ninja knows what is up to date; this costs a few seconds when everything is.
+# ninja compiles what changed; if nothing did, this takes a few seconds.
 build: $(TORCH_STAMP)
 	$(PY) setup.py -q build_ext --inplace
 
@@ -162,7 +169,7 @@ distclean: clean
 ifndef INTERPRETER
 DEMO = $(shell sed -n 's/^demo = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
 
-# --no-compile: the bytecode of all of torch takes half a minute, that of what is imported is written as it is imported.
+# --no-compile: compiling the bytecode of all of torch takes half a minute; imports compile what they need.
 unexport PYTHONDONTWRITEBYTECODE
 $(VENV)/.torch: pyproject.toml
 	@echo "== environment $(VENV) from $(PYTHON); then $(TORCH) (a CUDA build is some gigabytes: minutes)"
