@@ -1,4 +1,4 @@
-"""What all tests share: the devices, a fixed seed, and who is skipped where, with the reason."""
+"""Fixtures and hooks of all tests: devices, a fixed seed, and the reasons for skips."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if fake_cuda.is_attached():
     fake_cuda.attach()
 
 TORCH_INPUTS = "torch_inputs"
-"""record_property(TORCH_INPUTS, (what, count)): summed up and printed at the end of the run (test_torch_inputs.py)."""
+"""record_property(TORCH_INPUTS, (label, count)): summed and printed at the end of the run (test_torch_inputs.py)."""
 
 
 def no_cuda() -> str | None:
-    """Why tests that need a GPU cannot run here, or None if they can."""
+    """Reason to skip a test that needs a GPU, or None."""
     if not torch.cuda.is_available():
         return "needs a CUDA GPU, and torch sees none"
     from bnkernels import build_info
@@ -30,18 +30,18 @@ def no_cuda() -> str | None:
     return None
 
 
-def not_on_fake_cuda(item: pytest.Item) -> str | None:
-    """Why a test is none for the fake CUDA device, or for nothing else."""
+def fake_cuda_skip_reason(item: pytest.Item) -> str | None:
+    """Reason to skip a test that cannot run on the fake CUDA device, or only runs there, or None."""
     hardware = item.get_closest_marker("hardware")
     if hardware and item.get_closest_marker("cuda") and fake_cuda.is_attached():
-        return f"needs a GPU itself: {hardware.args[0]}"
+        return f"needs a real GPU: {hardware.args[0]}"
     if item.get_closest_marker("fake_cuda") and not fake_cuda.is_attached():
-        return "is of the fake CUDA device (tests/support/fake_cuda)"
+        return "needs the fake CUDA device (tests/support/fake_cuda)"
     return None
 
 
 def available_memory(device: str) -> int:
-    """Bytes that can be allocated without harm to anybody else."""
+    """Memory in bytes that a test can allocate without swapping or starving other processes."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
     meminfo = Path("/proc/meminfo")
@@ -52,7 +52,7 @@ def available_memory(device: str) -> int:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    reason = not_on_fake_cuda(item) or (no_cuda() if item.get_closest_marker("cuda") else None)
+    reason = fake_cuda_skip_reason(item) or (no_cuda() if item.get_closest_marker("cuda") else None)
     if reason:
         pytest.skip(reason)
     huge = item.get_closest_marker("huge")
@@ -60,18 +60,18 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         device = "cuda" if item.get_closest_marker("cuda") else "cpu"
         gib = int(huge.kwargs["gib"])
         if available_memory(device) < (3 * gib) << 30:
-            pytest.skip(f"takes {gib} GiB of {device} memory; run where {3 * gib} GiB are free, or by BNKERNELS_HUGE=1")
+            pytest.skip(f"needs {gib} GiB of {device} memory; runs if {3 * gib} GiB are free or if BNKERNELS_HUGE=1")
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request: pytest.FixtureRequest) -> str:
-    """Each device that the package has kernels for."""
+    """Each device type that the package has kernels for."""
     return str(request.param)
 
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Threads of OpenMP that spin for each other take minutes for seconds' work where others use the machine too."""
+    """Limit torch to one thread: spinning OpenMP threads on a shared machine turn seconds of work into minutes."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -93,7 +93,9 @@ def pytest_terminal_summary(terminalreporter: TerminalReporter) -> None:
     if not any(totals.values()):
         return
     terminalreporter.section("torch's own BatchNorm inputs, run on bnkernels")
-    for what in sorted(totals["passed"] | totals["failed"]):
-        terminalreporter.write_line(f"{totals['passed'][what]:6d} passed, {totals['failed'][what]:4d} failed   {what}")
+    for label in sorted(totals["passed"] | totals["failed"]):
+        terminalreporter.write_line(
+            f"{totals['passed'][label]:6d} passed, {totals['failed'][label]:4d} failed   {label}"
+        )
     passed, failed = (total.total() if hasattr(total, "total") else sum(total.values()) for total in totals.values())
-    terminalreporter.write_line(f"{passed:6d} passed, {failed:4d} failed   in all")
+    terminalreporter.write_line(f"{passed:6d} passed, {failed:4d} failed   total")

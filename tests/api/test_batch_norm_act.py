@@ -1,4 +1,4 @@
-"""BatchNormAct2d, and the tools that put another layer in the place of a BatchNorm: the activation stays."""
+"""BatchNormAct2d, and tools that replace its BatchNorm: the activation must survive."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 import bnkernels as bnk
 
 
-class Plain(nn.Module):
-    """The same of torch's layers."""
+class TorchModel(nn.Module):
+    """The same model with torch's layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,8 +37,8 @@ class Model(nn.Module):
         return self.norm(self.conv(x))  # type: ignore[no-any-return]
 
 
-def pair() -> tuple[Model, Plain]:
-    plain = Plain().double()
+def pair() -> tuple[Model, TorchModel]:
+    plain = TorchModel().double()
     plain(torch.randn(8, 3, 4, 4, dtype=torch.float64) + 1)
     model = Model().double()
     model.load_state_dict(plain.state_dict())
@@ -69,19 +69,19 @@ HOOKS: dict[str, Callable[[nn.Module], Any]] = {
 
 
 @pytest.mark.parametrize("hook", HOOKS.values(), ids=HOOKS)
-@pytest.mark.parametrize("of", ["bn", "act"])
-def test_hooks_of_its_layers_run(of: str, hook: Callable[[nn.Module], Any]) -> None:
-    """Of any kind and of either layer: what they change shows in the result and in the gradient."""
+@pytest.mark.parametrize("layer_name", ["bn", "act"])
+def test_submodule_hooks_run(layer_name: str, hook: Callable[[nn.Module], Any]) -> None:
+    """Hooks of every kind on either layer change the output and the gradient."""
     model, plain = pair()
-    hook(getattr(model.norm, of))
-    hook(plain.norm if of == "bn" else plain.act)
+    hook(getattr(model.norm, layer_name))
+    hook(plain.norm if layer_name == "bn" else plain.act)
     x = images().requires_grad_()
     results = [(y := each(x), *torch.autograd.grad(y.square().sum(), x)) for each in (model, plain)]
     torch.testing.assert_close(*results)
 
 
 class Doubled(bnk.BatchNorm2d):
-    """A subclass, whose forward is its own."""
+    """A subclass with its own forward."""
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         return 2 * super().forward(input, residual)
@@ -92,21 +92,21 @@ class DoubledReLU(nn.ReLU):
         return 2 * super().forward(input)
 
 
-PLACED: dict[str, tuple[str, Callable[[], nn.Module]]] = {
-    "a subclass": ("bn", lambda: Doubled(4)),
-    "torch's": ("bn", lambda: nn.BatchNorm2d(4, eps=0.1)),
-    "nothing": ("bn", nn.Identity),
-    "a subclass of ReLU": ("act", DoubledReLU),
-    "another activation": ("act", nn.SiLU),
+REPLACEMENTS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
+    "BatchNorm subclass": ("bn", lambda: Doubled(4)),
+    "torch BatchNorm": ("bn", lambda: nn.BatchNorm2d(4, eps=0.1)),
+    "Identity": ("bn", nn.Identity),
+    "ReLU subclass": ("act", DoubledReLU),
+    "SiLU": ("act", nn.SiLU),
 }
 
 
-@pytest.mark.parametrize(("place", "make"), PLACED.values(), ids=PLACED)
-def test_what_is_put_in_the_place_of_a_layer_is_called(place: str, make: Callable[[], nn.Module]) -> None:
-    """The fused kernel stands for the layers that the class was made with, and for no other."""
+@pytest.mark.parametrize(("layer_name", "make"), REPLACEMENTS.values(), ids=REPLACEMENTS)
+def test_replaced_submodule_is_called(layer_name: str, make: Callable[[], nn.Module]) -> None:
+    """The fused kernel runs only for the submodule classes of the constructor, not for their replacements."""
     model, plain = pair()
-    setattr(model.norm, place, layer := make().double())
-    setattr(plain, {"bn": "norm", "act": "act"}[place], copy.deepcopy(layer))
+    setattr(model.norm, layer_name, layer := make().double())
+    setattr(plain, {"bn": "norm", "act": "act"}[layer_name], copy.deepcopy(layer))
     y = torch.randn(2, 4, 3, 3, dtype=torch.float64)
     for training in (True, False):
         model.train(training), plain.train(training)
@@ -114,18 +114,18 @@ def test_what_is_put_in_the_place_of_a_layer_is_called(place: str, make: Callabl
         torch.testing.assert_close(model.norm(y, y + 1), plain.act(plain.norm(y) + y + 1))
 
 
-@pytest.mark.parametrize("place", ["bn", "act"])
-def test_a_forward_that_is_replaced_on_the_object_is_called(place: str) -> None:
-    """As libraries do that move weights about, or log, around a layer's forward."""
+@pytest.mark.parametrize("layer_name", ["bn", "act"])
+def test_replaced_forward_is_called(layer_name: str) -> None:
+    """Libraries that offload weights or log replace a layer's forward on the instance."""
     model, plain = pair()
-    for layer in (getattr(model.norm, place), plain.norm if place == "bn" else plain.act):
+    for layer in (getattr(model.norm, layer_name), plain.norm if layer_name == "bn" else plain.act):
         layer.forward = lambda input, forward=layer.forward: 2 * forward(input)
     torch.testing.assert_close(model(x := images()), plain(x))
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
-def test_torch_jit_trace_records_torchs_operators(residual: bool) -> None:
-    """So that the trace runs where this package is not, and on batches of other sizes."""
+def test_jit_trace_records_aten_batch_norm(residual: bool) -> None:
+    """The trace runs without this package, and on other batch sizes."""
     model, plain = (each.eval() for each in pair())
     y = torch.randn(2, 4, 3, 3, dtype=torch.float64)
     traced = torch.jit.trace(model.norm, (y, y) if residual else (y,))
@@ -136,10 +136,10 @@ def test_torch_jit_trace_records_torchs_operators(residual: bool) -> None:
     torch.testing.assert_close(traced(z, z) if residual else traced(z), expected)
 
 
-def test_refused() -> None:
+def test_unsupported_layers_raise() -> None:
     with pytest.raises(ValueError, match=r"act_layer must be nn\.ReLU"):
         bnk.BatchNormAct2d(4, act_layer=nn.SiLU)
-    with pytest.raises(ValueError, match=r"drop_layer None: got .*ReLU.*, .*Dropout"):
+    with pytest.raises(ValueError, match=r"drop_layer None, but got .*ReLU.*, .*Dropout"):
         bnk.BatchNormAct2d(4, drop_layer=nn.Dropout)
 
 
@@ -147,20 +147,20 @@ BATCH_NORMS = [bnk.BatchNorm1d, bnk.BatchNorm2d, bnk.BatchNorm3d, bnk.SyncBatchN
 
 
 @pytest.mark.parametrize("cls", BATCH_NORMS, ids=lambda cls: cls.__name__)
-def test_what_is_a_batch_norm_to_tools_has_no_activation(cls: Any) -> None:
-    """Their isinstance(..., _BatchNorm) and what they copy from it hold the whole layer."""
+def test_batch_norm_classes_take_no_activation(cls: Any) -> None:
+    """Tools that test isinstance(..., _BatchNorm) copy the parameters and buffers, and would lose an activation."""
     arguments = () if "Lazy" in cls.__name__ else (4,)
     with pytest.raises(TypeError, match="unexpected keyword argument 'activation'"):
         cls(*arguments, activation="relu")
     assert issubclass(cls, _BatchNorm) and not issubclass(bnk.BatchNormAct2d, _BatchNorm)
 
 
-def timms() -> None:
+def require_timm() -> None:
     pytest.importorskip("timm", exc_type=ImportError)
 
 
-def test_arguments_are_timms() -> None:
-    timms()
+def test_signature_matches_timm() -> None:
+    require_timm()
     from timm.layers import BatchNormAct2d
 
     assert list(inspect.signature(bnk.BatchNormAct2d).parameters) == list(inspect.signature(BatchNormAct2d).parameters)
@@ -171,27 +171,27 @@ def sync(model: nn.Module) -> nn.Module:
 
 
 def timm_sync(model: nn.Module) -> nn.Module:
-    timms()
+    require_timm()
     from timm.layers import convert_sync_batchnorm
 
     return convert_sync_batchnorm(model)
 
 
 def timm_freeze(model: nn.Module) -> nn.Module:
-    timms()
+    require_timm()
     from timm.utils.model import freeze_batch_norm_2d
 
     return freeze_batch_norm_2d(model)
 
 
 def timm_split(model: nn.Module) -> nn.Module:
-    timms()
+    require_timm()
     from timm.layers import convert_splitbn_model
 
     return convert_splitbn_model(model)
 
 
-def folded(model: nn.Module) -> nn.Module:
+def fold_conv_bn(model: nn.Module) -> nn.Module:
     norm = model.norm
     if isinstance(norm, bnk.BatchNormAct2d):
         model.conv, norm.bn = fuse_conv_bn_eval(model.conv, norm.bn), nn.Identity()  # type: ignore[assignment]
@@ -200,18 +200,18 @@ def folded(model: nn.Module) -> nn.Module:
     return model
 
 
-def ours_sync(model: nn.Module) -> nn.Module:
+def bnk_sync(model: nn.Module) -> nn.Module:
     return bnk.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
-TORCHS: list[Callable[[nn.Module], nn.Module]] = [sync, ours_sync, folded, bnk.revert, bnk.convert]
-TIMMS: list[Callable[[nn.Module], nn.Module]] = [timm_sync, timm_split, timm_freeze]
+TOOLS: list[Callable[[nn.Module], nn.Module]] = [sync, bnk_sync, fold_conv_bn, bnk.revert, bnk.convert]
+TIMM_TOOLS: list[Callable[[nn.Module], nn.Module]] = [timm_sync, timm_split, timm_freeze]
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
-@pytest.mark.parametrize("tool", TORCHS + TIMMS, ids=lambda tool: tool.__name__)
+@pytest.mark.parametrize("tool", TOOLS + TIMM_TOOLS, ids=lambda tool: tool.__name__)
 def test_tools(tool: Callable[[nn.Module], nn.Module], fused: bool) -> None:
-    """The tool's result is that of torch's layers; and fuse()'s, which the tool then changes, is too."""
+    """A tool gives the same result as on torch's layers, also if fuse() produced the model."""
     torch.compiler.reset()
     model, plain = (each.eval() for each in pair())
     if fused:

@@ -1,4 +1,4 @@
-"""docs/compatibility.md says what the tests run, no more and no less."""
+"""docs/compatibility.md lists exactly what the tests run."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import pytest
 from compatibility import Cell, cells
 
 
-def test_the_page_is_what_the_tests_say() -> None:
-    """A row that is added, dropped, renamed or run for fewer cells must change the page."""
+def test_page_is_current() -> None:
+    """Rows that are added, dropped, renamed or run for fewer cells must change the page."""
     assert compatibility.DOCUMENT.read_text() == compatibility.page(compatibility.rows()), (
         "run: python tests/support/compatibility.py > docs/compatibility.md"
     )
 
 
-def test_features_are_named_once() -> None:
+def test_features_are_unique() -> None:
     named = [(row.section, row.feature) for row in compatibility.rows()]
     assert len(named) == len(set(named)) > 0
 
 
-def test_a_row_runs_for_its_cells_and_no_others() -> None:
+def test_row_parametrizes_its_cells() -> None:
     some = cells(training=(True,), channels_last=(True,))
 
     @compatibility.row("section", "feature", some)
@@ -33,10 +33,11 @@ def test_a_row_runs_for_its_cells_and_no_others() -> None:
     module.test = test  # type: ignore[attr-defined]
     (row,) = compatibility.rows_of(module)
     assert row.test == "test_it.py::test"
-    assert "| feature | channels_last | channels_last |  |  | `test_it.py::test` |" in compatibility.page([row])
+    printed = [cell.strip() for cell in compatibility.page([row]).splitlines()[-1].strip("|").split("|")]
+    assert printed == ["feature", "channels_last", "channels_last", "", "", "`test_it.py::test`"]
 
 
-def test_a_test_with_cases_of_its_own_is_left_as_it_is() -> None:
+def test_row_keeps_existing_parametrization() -> None:
     @compatibility.row("section", "feature", cells())
     @pytest.mark.parametrize("op", [1, 2])
     def test(op: int) -> None: ...

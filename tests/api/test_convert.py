@@ -1,4 +1,4 @@
-"""convert() and revert(): what changes, what does not, and what is said about it."""
+"""convert() and revert(): what they change, what they leave, and what they report."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PAIRS: dict[type[nn.Module], type[nn.Module]] = {
 
 
 class Custom(nn.BatchNorm2d):
-    """A subclass, whose forward is its own."""
+    """A subclass with its own forward."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input) * 2
@@ -51,7 +51,7 @@ def types(model: nn.Module) -> list[type[nn.Module]]:
 
 @pytest.mark.parametrize("torch_class", PAIRS, ids=lambda cls: cls.__name__)
 def test_each_class(torch_class: Any) -> None:
-    """The root itself may be one; and there is a way back."""
+    """The root module is converted too, and revert() restores its class."""
     model = torch_class() if "Lazy" in torch_class.__name__ else torch_class(3)
     assert bnk.convert(model) is model and type(model) is PAIRS[torch_class]
     attributes = set(vars(model))
@@ -61,8 +61,8 @@ def test_each_class(torch_class: Any) -> None:
     )
 
 
-def test_the_model_computes_the_same() -> None:
-    plain, converted = network(), bnk.convert(network())  # a lazy layer cannot be copied
+def test_converted_model_computes_the_same() -> None:
+    plain, converted = network(), bnk.convert(network())  # two networks: lazy layers cannot be copied
     for parameter, other in zip(plain.parameters(), converted.parameters()):
         if not nn.parameter.is_lazy(parameter):
             other.data.copy_(parameter.data)
@@ -81,7 +81,7 @@ def test_the_model_computes_the_same() -> None:
 
 
 def test_only_the_class_changes() -> None:
-    """Parameters, buffers and their memory, hooks, flags, and whoever else holds the module."""
+    """Parameters, buffers and their memory, hooks, flags, and references to the module stay."""
     layer = nn.BatchNorm2d(3)
     model = nn.Sequential(layer, nn.ReLU())
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -114,7 +114,7 @@ def test_only_the_class_changes() -> None:
 
 
 def test_filter() -> None:
-    """filter_fn sees each candidate with its name, and nothing else; False leaves it."""
+    """filter_fn sees each candidate with its name, and nothing else; candidates for which it returns False stay."""
     seen: list[tuple[str, type[nn.Module]]] = []
 
     def inner_only(module: nn.Module, name: str) -> bool:
@@ -149,16 +149,16 @@ def replaced() -> nn.Module:
     return module
 
 
-LEFT = {
+SKIPPED = {
     "subclass": (lambda: Custom(3), "subclass"),
     "parametrized": (parametrized, "subclass"),
-    "forward replaced": (replaced, "forward has been replaced"),
+    "forward replaced": (replaced, "forward was replaced"),
 }
 
 
-@pytest.mark.parametrize(("make", "reason"), LEFT.values(), ids=LEFT)
-def test_what_is_left(make: Any, reason: str) -> None:
-    """Reported, and not touched."""
+@pytest.mark.parametrize(("make", "reason"), SKIPPED.values(), ids=SKIPPED)
+def test_skipped_modules(make: Any, reason: str) -> None:
+    """Reported and not modified."""
     module = make()
     before = type(module)
     report = bnk.ConversionReport()
@@ -169,7 +169,7 @@ def test_what_is_left(make: Any, reason: str) -> None:
     assert reason in report.skipped[0].reason and reason in str(report)
 
 
-def test_what_is_no_batch_norm_is_not_mentioned() -> None:
+def test_other_norms_are_not_reported() -> None:
     report = bnk.ConversionReport()
     model = nn.Sequential(nn.InstanceNorm2d(3), nn.GroupNorm(1, 3), nn.LayerNorm(3), nn.Identity())
     before = types(model)
@@ -177,8 +177,8 @@ def test_what_is_no_batch_norm_is_not_mentioned() -> None:
     assert types(model) == before and report == bnk.ConversionReport()
 
 
-def test_own_subclasses_survive() -> None:
-    """A subclass of this package's class is neither converted nor reverted; only the revert has a word on it."""
+def test_subclasses_of_package_classes_stay() -> None:
+    """A subclass of this package's class is neither converted nor reverted; only revert() reports it."""
 
     class Mine(bnk.BatchNorm2d):
         pass
@@ -191,9 +191,9 @@ def test_own_subclasses_survive() -> None:
     assert type(model[0]) is Mine and [skip.module for skip in report.skipped] == [Mine]
 
 
-@pytest.mark.parametrize("foreign", ["relu", nn.ReLU()], ids=["a name", "a module"])
-def test_attributes_of_somebody_else_mean_nothing(foreign: object) -> None:
-    """Whatever their names."""
+@pytest.mark.parametrize("foreign", ["relu", nn.ReLU()], ids=["string", "module"])
+def test_foreign_attributes_are_ignored(foreign: object) -> None:
+    """An attribute `activation` that other code has set does not change the result."""
     model = nn.Sequential(nn.BatchNorm2d(3))
     model[0].activation = foreign
     expected = copy.deepcopy(model)
@@ -212,7 +212,7 @@ def test_shared_modules_are_converted_once() -> None:
     assert type(shared) is bnk.BatchNorm2d
 
 
-def test_twice_is_once() -> None:
+def test_convert_is_idempotent() -> None:
     model = network()
     bnk.convert(model)
     before, report = types(model), bnk.ConversionReport()
@@ -220,32 +220,32 @@ def test_twice_is_once() -> None:
     assert types(model) == before and report == bnk.ConversionReport()
 
 
-def test_there_and_back() -> None:
+def test_revert_undoes_convert() -> None:
     model = network()
     before = types(model)
     report = bnk.ConversionReport()
     bnk.revert(bnk.convert(model, report=report), report=report)
     assert types(model) == before
-    there, back = report.changed[:3], report.changed[3:]
-    assert [(c.name, c.before, c.after) for c in there] == [(c.name, c.after, c.before) for c in back]
+    converted, reverted = report.changed[:3], report.changed[3:]
+    assert [(c.name, c.before, c.after) for c in converted] == [(c.name, c.after, c.before) for c in reverted]
 
 
-def test_converted_models_can_be_stored() -> None:
+def test_converted_models_can_be_pickled_and_copied() -> None:
     model = bnk.convert(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()))
     for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
         assert types(other) == types(model)
         torch.testing.assert_close(dict(other.state_dict()), dict(model.state_dict()))
 
 
-def test_synchronising_a_converted_model() -> None:
-    """torch's own converter still finds the layers, as they are torch's to isinstance."""
+def test_torch_sync_converter_finds_converted_layers() -> None:
+    """Converted layers are instances of torch's classes, so nn.SyncBatchNorm.convert_sync_batchnorm finds them."""
     model = bnk.convert(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()))
     synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     assert type(synchronised[0]) is nn.SyncBatchNorm
 
 
-def test_fusing_a_converted_model() -> None:
-    """torch's own folding of a BatchNorm into a convolution."""
+def test_torch_conv_bn_folding_takes_converted_layers() -> None:
+    """fuse_conv_bn_eval() folds a converted BatchNorm into a convolution."""
     conv, layer = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
     layer(torch.randn(8, 4, 3, 3))
     x = torch.randn(2, 3, 5, 5)
@@ -254,7 +254,7 @@ def test_fusing_a_converted_model() -> None:
     torch.testing.assert_close(fused(x), model(x))
 
 
-def test_what_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_log_records(caplog: pytest.LogCaptureFixture) -> None:
     model = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3), Custom(3), Custom(3), replaced())
     with caplog.at_level(logging.INFO, logger="bnkernels"):
         bnk.convert(model)
@@ -262,8 +262,8 @@ def test_what_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     assert {record.name for record in caplog.records} == {"bnkernels"}
     lines = [record.getMessage() for record in caplog.records]
     assert lines[0] == "converted 2 BatchNorm modules of Sequential"
-    assert "left 2 " in lines[1] and "Custom" in lines[1] and "subclass" in lines[1]
-    assert "left 1 " in lines[2] and "forward has been replaced" in lines[2]
+    assert "skipped 2 " in lines[1] and "Custom" in lines[1] and "subclass" in lines[1]
+    assert "skipped 1 " in lines[2] and "forward was replaced" in lines[2]
     assert lines[3] == "reverted 2 BatchNorm modules of Sequential"
     assert len(lines) == 4
     caplog.clear()
@@ -272,22 +272,22 @@ def test_what_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     assert "0: nn.BatchNorm2d -> bnkernels.BatchNorm2d" in [record.getMessage() for record in caplog.records]
 
 
-def test_the_report_as_text() -> None:
+def test_report_as_text() -> None:
     report = bnk.ConversionReport()
     bnk.convert(nn.Sequential(nn.BatchNorm2d(3), Custom(3)), report=report)
     bnk.convert(nn.BatchNorm1d(3), report=report)
     assert str(report).splitlines() == [
-        "2 BatchNorms changed, 1 left as they are",
+        "2 BatchNorms changed, 1 skipped",
         "  0        nn.BatchNorm2d -> bnkernels.BatchNorm2d",
         "  (model)  nn.BatchNorm1d -> bnkernels.BatchNorm1d",
-        f"  1        {__name__}.Custom left: a subclass, whose forward may be its own",
+        f"  1        {__name__}.Custom skipped: a subclass, which may override forward",
     ]
 
 
-def test_nothing_to_convert() -> None:
-    """A warning with counts and reasons; none where the layers are this package's already."""
+def test_warning_if_nothing_changes() -> None:
+    """The warning has counts and reasons. No warning if the layers are this package's already."""
     for model, why in (
-        (nn.Sequential(nn.GroupNorm(1, 2)), "it has none"),
+        (nn.Sequential(nn.GroupNorm(1, 2)), "the model has none"),
         (nn.Sequential(Custom(2), Custom(2)), "2 x .*Custom: a subclass"),
     ):
         with pytest.warns(UserWarning, match=f"convert\\(\\) changed no BatchNorm of Sequential: {why}"):
@@ -297,6 +297,6 @@ def test_nothing_to_convert() -> None:
         bnk.convert(bnk.convert(nn.BatchNorm2d(2)))
 
 
-def test_not_a_module() -> None:
+def test_argument_must_be_a_module() -> None:
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, not list"):
         bnk.convert([nn.BatchNorm2d(3)])  # type: ignore[type-var]

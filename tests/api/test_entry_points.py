@@ -1,4 +1,4 @@
-"""The entry points of pyproject.toml: torch.compile finds the backends where nobody imports bnkernels."""
+"""Entry points of pyproject.toml: torch.compile finds the backends without an import of bnkernels."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ def installed() -> EntryPoints:
 
 
 def test_all_backends_are_declared() -> None:
-    """And no others: each entry is a backend of this package, by its name."""
+    """Each declared entry point is a backend of this package, and none is missing."""
     assert {entry.name: entry.load() for entry in declared()} == BACKENDS
 
 
 @pytest.mark.parametrize("entry", declared(), ids=lambda entry: entry.name)
-def test_each_is_registered(entry: EntryPoint) -> None:
-    """By its name, as what the entry point loads."""
+def test_each_backend_is_registered(entry: EntryPoint) -> None:
+    """torch's registry has, under its name, the function that the entry point loads."""
     backend = entry.load()
     assert callable(backend)
     assert entry.name in torch._dynamo.list_backends(exclude_tags=())
     assert torch._dynamo.lookup_backend(entry.name) is backend
 
 
-def test_the_installed_package_has_them() -> None:
-    """As pyproject.toml says."""
+def test_installed_entry_points() -> None:
+    """The installed metadata match pyproject.toml."""
     try:
         found = installed()
     except ModuleNotFoundError:
@@ -70,8 +70,8 @@ assert {{name: torch._dynamo.lookup_backend(name) for name in names}} == backend
 """
 
 
-def test_torch_finds_them_in_an_installed_package(tmp_path: Path) -> None:
-    """In a process that imports torch alone: the name is known, and its use imports the package."""
+def test_torch_finds_backends_of_installed_package(tmp_path: Path) -> None:
+    """In a process that imports only torch: the name is listed, and using it imports the package."""
     metadata = tmp_path / f"bnkernels-{bnk.__version__}.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: bnkernels\nVersion: {bnk.__version__}\n")

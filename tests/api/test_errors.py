@@ -1,4 +1,4 @@
-"""Calls that raise: what they say of arguments that no kernel takes, and that they change nothing."""
+"""Calls that raise: their messages, and that they leave the running statistics unchanged."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import bnkernels as bnk
-from bnkernels import ops, testing
+from bnkernels import _ops as ops
+from bnkernels import testing
 
 SHAPE = (4, 3, 5, 2)
 Arguments = dict[str, Any]
@@ -23,14 +24,14 @@ def images() -> Tensor:
     return torch.randn(SHAPE)
 
 
-# Ways to the kernels: each is called with all arguments of a call in training
+# Entry points. Each takes all arguments of a training call.
 
 
 def by_function(num_batches_tracked: object, **given: Any) -> Tensor:
     return bnk.batch_norm(**given, training=True)
 
 
-def with_a_relu(activation: str | None, **given: Any) -> Tensor:
+def with_relu(activation: str | None, **given: Any) -> Tensor:
     return by_function(**given, activation=activation or "relu")
 
 
@@ -45,7 +46,7 @@ def in_forward_mode(**given: Any) -> Tensor:
 
 
 def by(make: Callable[[], nn.Module]) -> Callable[..., Any]:
-    """A layer with other tensors in the place of its parameters and buffers."""
+    """A layer whose parameters and buffers are replaced by the given objects."""
 
     def call(input: Any, residual: Any, activation: None, **given: Any) -> Any:
         layer = make()
@@ -67,9 +68,9 @@ def by_op(op: Callable[..., Any], relu: bool) -> Callable[..., Any]:
 
 PLAIN = {"input", "weight", "bias", "running_mean", "running_var", "num_batches_tracked", "momentum", "eps"}
 FUNCTION = (PLAIN | {"residual", "activation"}) - {"num_batches_tracked"}
-WAYS: dict[str, tuple[Callable[..., Any], set[str]]] = {
+ENTRY_POINTS: dict[str, tuple[Callable[..., Any], set[str]]] = {
     "batch_norm": (by_function, FUNCTION),
-    "batch_norm with a ReLU": (with_a_relu, FUNCTION),
+    "batch_norm with a ReLU": (with_relu, FUNCTION),
     "batch_norm without gradients": (without_gradients, FUNCTION),
     "batch_norm in forward mode": (in_forward_mode, FUNCTION),
     "BatchNorm2d": (by(lambda: bnk.BatchNorm2d(3)), PLAIN | {"residual"}),
@@ -167,8 +168,8 @@ BAD: dict[str, Callable[[], Any]] = {
     "residual: quantized": lambda: torch.quantize_per_tensor(images(), 0.1, 0, torch.quint8),
     "activation: unknown": lambda: "gelu",
 }
-# What is no error: ops know no gradients, functional ones write to nothing, and torch adds a sparse residual.
-RIGHT = (
+# Valid calls: ops do not track gradients, functional ops write to no argument, and torch adds a sparse residual.
+VALID = (
     r"running_\w+: a parameter, by .*(without gradients|_train|_op|_functional)(, relu)?",
     r"running_\w+: overlaps itself, by .*_functional(, relu)?",
     r"residual: sparse, by batch_norm in forward mode",
@@ -176,17 +177,18 @@ RIGHT = (
 
 
 CALLS = [
-    (bad, way)
+    (bad, entry_point)
     for bad in BAD
-    for way, (_, takes) in WAYS.items()
-    if bad.split(":")[0] in takes and not any(re.fullmatch(right, f"{bad}, by {way}") for right in RIGHT)
+    for entry_point, (_, takes) in ENTRY_POINTS.items()
+    if bad.split(":")[0] in takes and not any(re.fullmatch(right, f"{bad}, by {entry_point}") for right in VALID)
 ]
 
 
-@pytest.mark.parametrize(("bad", "way"), CALLS)
-def test_a_call_that_raises_changes_nothing(bad: str, way: str) -> None:
-    """Neither the values nor the versions of the running statistics and the counter, by whichever way the call came."""
-    name, call = bad.split(":")[0], WAYS[way][0]
+@pytest.mark.parametrize(("bad", "entry_point"), CALLS)
+def test_failed_call_changes_nothing(bad: str, entry_point: str) -> None:
+    """A call that raises leaves the values and versions of the running statistics and the counter, in every entry
+    point."""
+    name, call = bad.split(":")[0], ENTRY_POINTS[entry_point][0]
     given = arguments() | {name: BAD[bad]()}
     tensors = {key: value for key, value in given.items() if isinstance(value, Tensor) and not value.is_meta}
     state = {key: value for key, value in tensors.items() if key.startswith(("running", "num")) and not value.is_sparse}
@@ -197,28 +199,34 @@ def test_a_call_that_raises_changes_nothing(bad: str, way: str) -> None:
         assert testing.same_bits(state[key].detach(), value) and state[key]._version == version, key
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_the_same_call_without_an_error_changes_the_statistics(way: str) -> None:
-    """The test above is about calls that would."""
+@pytest.mark.parametrize("entry_point", ENTRY_POINTS)
+def test_valid_call_updates_statistics(entry_point: str) -> None:
+    """Control for the test above: the same call with valid arguments updates the running statistics."""
     given = arguments()
     before = given["running_mean"].clone()
-    WAYS[way][0](**given)
-    assert torch.equal(given["running_mean"], before) == ("functional" in way)
+    ENTRY_POINTS[entry_point][0](**given)
+    assert torch.equal(given["running_mean"], before) == ("functional" in entry_point)
 
 
-SAID: dict[str, tuple[type[Exception], str]] = {
+MESSAGES: dict[str, tuple[type[Exception], str]] = {
     "a list": (TypeError, "expected input to be a torch.Tensor, but got list: pass torch.tensor(input)"),
     "a list of tensors": (TypeError, "but got list: pass torch.stack(input) or torch.cat(input)"),
     "numpy": (TypeError, "but got numpy.ndarray: pass torch.from_numpy(input)"),
     "None": (TypeError, "but got NoneType: pass a tensor"),
-    "nested": (NotImplementedError, "a nested one of layout torch.strided: pass the tensors of input.unbind(), or pad"),
-    "jagged": (NotImplementedError, "a nested one of layout torch.jagged: pass input.values(), with the channels in"),
+    "nested": (
+        NotImplementedError,
+        "a nested tensor with layout torch.strided: pass the tensors of input.unbind(), or pad",
+    ),
+    "jagged": (
+        NotImplementedError,
+        "a nested tensor with layout torch.jagged: pass input.values(), with the channels in",
+    ),
     "sparse": (
         NotImplementedError,
-        "expected input to be a dense tensor, but got one of layout torch.sparse_coo: pass",
+        "expected input to be a dense tensor, but got a tensor with layout torch.sparse_coo: pass",
     ),
-    "mkldnn": (NotImplementedError, "one of layout torch._mkldnn: pass input.to_dense()"),
-    "quantized": (NotImplementedError, "a quantized one, torch.quint8: pass input.dequantize(). Quantization handles"),
+    "mkldnn": (NotImplementedError, "a tensor with layout torch._mkldnn: pass input.to_dense()"),
+    "quantized": (NotImplementedError, "a quantized tensor, torch.quint8: pass input.dequantize(). To quantize"),
     "int64": (NotImplementedError, "for 'Long': expected an input of dtype float64, float32, float16 or bfloat16"),
     "bool": (NotImplementedError, "for 'Bool': expected an input of dtype float64"),
     "complex": (NotImplementedError, "for 'ComplexFloat': expected an input of dtype float64"),
@@ -227,19 +235,22 @@ SAID: dict[str, tuple[type[Exception], str]] = {
 }
 
 
-@pytest.mark.parametrize("way", [way for way in WAYS if way.lower().startswith("batch") or "Sync" in way])
+PUBLIC = [name for name in ENTRY_POINTS if name.lower().startswith("batch") or "Sync" in name]
+
+
+@pytest.mark.parametrize("entry_point", PUBLIC)
 @pytest.mark.parametrize("kind", INPUTS)
-def test_what_is_said_of_an_input(kind: str, way: str) -> None:
-    """What was given, what is expected and what to do, by the layers and by the function alike."""
-    error, words = SAID[kind]
-    with pytest.raises(error, match=re.escape(words)):
-        WAYS[way][0](**arguments() | {"input": INPUTS[kind]()})
+def test_messages_about_input(kind: str, entry_point: str) -> None:
+    """Layers and function say what was given, what is expected and what to do."""
+    error, message = MESSAGES[kind]
+    with pytest.raises(error, match=re.escape(message)):
+        ENTRY_POINTS[entry_point][0](**arguments() | {"input": INPUTS[kind]()})
 
 
-@pytest.mark.parametrize("way", [way for way in WAYS if way.lower().startswith("batch") or "Sync" in way])
+@pytest.mark.parametrize("entry_point", PUBLIC)
 @pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var", "residual"])
-def test_other_arguments_are_named(name: str, way: str) -> None:
-    """An array in the place of any tensor, not of the input alone."""
+def test_messages_name_the_argument(name: str, entry_point: str) -> None:
+    """Any argument that is not a tensor is reported by its name."""
     wrong = np.ones(SHAPE if name == "residual" else 3, dtype=np.float32)
     with pytest.raises(TypeError, match=rf"expected {name} to be a torch\.Tensor, but got numpy\.ndarray"):
-        WAYS[way][0](**arguments() | {name: wrong})
+        ENTRY_POINTS[entry_point][0](**arguments() | {name: wrong})

@@ -1,6 +1,6 @@
-"""batch_norm(): sizes, layouts and arguments, each of which some BatchNorm elsewhere gets wrong.
+"""batch_norm(): sizes, layouts and arguments that other BatchNorm implementations get wrong.
 
-Values are judged by the tolerance against float64. Adversarial values are in test_numerics.py.
+Values are compared with a float64 reference, within tolerance. Adversarial values are in test_numerics.py.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from hardware import LARGE
 from torch import Tensor
 
 import bnkernels as bnk
-from bnkernels import ops, testing
+from bnkernels import _ops as ops
+from bnkernels import testing
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 trainings = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 
 
 def inputs_like(x: Tensor, training: bool, vectors: torch.dtype | None = None, **changes: Any) -> testing.Inputs:
-    """A call on x with everything there: a gradient in x's layout, vectors of the given dtype (None: x's)."""
+    """A call on x with all optional arguments: a gradient in x's layout, vectors of the given dtype (None: x's)."""
     channels = x.shape[1]
 
     def uniform() -> Tensor:
@@ -45,13 +46,13 @@ def inputs_like(x: Tensor, training: bool, vectors: torch.dtype | None = None, *
 
 
 def call(inputs: testing.Inputs) -> testing.Outputs:
-    """Forward and backward by the public function. Tensors keep their layout; the running statistics are copies."""
+    """Forward and backward of the public function. Tensors keep their layout; the running statistics are copies."""
     x = inputs.x.detach().requires_grad_()
     weight, bias = (None if t is None else t.detach().requires_grad_() for t in (inputs.weight, inputs.bias))
     mean, var = (None if t is None else t.clone() for t in (inputs.running_mean, inputs.running_var))
     assert inputs.momentum is not None
     y = bnk.batch_norm(x, mean, var, weight, bias, inputs.training, inputs.momentum, inputs.eps)
-    # Not backward(): what it leaves in .grad has been given the strides of its tensor.
+    # autograd.grad() instead of backward(): .grad is given the strides of its tensor.
     leaves = {name: leaf for name, leaf in (("dx", x), ("dweight", weight), ("dbias", bias)) if leaf is not None}
     gradients = dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), inputs.grad)))
     return testing.Outputs(y=y.detach(), running_mean=mean, running_var=var, **gradients)
@@ -70,17 +71,17 @@ def check(inputs: testing.Inputs, context: str = "") -> testing.Outputs:
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """What torch's own elementwise functions would give their result."""
+    """The memory format of the results of torch's elementwise functions."""
     return torch._prims_common.suggest_memory_format(x)
 
 
 def test_signature() -> None:
-    ours, native_value = (
+    ours, expected = (
         [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
         for function in (bnk.batch_norm, torch.nn.functional.batch_norm)
     )
-    more = [(name, inspect.Parameter.KEYWORD_ONLY, None) for name in ("residual", "activation")]
-    assert ours == [*native_value, *more]
+    extra = [(name, inspect.Parameter.KEYWORD_ONLY, None) for name in ("residual", "activation")]
+    assert ours == [*expected, *extra]
 
 
 # Size
@@ -102,7 +103,7 @@ SIZES = {
 }
 
 
-# Tens of thousands of rows with few elements each, and so of blocks or of turns.
+# Tens of thousands of rows of few elements: as many CTAs or loop iterations.
 SLOW = {"C > 65,535", "C > 65,535, 2-D", "N > 65,535, planes"}
 
 
@@ -117,7 +118,7 @@ def test_sizes(shape: tuple[int, ...], training: bool, device: str) -> None:
 @pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4, 4), (4, 3, 0), (4, 0, 2, 2), (0, 0), (4, 3, 2, 0, 2)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @trainings
-def test_nothing_to_normalise(shape: tuple[int, ...], dtype: torch.dtype, training: bool, device: str) -> None:
+def test_empty_inputs(shape: tuple[int, ...], dtype: torch.dtype, training: bool, device: str) -> None:
     inputs = inputs_like(torch.randn(shape, device=device, dtype=dtype), training)
     outputs = call(inputs)
     assert outputs.y is not None and outputs.y.shape == shape and outputs.y.dtype == dtype
@@ -129,7 +130,7 @@ def test_nothing_to_normalise(shape: tuple[int, ...], dtype: torch.dtype, traini
 
 
 def test_one_dimension() -> None:
-    """torch passes an empty 1-D input, as one without channels (its own test inputs have it), and reads past others."""
+    """torch accepts an empty 1-D input as one without channels (as in its OpInfo); it reads past others."""
     x = torch.randn(0, requires_grad=True)
     y = bnk.batch_norm(x, torch.zeros(0), torch.ones(0), training=True)
     y.sum().backward()
@@ -142,9 +143,10 @@ def test_one_dimension() -> None:
 
 
 def check_repeated_samples(samples: int, width: int, channels_last: bool, device: str) -> None:
-    """x is one random sample again and again, and another one at the end, so that its statistics are cheap in float64.
+    """x repeats one random sample and ends with a different one, so that float64 statistics are cheap.
 
-    bfloat16. x is its own gradient: no third giant tensor. Outputs are judged where they lie: first, middle and end.
+    bfloat16. x is also the gradient, to save a third huge tensor. Outputs are compared at the first, a middle and the
+    last samples.
     """
     channels = 2
     shape = (samples, width, channels) if channels_last else (samples, channels, width)
@@ -182,7 +184,7 @@ def check_repeated_samples(samples: int, width: int, channels_last: bool, device
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["channels_first", "channels_last"])
 def test_repeated_samples(channels_last: bool, device: str) -> None:
-    """The next test, at a size that always runs."""
+    """test_more_than_2_to_the_31_elements at a size that always runs."""
     check_repeated_samples(65, 1 << 10, channels_last, device)
 
 
@@ -217,7 +219,8 @@ def layouts_of(shape: tuple[int, ...]) -> list[str]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @trainings
 def test_layouts(shape: tuple[int, ...], dtype: torch.dtype, training: bool, device: str) -> None:
-    """All pairs of x's and the gradient's layout: right values, in x's memory format; the same bits within a format."""
+    """All pairs of layouts of x and gradient: values within tolerance, in x's memory format, and the same bits for all
+    layouts of a format."""
     values, gradient = torch.randn(shape, device=device).to(dtype), torch.randn(shape, device=device).to(dtype)
     plain = inputs_like(values, training, torch.float32, grad=gradient)
     for x_layout in layouts_of(shape):
@@ -264,11 +267,14 @@ def test_gradients_of_any_strides(name: str, channels_last: bool, training: bool
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["channels_first", "channels_last"])
 @trainings
-def test_everything_misaligned(
+def test_misaligned_arguments(
     shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool, training: bool, device: str
 ) -> None:
-    """x, gradient, parameters and statistics aligned to the element and to nothing more: the same bits as aligned. On
-    CUDA the order of sums follows windows of 16 aligned bytes of x: there it is the bits where those are aligned."""
+    """x, gradient, parameters and statistics aligned only to their element give the same bits as aligned ones.
+
+    On CUDA the order of sums follows the 16-byte vectors of x, so there only the parameters and statistics are
+    misaligned for the comparison of bits.
+    """
     values = torch.randn(shape, device=device).to(dtype)
     layout = "channels_last" if channels_last and len(shape) > 2 else "contiguous"
     aligned = inputs_like(testing.lay_out(values, layout), training)
@@ -285,7 +291,7 @@ def test_everything_misaligned(
 
 
 def test_strided_statistics_are_written_back(device: str) -> None:
-    """Parameters and statistics may be slices of something else, whose other elements stay."""
+    """Parameters and statistics may be slices of a larger tensor, whose other elements do not change."""
     wide = torch.rand(4, 8, device=device) + 0.5
     before = wide.clone()
     x = torch.randn(5, 4, 3, device=device)
@@ -316,8 +322,8 @@ def test_optional_arguments(
 ) -> None:
     if not statistics and not training:
         pytest.skip("inference needs the running statistics")
-    absent = {"weight": weight, "bias": bias, "running_mean": statistics, "running_var": statistics}
-    changes = {name: None for name, there in absent.items() if not there}
+    given = {"weight": weight, "bias": bias, "running_mean": statistics, "running_var": statistics}
+    changes = {name: None for name, is_given in given.items() if not is_given}
     check(inputs_like(torch.randn(shape, device=device), training, **changes))
 
 
@@ -325,25 +331,25 @@ def test_optional_arguments(
     "missing", [("running_mean",), ("running_var",), ("running_mean", "running_var")], ids="+".join
 )
 @pytest.mark.parametrize("activation", [None, "relu"])
-@pytest.mark.parametrize("adds", [False, True], ids=["", "residual"])
-def test_optional_arguments_that_inference_needs(
-    missing: tuple[str, ...], activation: str | None, adds: bool, device: str
+@pytest.mark.parametrize("adds_residual", [False, True], ids=["", "residual"])
+def test_missing_statistics_in_inference_raise(
+    missing: tuple[str, ...], activation: str | None, adds_residual: bool, device: str
 ) -> None:
-    """Each that is missing is named in torch's words, whatever follows the layer."""
+    """torch's message names the missing statistic, with any residual or activation."""
     x = torch.randn(4, 3, device=device)
     names = ("running_mean", "running_var")
     statistics = {name: None if name in missing else torch.ones(3, device=device) for name in names}
-    with pytest.raises(RuntimeError) as native_value:
+    with pytest.raises(RuntimeError) as expected:
         torch.nn.functional.batch_norm(x, **statistics)
-    with pytest.raises(RuntimeError, match=re.escape(str(native_value.value).splitlines()[0])):
-        bnk.batch_norm(x, **statistics, residual=x if adds else None, activation=activation)
+    with pytest.raises(RuntimeError, match=re.escape(str(expected.value).splitlines()[0])):
+        bnk.batch_norm(x, **statistics, residual=x if adds_residual else None, activation=activation)
 
 
 @pytest.mark.parametrize(("x_dtype", "vector_dtype"), testing.DTYPE_PAIRS)
 @pytest.mark.parametrize("weight", [True, False], ids=["affine", "bias only"])
 @trainings
 def test_dtypes(x_dtype: str, vector_dtype: str, weight: bool, training: bool, device: str) -> None:
-    """Every pair that is allowed. The gradients of the parameters have the parameters' dtype."""
+    """Every supported pair of dtypes. The gradients of the parameters have the parameters' dtype."""
     changes = {} if weight else {"weight": None}
     x = torch.randn(4, 6, 5, 3, device=device).to(testing.DTYPES[x_dtype])
     check(inputs_like(x, training, testing.DTYPES[vector_dtype], **changes))
@@ -369,15 +375,15 @@ def test_eps_zero_in_inference(device: str) -> None:
 
 @trainings
 def test_autocast(training: bool, device: str) -> None:
-    """A 16-bit activation meets float32 parameters: nothing is cast, and float32 stays float32."""
+    """16-bit activations with float32 parameters: no tensor is cast, and a float32 activation stays float32."""
     layer = bnk.BatchNorm2d(6, device=device).train(training)
     conv = torch.nn.Conv2d(3, 6, 1, device=device)
     image = torch.randn(2, 3, 5, 5, device=device, requires_grad=True)
     with torch.autocast(device, dtype=torch.bfloat16):
         hidden = conv(image)
         y = layer(hidden)
-        untouched = layer(image.expand(2, 3, 5, 5).repeat(1, 2, 1, 1))
-    assert hidden.dtype == y.dtype == torch.bfloat16 and untouched.dtype == torch.float32
+        float32_output = layer(image.expand(2, 3, 5, 5).repeat(1, 2, 1, 1))
+        assert hidden.dtype == y.dtype == torch.bfloat16 and float32_output.dtype == torch.float32
     y.float().square().sum().backward()
     assert layer.weight.grad is not None and layer.weight.grad.dtype == torch.float32
     assert layer.running_mean.dtype == torch.float32
@@ -387,16 +393,16 @@ def test_autocast(training: bool, device: str) -> None:
 @trainings
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["channels_first", "channels_last"])
-def test_what_is_not_finite_stays_in_its_channel(training: bool, bad: float, channels_last: bool, device: str) -> None:
+def test_non_finite_values_stay_in_their_channel(training: bool, bad: float, channels_last: bool, device: str) -> None:
     values = torch.randn(4, 9, 5, 7, device=device)
     layout = "channels_last" if channels_last else "contiguous"
     clean = inputs_like(testing.lay_out(values, layout), training)
     values[2, 4, 1, 3] = bad
-    spoiled = testing.Inputs(**(vars(clean) | {"x": testing.lay_out(values, layout)}))
-    outputs, expected = check(spoiled), call(clean)
+    non_finite = testing.Inputs(**(vars(clean) | {"x": testing.lay_out(values, layout)}))
+    outputs, expected = check(non_finite), call(clean)
     others = [channel for channel in range(9) if channel != 4]
     for name, tensor in vars(expected).items():
         if tensor is not None:
             got = getattr(outputs, name)
-            mine, clean_one = (t[:, others] if t.dim() > 1 else t[others] for t in (got, tensor))
-            assert testing.same_bits(mine, clean_one), name
+            got, expected_others = (t[:, others] if t.dim() > 1 else t[others] for t in (got, tensor))
+            assert testing.same_bits(got, expected_others), name

@@ -1,7 +1,8 @@
-"""An addition, a ReLU or both behind BatchNorm: the same function as torch's parts, by one kernel, wherever it is used.
+"""BatchNorm followed by an addition, a ReLU or both: one kernel computes the same function as torch's layers.
 
-Numbers by dtype, layout and family are the business of test_fused_cpu.py and test_simt_fused.py; here it is what the
-callers see: gradients to any order, buffers, errors, tracing, and which tensors are kept for the backward.
+Values by dtype, layout and distribution are in test_fused_cpu.py and test_simt_fused.py. These tests check what callers
+see: gradients of any order, buffers, errors, tracing, and which tensors are saved for the backward.
+
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.graph import saved_tensors_hooks
 
 import bnkernels as bnk
-from bnkernels import ops, testing
+from bnkernels import _ops as ops
+from bnkernels import testing
 
 SHAPE = (4, 3, 5, 2)
-each_fusion = pytest.mark.parametrize(
+each_epilogue = pytest.mark.parametrize(
     ("activation", "adds"), [("relu", False), ("relu", True), (None, True)], ids=["relu", "add+relu", "add"]
 )
 trainings = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -49,7 +51,7 @@ def images(device: str, dtype: torch.dtype = torch.float64, shape: tuple[int, ..
 
 
 def by_torch(fused: bnk.BatchNormAct2d) -> Callable[..., Tensor]:
-    """The same layer as torch's own parts, with parameters and buffers of its own."""
+    """The same layer built from torch's own, with copies of the parameters and buffers."""
     bn = fused.bn
     plain = nn.BatchNorm2d(
         bn.num_features, eps=bn.eps, momentum=bn.momentum, device=bn.weight.device, dtype=bn.weight.dtype
@@ -71,33 +73,33 @@ def gradients(y: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     return torch.autograd.grad(y, inputs, torch.randn(y.shape, dtype=y.dtype, device=y.device, generator=generator))
 
 
-@each_fusion
+@each_epilogue
 @trainings
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
-@row("Fusion", "an addition, a ReLU or both behind a layer", cells(compiled=(False,)))
-def test_is_the_parts(activation: str | None, adds: bool, training: bool, layout: str, device: str) -> None:
-    """Result, memory format, gradients of everything, and buffers: torch's parts, in float64."""
+@row("Fusion", "an addition, a ReLU or both after a layer", cells(compiled=(False,)))
+def test_matches_torch_layers(activation: str | None, adds: bool, training: bool, layout: str, device: str) -> None:
+    """Output, memory format, all gradients, and buffers are those of torch's layers, in float64."""
     fused = layer(activation, device).train(training)
     parts = by_torch(fused)
     x = testing.lay_out(images(device).detach(), layout).requires_grad_()
     residual = testing.lay_out(images(device).detach(), layout).requires_grad_() if adds else None
     inputs = [x, residual] if residual is not None else [x]
-    ours, native = fused(x, residual), parts(x, residual)
-    torch.testing.assert_close(ours, native)
+    ours, expected = fused(x, residual), parts(x, residual)
+    torch.testing.assert_close(ours, expected)
     if layout != "sliced":
         assert ours.stride() == x.stride()
     module = parts.module  # type: ignore[attr-defined]
     torch.testing.assert_close(
-        gradients(ours, *inputs, *fused.parameters()), gradients(native, *inputs, *module.parameters())
+        gradients(ours, *inputs, *fused.parameters()), gradients(expected, *inputs, *module.parameters())
     )
     torch.testing.assert_close(dict(fused.bn.state_dict()), dict(module.state_dict()))
 
 
 @PYTHON
-@each_fusion
+@each_epilogue
 @trainings
-def test_gradcheck_to_the_second_order(activation: str | None, adds: bool, training: bool, device: str) -> None:
-    """Against differences: reverse and forward mode (by a dual level, outside of torch.func), forward over reverse."""
+def test_gradcheck_to_second_order(activation: str | None, adds: bool, training: bool, device: str) -> None:
+    """Against finite differences: reverse mode, forward mode (dual level, without torch.func), forward over reverse."""
     fused = layer(activation, device).train(training)
 
     def function(x: Tensor, weight: Tensor, bias: Tensor, *residual: Tensor) -> Tensor:
@@ -108,31 +110,31 @@ def test_gradcheck_to_the_second_order(activation: str | None, adds: bool, train
     inputs = [images(device), fused.bn.weight, fused.bn.bias, *([images(device)] if adds else [])]
     assert gradcheck(function, inputs, check_forward_ad=True)
     assert gradgradcheck(function, inputs, check_fwd_over_rev=True)
-    # gradgradcheck holds the differentiable backward to its own derivatives alone: its values are the kernels'.
+    # gradgradcheck only tests the derivatives of the differentiable backward. Its values come from the kernels.
     by_kernels, differentiable = (
         torch.autograd.grad(function(*inputs).square().sum(), inputs, create_graph=again) for again in (False, True)
     )
     torch.testing.assert_close(differentiable, by_kernels)
 
 
-@each_fusion
+@each_epilogue
 @trainings
-def test_tangents_of_a_gradient_behind_an_ordinary_forward(
+def test_tangents_of_gradient_after_ordinary_forward(
     activation: str | None, adds: bool, training: bool, device: str
 ) -> None:
-    """The dual level is entered after the forward, which knew of none: the backward looks for it itself."""
+    """The dual level is entered after the forward, so the backward has to detect it."""
     fused = layer(activation, device).train(training)
     inputs = [images(device) for _ in range(2 if adds else 1)]
     assert_gradients_have_tangents(fused(*inputs), [*inputs, *fused.parameters()])
 
 
-@each_fusion
+@each_epilogue
 @trainings
 @pytest.mark.parametrize("which", ["running_mean", "running_var"])
 def test_statistics_that_require_gradients(
     activation: str | None, adds: bool, training: bool, which: str, device: str
 ) -> None:
-    """Refused as without an epilogue, before anything has changed: there is no gradient for them."""
+    """Rejected as without an epilogue, before anything is modified: running statistics have no gradient."""
     x = images(device)
     statistics = {"running_mean": torch.zeros(3, device=device), "running_var": torch.ones(3, device=device)}
     statistics = {name: tensor.to(x.dtype).requires_grad_(name == which) for name, tensor in statistics.items()}
@@ -144,15 +146,15 @@ def test_statistics_that_require_gradients(
         bnk.batch_norm(x, **statistics, **options)
 
 
-@each_fusion
+@each_epilogue
 @trainings
-def test_transforms_take_the_parts(activation: str | None, adds: bool, training: bool, device: str) -> None:
-    """vmap over layers, jvp and jacrev: the derivative of the parts."""
+def test_transforms_match_torch_layers(activation: str | None, adds: bool, training: bool, device: str) -> None:
+    """vmap over layers, jvp and jacrev give the derivatives of torch's layers."""
     x, more, tangent = (images(device).detach() for _ in range(3))
     weight, bias = torch.randn(2, SHAPE[1], device=device, dtype=x.dtype)
     statistics = (torch.zeros_like(weight), torch.ones_like(weight))
 
-    def of(batch_norm: Callable[..., Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    def function_of(batch_norm: Callable[..., Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
         def call(x: Tensor, weight: Tensor) -> Tensor:
             mean, var = (None, None) if training else statistics
             if batch_norm is bnk.batch_norm:
@@ -164,13 +166,13 @@ def test_transforms_take_the_parts(activation: str | None, adds: bool, training:
 
         return call
 
-    ours, native = of(bnk.batch_norm), of(nn.functional.batch_norm)
+    ours, expected = function_of(bnk.batch_norm), function_of(nn.functional.batch_norm)
     for transform in (
         lambda f: torch.func.jvp(lambda x: f(x, weight), (x,), (tangent,)),
         lambda f: torch.func.jacrev(lambda w: f(x, w).sum((0, 2, 3)))(weight),
         lambda f: torch.func.vmap(f)(torch.stack([x, tangent]), torch.stack([weight, -weight])),
     ):
-        torch.testing.assert_close(transform(ours), transform(native))
+        torch.testing.assert_close(transform(ours), transform(expected))
 
 
 @pytest.mark.parametrize(
@@ -178,25 +180,25 @@ def test_transforms_take_the_parts(activation: str | None, adds: bool, training:
     [lambda r: r[:1], lambda r: r[:, :, :1, :1], lambda r: r.float(), lambda r: r[0]],
     ids=["one image", "one pixel", "float32", "no batch"],
 )
-def test_other_residuals_are_torchs_to_add(change: Callable[[Tensor], Tensor], device: str) -> None:
-    """Broadcasting and promotion as torch has them; and its error for what does not fit."""
+def test_broadcast_residuals_are_added_by_torch(change: Callable[[Tensor], Tensor], device: str) -> None:
+    """Broadcasting and promotion as in torch, and torch's error for sizes that do not match."""
     fused = layer("relu", device)
     parts = by_torch(fused)
     x, residual = images(device), change(images(device).detach()).requires_grad_()
-    ours, native = fused(x, residual), parts(x, residual)
-    torch.testing.assert_close(ours, native)
-    torch.testing.assert_close(gradients(ours, x, residual), gradients(native, x, residual))
+    ours, expected = fused(x, residual), parts(x, residual)
+    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(gradients(ours, x, residual), gradients(expected, x, residual))
     with pytest.raises(RuntimeError, match="must match the size"):
         fused(x, torch.zeros(4, 3, 5, 7, device=device, dtype=x.dtype))
 
 
-def test_an_activation_of_another_name() -> None:
+def test_unknown_activation_raises() -> None:
     with pytest.raises(ValueError, match="activation must be None or 'relu', but got 'gelu'"):
         bnk.batch_norm(torch.randn(4, 3), None, None, training=True, activation="gelu")
 
 
-def test_errors_of_the_ops() -> None:
-    """What the checks of C++ say of a wrong residual and of a range that is not the forward's."""
+def test_errors_of_ops() -> None:
+    """C++ checks reject a residual that does not match x, and relu_bounds that do not come from the forward."""
     x = torch.randn(SHAPE)
     vectors = (None, None, None, None, None)
     for wrong, message in (
@@ -212,23 +214,23 @@ def test_errors_of_the_ops() -> None:
             ops.backward(x, x, None, mean, invstd, True, True, True, True, wrong)
 
 
-def test_what_is_kept_for_the_backward(device: str) -> None:
-    """x and 4C numbers behind a ReLU alone, where torch keeps y as well; so y may be overwritten, as by an in-place
-    operation behind it, and the gradient is still that of the ReLU."""
+def test_tensors_saved_for_backward(device: str) -> None:
+    """With a ReLU alone, the layer saves x and 4C numbers, where torch also saves y. So y may be overwritten, as by an
+    in-place operation, and the gradient is still that of the ReLU."""
     fused, x = layer("relu", device), images(device)
-    kept: list[Tensor] = []
-    with saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+    saved: list[Tensor] = []
+    with saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
         y = fused(x)
-    assert sum(tensor.numel() for tensor in kept) == x.numel() + fused.bn.weight.numel() + 4 * SHAPE[1]
+    assert sum(tensor.numel() for tensor in saved) == x.numel() + fused.bn.weight.numel() + 4 * SHAPE[1]
     expected = gradients(by_torch(fused)(x), x)
     with torch.no_grad():
         y.zero_()
     torch.testing.assert_close(gradients(y, x), expected)
 
 
-@each_fusion
-def test_no_gradient_is_asked_for(activation: str | None, adds: bool, device: str) -> None:
-    """Without gradients, and for some of the inputs alone."""
+@each_epilogue
+def test_needed_gradients(activation: str | None, adds: bool, device: str) -> None:
+    """No gradients, or gradients of some of the inputs only."""
     fused = layer(activation, device)
     x, residual = images(device), images(device) if adds else None
     expected = fused(x, residual)
@@ -249,7 +251,7 @@ def test_no_gradient_is_asked_for(activation: str | None, adds: bool, device: st
 
 
 def on(device: str, inputs: testing.Inputs) -> testing.Inputs:
-    """Layouts stay."""
+    """Inputs moved to the device, with their layouts."""
 
     def moved(value: Any) -> Any:
         return value.to(device) if isinstance(value, Tensor) else value
@@ -258,12 +260,13 @@ def on(device: str, inputs: testing.Inputs) -> testing.Inputs:
 
 
 @pytest.mark.parametrize("case", list(testing.cases("quick"))[::7], ids=str)
-def test_numbers(case: testing.Case, device: str) -> None:
-    """Within the tolerance for each dtype, layout and family; the backward knows every bit of the forward's ReLU."""
+def test_values(case: testing.Case, device: str) -> None:
+    """Within tolerance for each dtype, layout and distribution; the backward masks exactly where the forward's ReLU
+    did."""
     inputs = case.inputs()
     more = testing.make_residual(inputs)
     for epilogue in (testing.Epilogue(relu=True), testing.Epilogue(more), testing.Epilogue(more, relu=True)):
-        i = on(device, case.inputs())  # whose buffers change
+        i = on(device, case.inputs())  # a fresh copy: the op updates the buffers
         residual = None if epilogue.residual is None else epilogue.residual.to(device)
         if i.training:
             buffers = (i.running_mean, i.running_var, i.num_batches_tracked)
@@ -286,7 +289,7 @@ def test_numbers(case: testing.Case, device: str) -> None:
 
 
 class Block(nn.Module):
-    """Each fusion once."""
+    """Each epilogue once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -304,7 +307,7 @@ class Block(nn.Module):
 @pytest.mark.parametrize("channels_last", [False, True])
 @INDUCTOR
 def test_compiled(training: bool, channels_last: bool, device: str) -> None:
-    """One graph, with eager's bits: result, gradients, buffers, over three steps."""
+    """One graph, bitwise equal to eager: output, gradients and buffers, over three steps."""
     torch.compiler.reset()
     eager = Block().to(device).train(training)
     model = copy.deepcopy(eager)
@@ -318,8 +321,8 @@ def test_compiled(training: bool, channels_last: bool, device: str) -> None:
             (y.detach(), *gradients(y, x, *module.parameters()))
             for module, y in ((m, f(x.requires_grad_())) for m, f in ((eager, eager), (model, compiled)))
         ]
-        for ours, native in zip(*results):
-            torch.testing.assert_close(ours, native, rtol=0, atol=0)
+        for got, expected in zip(*results):
+            torch.testing.assert_close(got, expected, rtol=0, atol=0)
     torch.testing.assert_close(dict(model.state_dict()), dict(eager.state_dict()), rtol=0, atol=0)
     assert backend.frame_count == 1
     targets = {str(node.target) for graph in backend.graphs for node in graph.graph.nodes}
@@ -330,7 +333,7 @@ def test_compiled(training: bool, channels_last: bool, device: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_opcheck(adds: bool, relu: bool, dtype: torch.dtype, layout: str, device: str) -> None:
-    """Schemas, fakes and tracing of the fused ops."""
+    """Schemas, fakes and tracing of ops with an epilogue."""
     x = testing.lay_out(torch.randn(SHAPE, device=device).to(dtype), layout)
     for op in (ops.train_op, ops.train_functional):
         torch.library.opcheck(op, fused_arguments(x, adds, relu))
@@ -344,7 +347,7 @@ def test_opcheck(adds: bool, relu: bool, dtype: torch.dtype, layout: str, device
 
 
 def test_empty_batches(device: str) -> None:
-    """No images: an empty result, zero gradients, and the batch counts."""
+    """A batch of 0: empty output, zero gradients, and the batch is counted."""
     fused, x = layer("relu", device), images(device, shape=(0, 3, 5, 2))
     y = fused(x)
     assert y.shape == x.shape and fused.bn.num_batches_tracked == 1
@@ -357,7 +360,8 @@ def test_empty_batches(device: str) -> None:
 
 @DRIVER
 def test_tracers(device: str) -> None:
-    """torch.fx records module and residual, and the layers of BatchNormAct2d; torch.jit.trace torch's own operators."""
+    """torch.fx records the modules, with the residual and the layers of BatchNormAct2d; torch.jit.trace records aten
+    ops."""
     model = Block().to(device).eval()
     graph = torch.fx.symbolic_trace(model)
     calls = [(node.target, len(node.args)) for node in graph.graph.nodes if node.op == "call_module"]
@@ -370,7 +374,7 @@ def test_tracers(device: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_autocast(dtype: torch.dtype, device: str) -> None:
-    """16-bit images and parameters of float32: the kernels' own; a residual of float32 beside them: torch's sum."""
+    """The kernels take 16-bit inputs with float32 parameters; torch adds a float32 residual to a 16-bit output."""
     model = nn.Sequential(nn.Conv2d(3, 3, 1), bnk.BatchNormAct2d(3)).to(device)
     x = torch.randn(SHAPE, device=device)
     with torch.autocast(device, dtype):

@@ -10,7 +10,7 @@ TESTS = Path(__file__).resolve().parents[1]
 PAGE = (TESTS.parent / "docs" / "known-bugs.md").read_text()
 
 
-def test_every_row_names_tests_that_exist() -> None:
+def test_rows_name_existing_tests() -> None:
     rows = [line for line in PAGE.splitlines() if line.startswith("|") and not re.match(r"\| bug|\|---", line)]
     assert rows
     functions = {

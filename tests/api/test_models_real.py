@@ -1,7 +1,8 @@
-"""Models as people have them: converted, trained a few steps, stored, loaded by torch alone, and turned back.
+"""Models of torchvision, timm and transformers: converted, trained a few steps, saved, loaded with torch's layers only,
+and reverted.
 
-Random weights and tiny images; torch's own model is the reference throughout. In float64, so that rounding, which every
-layer and every step passes on enlarged, stays far below what a wrong formula or a missed update would change.
+Random weights and tiny images; the torch model is the reference. In float64, so that rounding, which every layer and
+step amplifies, stays far below the effect of a wrong formula or a missed update.
 """
 
 from __future__ import annotations
@@ -53,12 +54,12 @@ def transformers_resnet() -> nn.Module:
     return Logits(transformers.ResNetForImageClassification(config))
 
 
-def norms(model: nn.Module, of: type[nn.Module]) -> int:
-    return sum(isinstance(module, of) for module in model.modules())
+def count_norms(model: nn.Module, cls: type[nn.Module]) -> int:
+    return sum(isinstance(module, cls) for module in model.modules())
 
 
 def trained(model: nn.Module, cell: Cell, device: str) -> list[float]:
-    """The losses of a few steps of SGD on batches of two sizes."""
+    """Losses of a few steps of SGD on batches of two sizes."""
     torch.manual_seed(1)
     call: Callable[..., Any] = cell.prepared(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
@@ -74,40 +75,43 @@ def trained(model: nn.Module, cell: Cell, device: str) -> list[float]:
     return losses
 
 
-def assert_trains_as_torchs(make: Callable[[], nn.Module], cell: Cell, device: str) -> None:
-    """Losses, parameters and statistics after training, and predictions after each way back, are torch's."""
-    native = make().double().to(device)
-    ours = bnk.convert(copy.deepcopy(native))
-    assert norms(ours, bnk.BatchNorm2d) == norms(native, nn.BatchNorm2d) > 0
+def assert_trains_like_torch(make: Callable[[], nn.Module], cell: Cell, device: str) -> None:
+    """Losses, parameters and statistics after training equal torch's, and so do predictions after load_state_dict() and
+    after revert()."""
+    torch_model = make().double().to(device)
+    converted = bnk.convert(copy.deepcopy(torch_model))
+    assert count_norms(converted, bnk.BatchNorm2d) == count_norms(torch_model, nn.BatchNorm2d) > 0
 
-    torch.testing.assert_close(trained(ours, cell, device), trained(native, cell.eager, device))
-    torch.testing.assert_close(dict(ours.state_dict()), dict(native.state_dict()))
+    torch.testing.assert_close(trained(converted, cell, device), trained(torch_model, cell.eager, device))
+    torch.testing.assert_close(dict(converted.state_dict()), dict(torch_model.state_dict()))
 
     x = cell.laid_out(torch.randn(2, *IMAGE, device=device, dtype=torch.float64))
-    expected = native.eval()(x)
-    torch.testing.assert_close(ours.eval()(x), expected)
+    expected = torch_model.eval()(x)
+    torch.testing.assert_close(converted.eval()(x), expected)
 
     file = io.BytesIO()
-    torch.save(ours.state_dict(), file)
+    torch.save(converted.state_dict(), file)
     file.seek(0)
     plain = make().double().to(device)
     plain.load_state_dict(torch.load(file, weights_only=True))
     torch.testing.assert_close(plain.eval()(x), expected)
 
-    torch.testing.assert_close(bnk.revert(ours)(x), expected)
-    assert norms(ours, bnk.BatchNorm2d) == 0 and norms(ours, nn.BatchNorm2d) == norms(native, nn.BatchNorm2d)
+    torch.testing.assert_close(bnk.revert(converted)(x), expected)
+    assert count_norms(converted, bnk.BatchNorm2d) == 0 and count_norms(converted, nn.BatchNorm2d) == count_norms(
+        torch_model, nn.BatchNorm2d
+    )
 
 
-@row("Models", "torchvision ResNet-18: trained, stored, loaded by torch alone, reverted", CELLS)
+@row("Models", "torchvision ResNet-18: trained, saved, loaded with torch's layers only, reverted", CELLS)
 def test_torchvision(cell: Cell, device: str) -> None:
-    assert_trains_as_torchs(torchvision_resnet18, cell, device)
+    assert_trains_like_torch(torchvision_resnet18, cell, device)
 
 
 @row("Models", "transformers ResNet: the same", CELLS)
 def test_transformers(cell: Cell, device: str) -> None:
-    assert_trains_as_torchs(transformers_resnet, cell, device)
+    assert_trains_like_torch(transformers_resnet, cell, device)
 
 
 @row("Models", "timm ResNet: the same", cells(training=(True,), compiled=(False,)))
 def test_timm(cell: Cell, device: str) -> None:
-    assert_trains_as_torchs(timm_resnet10t, cell, device)
+    assert_trains_like_torch(timm_resnet10t, cell, device)

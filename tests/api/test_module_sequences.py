@@ -1,7 +1,8 @@
-"""Random sequences of what is done to a layer, against nn.BatchNorm in float64: the public API as it is used over time.
+"""Random sequences of operations on a layer, against nn.BatchNorm in float64: the public API as used over time.
 
-The layer is of any dtype. torch's takes over its state before each call, so that what is compared is one call, and not
-what the rounding of earlier ones became.
+The layer may have any dtype. The torch layer copies its state before each call, so that each comparison covers one
+call and no accumulated rounding.
+
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ LAYERS: dict[int, tuple[Any, Any]] = {
     4: (bnk.BatchNorm2d, nn.BatchNorm2d),
     5: (bnk.BatchNorm3d, nn.BatchNorm3d),
 }
-# Relative to the largest value: the inputs are tame, adversarial ones are test_numerics.py's.
+# Relative to the largest value. Inputs are well scaled; test_numerics.py has adversarial ones.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 4e-3}
-# A parameter and not the fixture `device`: one run of hypothesis may not share a function's fixture.
+# A parameter instead of the fixture `device`: hypothesis does not reset function-scoped fixtures between examples.
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
 
@@ -41,9 +42,9 @@ class Pair:
     def __init__(self, rng: random.Random, dims: int, options: dict[str, Any], device: str) -> None:
         self.rng, self.dims, self.options, self.device = rng, dims, options, device
         self.channels = rng.randint(1, 7)
-        ours, native = LAYERS[dims]
+        ours, torch_class = LAYERS[dims]
         self.ours = ours(self.channels, **options).to(device)
-        self.native = native(self.channels, **options).double()
+        self.torch_layer = torch_class(self.channels, **options).double()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -53,19 +54,20 @@ class Pair:
     _data = torch.float32
 
     def sync(self) -> None:
-        """torch's layer takes over state and settings."""
+        """Copy state and settings to torch's layer."""
         ours = self.ours.state_dict()
-        for name, t in self.native.state_dict().items():
+        for name, t in self.torch_layer.state_dict().items():
             t.copy_(ours[name])
-        self.native.train(self.ours.training)
-        self.native.momentum, self.native.eps = self.ours.momentum, self.ours.eps
-        self.native.track_running_stats = self.ours.track_running_stats
-        for mine, native_value in zip(self.ours.parameters(), self.native.parameters()):
-            native_value.requires_grad_(mine.requires_grad)
-            native_value.grad = None if mine.grad is None else mine.grad.cpu().double()
+        self.torch_layer.train(self.ours.training)
+        self.torch_layer.momentum, self.torch_layer.eps = self.ours.momentum, self.ours.eps
+        self.torch_layer.track_running_stats = self.ours.track_running_stats
+        for parameter, torch_parameter in zip(self.ours.parameters(), self.torch_layer.parameters()):
+            torch_parameter.requires_grad_(parameter.requires_grad)
+            torch_parameter.grad = None if parameter.grad is None else parameter.grad.cpu().double()
 
     def draw(self) -> tuple[Tensor, Tensor]:
-        """An input, strided in some way, and torch's copy. Of two values alone the gradient is nothing but rounding."""
+        """An input with random strides, and its float64 copy for torch. At least 4 samples: with two values per
+        channel, the gradient is only rounding."""
         shape = (self.rng.randint(4, 7), self.channels, *(self.rng.randint(1, 5) for _ in range(self.dims - 2)))
         x = (torch.randn(shape) * 2 + 1).to(self.dtype)
         if self.dims > 3 and self.rng.random() < 0.4:
@@ -86,22 +88,22 @@ class Pair:
         torch.testing.assert_close(got.detach().cpu().double(), expected.detach(), rtol=tolerance, atol=bound, msg=name)
 
     def same_state(self) -> None:
-        ours, native = self.ours.state_dict(), self.native.state_dict()
-        assert list(ours) == list(native)
+        ours, expected = self.ours.state_dict(), self.torch_layer.state_dict()
+        assert list(ours) == list(expected)
         for name, t in ours.items():
-            self.close(name, t, native[name])
+            self.close(name, t, expected[name])
 
 
-# What may be done to a pair
+# Actions on a pair
 
 
 def step(pair: Pair) -> None:
-    """A forward and, in most cases, its backward, with or without a residual."""
+    """A forward with or without a residual and, mostly, its backward."""
     pair.sync()
-    x, x_native_value = (t.requires_grad_() for t in pair.draw())
+    x, x_torch = (t.requires_grad_() for t in pair.draw())
     residual = torch.randn_like(x) if pair.rng.random() < 0.3 else None
     y = pair.ours(x) if residual is None else pair.ours(x, residual)
-    expected = pair.native(x_native_value)
+    expected = pair.torch_layer(x_torch)
     expected = expected if residual is None else expected + residual.cpu().double()
     assert y.dtype == x.dtype and y.shape == x.shape
     pair.close("y", y, expected)
@@ -110,50 +112,51 @@ def step(pair: Pair) -> None:
         grad = torch.randn_like(y)
         y.backward(grad)
         expected.backward(grad.cpu().double())
-        pair.close("grad of x", x.grad, x_native_value.grad)
-        for (name, mine), native_value in zip(pair.ours.named_parameters(), pair.native.parameters()):
-            pair.close(f"grad of {name}", mine.grad, native_value.grad)
+        pair.close("grad of x", x.grad, x_torch.grad)
+        for (name, parameter), torch_parameter in zip(pair.ours.named_parameters(), pair.torch_layer.parameters()):
+            pair.close(f"grad of {name}", parameter.grad, torch_parameter.grad)
 
 
 def without_grad(pair: Pair) -> None:
     pair.sync()
-    x, x_native_value = pair.draw()
+    x, x_torch = pair.draw()
     with pair.rng.choice((torch.no_grad, torch.inference_mode))():
         y = pair.ours(x)
-    expected = pair.native(x_native_value)
+    expected = pair.torch_layer(x_torch)
     pair.close("y", y, expected)
     pair.same_state()
 
 
 def function(pair: Pair) -> None:
-    """batch_norm() on the layer's own tensors."""
+    """batch_norm() on the layer's tensors."""
     pair.sync()
-    x, x_native_value = pair.draw()
+    x, x_torch = pair.draw()
     training = pair.rng.random() < 0.5 or pair.ours.running_mean is None
     momentum = pair.ours.momentum or 0.0
-    tensors = [(layer.running_mean, layer.running_var, layer.weight, layer.bias) for layer in (pair.ours, pair.native)]
+    layers = (pair.ours, pair.torch_layer)
+    tensors = [(layer.running_mean, layer.running_var, layer.weight, layer.bias) for layer in layers]
     y = bnk.batch_norm(x, *tensors[0], training, momentum, pair.ours.eps)
-    pair.close("y", y, F.batch_norm(x_native_value, *tensors[1], training, momentum, pair.ours.eps))
+    pair.close("y", y, F.batch_norm(x_torch, *tensors[1], training, momentum, pair.ours.eps))
     pair.same_state()
 
 
-def not_counted(pair: Pair) -> None:
-    """no_statistics_update leaves the buffers' bits."""
+def without_update(pair: Pair) -> None:
+    """no_statistics_update leaves the bits of the buffers unchanged."""
     before = {name: t.clone() for name, t in pair.ours.state_dict().items()}
     with bnk.no_statistics_update(pair.ours):
         pair.ours(pair.draw()[0])
     assert all(same_bits(t, before[name]) for name, t in pair.ours.state_dict().items())
 
 
-def refused(pair: Pair) -> None:
-    """A channel too many: an error, as torch's, and nothing has changed (torch has counted the batch)."""
+def wrong_channels(pair: Pair) -> None:
+    """An input with one channel too many raises, as in torch, and changes nothing (torch counts the batch)."""
     pair.sync()
     before = {name: t.clone() for name, t in pair.ours.state_dict().items()}
     averages = pair.ours.running_mean is not None and (pair.ours.track_running_stats or not pair.ours.training)
     if pair.ours.weight is None and not averages:
-        return  # nothing that a channel too many would not fit
+        return  # no tensor constrains the number of channels
     x = torch.randn((3, pair.channels + 1, *(2,) * (pair.dims - 2)), dtype=pair.dtype, device=pair.device)
-    for layer, data in ((pair.ours, x), (copy.deepcopy(pair.native), x.cpu().double())):
+    for layer, data in ((pair.ours, x), (copy.deepcopy(pair.torch_layer), x.cpu().double())):
         with pytest.raises(RuntimeError, match="should contain"):
             layer(data)
     assert all(same_bits(t, before[name]) for name, t in pair.ours.state_dict().items())
@@ -168,7 +171,7 @@ def fresh(pair: Pair) -> Any:
 
 
 def load_state_dict(pair: Pair) -> None:
-    """Through a file, into a new layer, with nothing missing and nothing left over."""
+    """Through a file into a new layer, with no missing or unexpected keys."""
     file = io.BytesIO()
     torch.save(pair.ours.state_dict(), file)
     file.seek(0)
@@ -178,7 +181,7 @@ def load_state_dict(pair: Pair) -> None:
 
 
 def replaced(pair: Pair, layer: Any) -> None:
-    """By one that has the same state and class, and shares nothing."""
+    """Replace the layer by one of the same state and class that shares no memory with it."""
     old, new = pair.ours.state_dict(), layer.state_dict()
     assert list(old) == list(new) and type(layer) is type(pair.ours) and repr(layer) == repr(pair.ours)
     for name, t in old.items():
@@ -187,8 +190,8 @@ def replaced(pair: Pair, layer: Any) -> None:
     pair.ours = layer
 
 
-def there_and_back(pair: Pair) -> None:
-    """torch's class and this package's again, by revert() and convert(): the same object and tensors."""
+def revert_and_convert(pair: Pair) -> None:
+    """revert() and convert() restore the class and leave object and tensors."""
     holder = nn.Sequential(pair.ours)
     state = {name: t.data_ptr() for name, t in pair.ours.state_dict().items()}
     assert type(bnk.revert(holder)[0]) is LAYERS[pair.dims][1]
@@ -202,8 +205,8 @@ def to_dtype(pair: Pair) -> None:
     assert all(t.dtype == pair._data for t in pair.ours.state_dict().values() if t.is_floating_point())
 
 
-def descend(pair: Pair) -> None:
-    """A step of SGD."""
+def sgd_step(pair: Pair) -> None:
+    """One step of SGD."""
     with torch.no_grad():
         for parameter in pair.ours.parameters():
             if parameter.grad is not None:
@@ -220,7 +223,7 @@ def set_momentum(pair: Pair) -> None:
 
 
 def toggle_tracking(pair: Pair) -> None:
-    """Of a layer that has running statistics: without, torch's own reset_running_stats() fails."""
+    """Only for layers with running statistics: torch's reset_running_stats() fails on others."""
     if pair.options["track_running_stats"]:
         pair.ours.track_running_stats = not pair.ours.track_running_stats
 
@@ -236,12 +239,12 @@ ACTIONS: tuple[Callable[[Pair], Any], ...] = (
     step,
     without_grad,
     function,
-    not_counted,
-    refused,
+    without_update,
+    wrong_channels,
     load_state_dict,
-    there_and_back,
+    revert_and_convert,
     to_dtype,
-    descend,
+    sgd_step,
     freeze,
     set_momentum,
     toggle_tracking,
@@ -266,8 +269,8 @@ ACTIONS: tuple[Callable[[Pair], Any], ...] = (
     actions=st.lists(st.sampled_from(range(len(ACTIONS))), min_size=4, max_size=16),
     seed=st.integers(0, 99),
 )
-def test_a_layer_over_time(where: str, dims: int, options: dict[str, Any], actions: list[int], seed: int) -> None:
-    """Whatever was done to a layer before, its next call is nn.BatchNorm's, and so is the state that it leaves."""
+def test_action_sequences(where: str, dims: int, options: dict[str, Any], actions: list[int], seed: int) -> None:
+    """After any sequence of actions, the next call and the state after it match nn.BatchNorm."""
     torch.manual_seed(seed)
     pair = Pair(random.Random(seed), dims, options, where)
     for action in (*actions, 0):

@@ -1,4 +1,4 @@
-"""The modules: everything that torch's have and is not the arithmetic, and the state that a training run relies on."""
+"""Modules: everything of torch's interface except the arithmetic, and the state that training relies on."""
 
 from __future__ import annotations
 
@@ -49,59 +49,59 @@ each_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
 
 def pair(torch_class: Any, device: str = "cpu", **options: Any) -> tuple[Any, Any]:
-    """torch's module and ours with the same, not trivial, parameters and statistics."""
-    native = torch_class(3, device=device, **options)
+    """torch's module and this package's, with equal nontrivial parameters and statistics."""
+    torch_layer = torch_class(3, device=device, **options)
     with torch.no_grad():
-        for tensor in [*native.parameters(), *native.buffers()]:
+        for tensor in [*torch_layer.parameters(), *torch_layer.buffers()]:
             if tensor.is_floating_point():
                 tensor.uniform_(0.5, 1.5)
     ours = PAIRS[torch_class](3, device=device, **options)
-    ours.load_state_dict(native.state_dict())
-    return native, ours
+    ours.load_state_dict(torch_layer.state_dict())
+    return torch_layer, ours
 
 
-def assert_same_state(ours: nn.Module, native: nn.Module) -> None:
-    mine, torch_class = ours.state_dict(), native.state_dict()
-    assert list(mine) == list(torch_class)
-    torch.testing.assert_close(dict(mine), dict(torch_class))
+def assert_same_state(ours: nn.Module, torch_layer: nn.Module) -> None:
+    got, expected = ours.state_dict(), torch_layer.state_dict()
+    assert list(got) == list(expected)
+    torch.testing.assert_close(dict(got), dict(expected))
 
 
-# What a module is
+# Interface
 
 
 @each_class
 @each_option
-def test_looks_like_torchs(torch_class: Any, options: dict[str, Any]) -> None:
-    native, ours = pair(torch_class, **options)
+def test_same_interface_as_torch(torch_class: Any, options: dict[str, Any]) -> None:
+    torch_layer, ours = pair(torch_class, **options)
     assert isinstance(ours, torch_class)
-    assert repr(ours) == repr(native)
+    assert repr(ours) == repr(torch_layer)
     assert inspect.signature(type(ours)) == inspect.signature(torch_class)
-    assert [name for name, _ in ours.named_parameters()] == [name for name, _ in native.named_parameters()]
-    assert [name for name, _ in ours.named_buffers()] == [name for name, _ in native.named_buffers()]
-    fresh_ours, fresh_native = PAIRS[torch_class](3, **options), torch_class(3, **options)
-    torch.testing.assert_close(dict(fresh_ours.state_dict()), dict(fresh_native.state_dict()), rtol=0, atol=0)
+    assert [name for name, _ in ours.named_parameters()] == [name for name, _ in torch_layer.named_parameters()]
+    assert [name for name, _ in ours.named_buffers()] == [name for name, _ in torch_layer.named_buffers()]
+    fresh_ours, fresh_torch_layer = PAIRS[torch_class](3, **options), torch_class(3, **options)
+    torch.testing.assert_close(dict(fresh_ours.state_dict()), dict(fresh_torch_layer.state_dict()), rtol=0, atol=0)
 
 
 @each_class
 @each_option
-def test_state_dict_both_ways(torch_class: Any, options: dict[str, Any]) -> None:
-    native, ours = pair(torch_class, **options)
-    assert ours.state_dict()._metadata == native.state_dict()._metadata
+def test_state_dict_is_interchangeable(torch_class: Any, options: dict[str, Any]) -> None:
+    torch_layer, ours = pair(torch_class, **options)
+    assert ours.state_dict()._metadata == torch_layer.state_dict()._metadata
     assert torch_class(3, **options).load_state_dict(ours.state_dict()).missing_keys == []
     back = torch_class(3, **options)
     back.load_state_dict(ours.state_dict())
-    assert_same_state(back, native)
+    assert_same_state(back, torch_layer)
 
 
 def test_state_dict_of_version_1() -> None:
-    """From before num_batches_tracked: it loads, and the counter keeps its value."""
-    native, ours = pair(nn.BatchNorm2d)
-    old = native.state_dict()
+    """Version 1 has no num_batches_tracked: it loads, and the counter stays unchanged."""
+    torch_layer, ours = pair(nn.BatchNorm2d)
+    old = torch_layer.state_dict()
     del old["num_batches_tracked"]
     old._metadata[""]["version"] = 1
     ours.load_state_dict(old)
     assert ours.num_batches_tracked == 0
-    current = native.state_dict()
+    current = torch_layer.state_dict()
     del current["num_batches_tracked"]
     with pytest.raises(RuntimeError, match="num_batches_tracked"):
         ours.load_state_dict(current)
@@ -138,22 +138,24 @@ ERRORS: dict[str, tuple[Any, dict[str, Any], tuple[int, ...], bool]] = {
 
 
 @pytest.mark.parametrize(("torch_class", "options", "shape", "training"), ERRORS.values(), ids=ERRORS)
-def test_errors_are_torchs(
+def test_errors_match_torch(
     torch_class: Any, options: dict[str, Any], shape: tuple[int, ...], training: bool, device: str
 ) -> None:
-    """The same type and text; and, unlike torch's, a call that raises has not counted its batch."""
-    native, ours = pair(torch_class, device, **options)
+    """Same type and message. Unlike torch's, a call that raises does not count its batch."""
+    torch_layer, ours = pair(torch_class, device, **options)
     before = copy.deepcopy(ours.state_dict())
     x = torch.randn(shape, device=device)
     with pytest.raises((ValueError, RuntimeError)) as expected:
-        native.train(training)(x)
+        torch_layer.train(training)(x)
     with pytest.raises(expected.type) as got:
         ours.train(training)(x)
-    words = str(expected.value).splitlines()[0]
-    if "eps must be positive, but got" in words:  # torch 2.11's, for training and inference alike; ours are the newer
-        words = str(got.value)
-        assert re.fullmatch(r"batch_norm eps must be (positive during training|non-negative), but got -?\d\.0", words)
-    assert str(got.value).splitlines()[0] == words
+    message = str(expected.value).splitlines()[0]
+    if (
+        "eps must be positive, but got" in message
+    ):  # torch 2.11's text, for training and inference; ours is the newer one
+        message = str(got.value)
+        assert re.fullmatch(r"batch_norm eps must be (positive during training|non-negative), but got -?\d\.0", message)
+    assert str(got.value).splitlines()[0] == message
     torch.testing.assert_close(dict(ours.state_dict()), dict(before), rtol=0, atol=0)
 
 
@@ -162,19 +164,19 @@ def test_errors_are_torchs(
 
 @each_class
 @each_option
-def test_a_few_steps(torch_class: Any, options: dict[str, Any], device: str) -> None:
-    """Train, eval and train again: outputs and state stay torch's."""
-    native, ours = pair(torch_class, device, **options)
+def test_train_and_eval_steps(torch_class: Any, options: dict[str, Any], device: str) -> None:
+    """Outputs and state match torch's while training and evaluation alternate."""
+    torch_layer, ours = pair(torch_class, device, **options)
     for training in (True, True, False, True, False):
         for shape in SHAPES[torch_class]:
             x = torch.randn(shape, device=device, dtype=options.get("dtype"))
-            torch.testing.assert_close(ours.train(training)(x), native.train(training)(x))
-            assert_same_state(ours, native)
+            torch.testing.assert_close(ours.train(training)(x), torch_layer.train(training)(x))
+            assert_same_state(ours, torch_layer)
 
 
 @each_option
 def test_buffers_are_updated_in_place(options: dict[str, Any], device: str) -> None:
-    """Graph capture, DDP and EMA hold the tensors: the objects and the memory stay, the versions tell of the change."""
+    """Graph capture, DDP and EMA hold the tensors: objects and memory stay, and the versions increase."""
     ours = bnk.BatchNorm2d(3, device=device, **options)
     before = {name: (b, b.data_ptr(), b._version, b.clone()) for name, b in ours.named_buffers()}
     ours(torch.randn(4, 3, 2, 2, device=device, dtype=options.get("dtype")))
@@ -186,21 +188,22 @@ def test_buffers_are_updated_in_place(options: dict[str, Any], device: str) -> N
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_the_host_never_reads_a_tensor(momentum: float | None) -> None:
-    """The cumulative average is 1/num_batches_tracked, which must not be fetched: on a GPU that is a wait."""
+def test_no_item_call(momentum: float | None) -> None:
+    """The cumulative average uses 1/num_batches_tracked, which must not be read on the host: on a GPU that
+    synchronizes."""
 
     class NoItem(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             assert func is not torch.ops.aten._local_scalar_dense.default
             return func(*args, **(kwargs or {}))
 
-    native, ours = pair(nn.BatchNorm2d, momentum=momentum)
+    torch_layer, ours = pair(nn.BatchNorm2d, momentum=momentum)
     x = torch.randn(4, 3, 2, 2)
     with NoItem():
         ours(x)
     if momentum is None:
         with pytest.raises(AssertionError), NoItem():
-            native(x)
+            torch_layer(x)
 
 
 @pytest.mark.cuda
@@ -221,24 +224,24 @@ def test_no_synchronisation(momentum: float | None) -> None:
 @pytest.mark.parametrize("built", [True, False], ids=["built_tracking", "built_not_tracking"])
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_track_running_stats_toggled(built: bool, momentum: float | None, device: str) -> None:
-    """The flag says whether they are updated; whether eval uses them is said by their being there."""
-    native, ours = pair(nn.BatchNorm2d, device, track_running_stats=built, momentum=momentum)
+    """The flag controls updates; whether eval uses the statistics depends on whether they are None."""
+    torch_layer, ours = pair(nn.BatchNorm2d, device, track_running_stats=built, momentum=momentum)
     for flag, training in [(not built, True), (not built, False), (built, True), (not built, True), (built, False)]:
         x = torch.randn(4, 3, 2, 2, device=device)
-        for module in (ours, native):
+        for module in (ours, torch_layer):
             module.track_running_stats = flag
             module.train(training)
-        torch.testing.assert_close(ours(x), native(x))
-        assert_same_state(ours, native)
+        torch.testing.assert_close(ours(x), torch_layer(x))
+        assert_same_state(ours, torch_layer)
 
 
-def test_cumulative_average_without_a_counter(device: str) -> None:
-    """As torch's: there is nothing to average by, and the statistics stay."""
-    native, ours = pair(nn.BatchNorm2d, device, momentum=None)
-    native.num_batches_tracked = ours.num_batches_tracked = None
+def test_cumulative_average_without_counter(device: str) -> None:
+    """As in torch, the statistics are not updated: there is no count to average by."""
+    torch_layer, ours = pair(nn.BatchNorm2d, device, momentum=None)
+    torch_layer.num_batches_tracked = ours.num_batches_tracked = None
     x = torch.randn(4, 3, 2, 2, device=device)
-    torch.testing.assert_close(ours(x), native(x))
-    assert_same_state(ours, native)
+    torch.testing.assert_close(ours(x), torch_layer(x))
+    assert_same_state(ours, torch_layer)
 
 
 def test_cumulative_average_is_the_average(device: str) -> None:
@@ -257,7 +260,7 @@ EMPTY = [(0, 3, 4, 4), (4, 3, 0, 4), (0, 3, 0, 0)]
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_empty_batch(shape: tuple[int, ...], momentum: float | None, training: bool, device: str) -> None:
-    """The statistics stay, the counter counts, the gradients are zero."""
+    """The statistics stay, the batch is counted, the gradients are zero."""
     _, ours = pair(nn.BatchNorm2d, device, momentum=momentum)
     before = copy.deepcopy(ours.state_dict())
     x = torch.randn(shape, device=device, requires_grad=True)
@@ -282,73 +285,73 @@ def test_no_channels(training: bool, device: str) -> None:
     assert ours.num_batches_tracked == int(training)
 
 
-# Other ways in which a module is used
+# Lazy modules, parametrizations, functional_call, tensor subclasses
 
 
 @pytest.mark.parametrize("torch_class", LAZY_PAIRS, ids=lambda cls: cls.__name__)
 @pytest.mark.parametrize("options", [{}, {"affine": False}, *NO_BIAS.values(), {"momentum": None}], ids=str)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_lazy(torch_class: Any, options: dict[str, Any], training: bool) -> None:
-    native, ours = torch_class(**options).train(training), LAZY_PAIRS[torch_class](**options).train(training)
-    assert isinstance(ours, torch_class) and repr(ours) == repr(native)
-    x = torch.randn(SHAPES[native.cls_to_become][-1])
-    torch.testing.assert_close(ours(x), native(x))
-    assert type(ours) is PAIRS[type(native)] and repr(ours) == repr(native)
-    assert_same_state(ours, native)
-    torch.testing.assert_close(ours(x), native(x))
+    torch_layer, ours = torch_class(**options).train(training), LAZY_PAIRS[torch_class](**options).train(training)
+    assert isinstance(ours, torch_class) and repr(ours) == repr(torch_layer)
+    x = torch.randn(SHAPES[torch_layer.cls_to_become][-1])
+    torch.testing.assert_close(ours(x), torch_layer(x))
+    assert type(ours) is PAIRS[type(torch_layer)] and repr(ours) == repr(torch_layer)
+    assert_same_state(ours, torch_layer)
+    torch.testing.assert_close(ours(x), torch_layer(x))
 
 
 def test_lazy_takes_a_state_dict() -> None:
-    native, _ = pair(nn.BatchNorm2d)
+    torch_layer, _ = pair(nn.BatchNorm2d)
     ours = bnk.LazyBatchNorm2d()
     assert type(pickle.loads(pickle.dumps(ours))) is bnk.LazyBatchNorm2d
-    ours.load_state_dict(native.state_dict())
+    ours.load_state_dict(torch_layer.state_dict())
     x = torch.randn(4, 3, 2, 2)
-    torch.testing.assert_close(ours(x), native(x))
+    torch.testing.assert_close(ours(x), torch_layer(x))
     assert type(ours) is bnk.BatchNorm2d
 
 
 def test_parametrized_weight() -> None:
-    """`weight` is then a property, and not in the module's parameters."""
+    """A parametrized `weight` is a property and not among the module's parameters."""
 
     class Twice(nn.Module):
         def forward(self, weight: Tensor) -> Tensor:
             return 2 * weight
 
-    native, ours = pair(nn.BatchNorm2d)
-    for module in (native, ours):
+    torch_layer, ours = pair(nn.BatchNorm2d)
+    for module in (torch_layer, ours):
         parametrize.register_parametrization(module, "weight", Twice())
     x = torch.randn(4, 3, 2, 2)
-    for module in (native, ours):
+    for module in (torch_layer, ours):
         module(x).square().sum().backward()
     original = "parametrizations.weight.original"
-    torch.testing.assert_close(ours.get_parameter(original).grad, native.get_parameter(original).grad)
+    torch.testing.assert_close(ours.get_parameter(original).grad, torch_layer.get_parameter(original).grad)
 
 
-def test_weight_that_is_no_parameter() -> None:
-    native, ours = pair(nn.BatchNorm2d)
-    for module in (native, ours):
+def test_weight_that_is_a_plain_tensor() -> None:
+    torch_layer, ours = pair(nn.BatchNorm2d)
+    for module in (torch_layer, ours):
         del module.weight
         module.weight = torch.tensor([1.0, 2.0, 3.0])
     x = torch.randn(4, 3, 2, 2)
-    torch.testing.assert_close(ours(x), native(x))
+    torch.testing.assert_close(ours(x), torch_layer(x))
 
 
 def test_functional_call() -> None:
-    """The parameters and buffers that are given are used, and the given buffers are the ones that change."""
-    native, ours = pair(nn.BatchNorm2d)
+    """The given parameters and buffers are used, and the given buffers are updated."""
+    torch_layer, ours = pair(nn.BatchNorm2d)
     state = {name: tensor.detach() + 1 for name, tensor in ours.state_dict().items()}
-    mine, torch_class = copy.deepcopy(state), copy.deepcopy(state)
+    state_copy, torch_state = copy.deepcopy(state), copy.deepcopy(state)
     x = torch.randn(4, 3, 2, 2)
     torch.testing.assert_close(
-        torch.func.functional_call(ours, mine, (x,)), torch.func.functional_call(native, torch_class, (x,))
+        torch.func.functional_call(ours, state_copy, (x,)), torch.func.functional_call(torch_layer, torch_state, (x,))
     )
-    torch.testing.assert_close(mine, torch_class)
+    torch.testing.assert_close(state_copy, torch_state)
     assert ours.num_batches_tracked == 0
 
 
 def test_tensor_subclass() -> None:
-    """The result of a subclass is of it, as torch's; its overrides see the call."""
+    """The output has the subclass of the input, as in torch, and its __torch_function__ sees the call."""
     seen = []
 
     class Mine(Tensor):
@@ -357,11 +360,11 @@ def test_tensor_subclass() -> None:
             seen.append(func)
             return super().__torch_function__(func, types, args, kwargs or {})
 
-    native, ours = pair(nn.BatchNorm2d)
+    torch_layer, ours = pair(nn.BatchNorm2d)
     x = torch.randn(4, 3, 2, 2)
     y = ours(x.as_subclass(Mine))
     assert type(y) is Mine and bnk.functional.batch_norm_tracked in seen
-    torch.testing.assert_close(y.as_subclass(Tensor), native(x))
-    assert_same_state(ours, native)
+    torch.testing.assert_close(y.as_subclass(Tensor), torch_layer(x))
+    assert_same_state(ours, torch_layer)
     z = bnk.batch_norm(x.as_subclass(Mine), None, None, training=True)
     assert type(z) is Mine and bnk.batch_norm in seen

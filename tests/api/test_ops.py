@@ -1,4 +1,4 @@
-"""The ops as torch sees them: registration, fakes, mutation, argument checks through both entry points, loading."""
+"""The ops in torch: registration, fakes, mutation, argument checks of both entry points, loading."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 import bnkernels as bnk
-from bnkernels import ops, testing
+from bnkernels import _ops as ops
+from bnkernels import testing
+from bnkernels._ops import load
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -60,7 +62,7 @@ def test_opcheck(
     changes: Arguments,
     device: str,
 ) -> None:
-    """Schema (what is mutated, what aliases), fake tensors, and tracing with static and dynamic shapes."""
+    """Schema (mutation, aliasing), fake tensors, and tracing with static and dynamic shapes."""
     x = testing.lay_out(torch.randn(shape, device=device).to(dtype), layout)
     opcheck(op, arguments(x, **changes))
 
@@ -92,10 +94,10 @@ SHAPES = [
 
 @each_op
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_fakes_have_the_strides_of_the_real(
+def test_fakes_have_the_strides_of_real_outputs(
     op: Any, arguments: Callable[..., Arguments], shape: tuple[int, ...], device: str
 ) -> None:
-    """A compiler plans memory and layout by the fake: wrong strides are wrong results."""
+    """Compilers plan memory and layouts by the fake: wrong strides give wrong results."""
     for name, layout in testing.LAYOUTS.items():
         if not layout.applies(shape):
             continue
@@ -121,7 +123,7 @@ def test_meta(op: Any, arguments: Callable[..., Arguments]) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_the_entry_points_agree(dtype: torch.dtype, momentum: float | None, device: str) -> None:
-    """The pybind functions, the ops and the functional twin: the same bits, and the same state afterwards."""
+    """The pybind function, the op and the functional op give the same bits and the same state."""
     x = torch.randn(4, 3, 5, 2, device=device).to(dtype)
     given = train_arguments(x, momentum=momentum)
     copies = [{k: v.clone() if isinstance(v, Tensor) else v for k, v in given.items()} for _ in range(3)]
@@ -131,10 +133,10 @@ def test_the_entry_points_agree(dtype: torch.dtype, momentum: float | None, devi
     buffers = ("running_mean", "running_var", "num_batches_tracked")
     for one, two, three in zip(direct[:3], op, functional):
         assert testing.same_bits(one, two) and testing.same_bits(one, three)
-    assert direct[3] is None and op[3].numel() == functional[3].numel() == 0  # bounds of no ReLU
+    assert direct[3] is None and op[3].numel() == functional[3].numel() == 0  # no ReLU, no bounds
     for name, updated in zip(buffers, functional[4:]):
         assert testing.same_bits(copies[0][name], copies[1][name]) and testing.same_bits(copies[0][name], updated)
-        assert testing.same_bits(copies[2][name], given[name]), "the functional twin has changed its argument"
+        assert testing.same_bits(copies[2][name], given[name]), "train_functional changed its argument"
 
     inference = eval_arguments(x)
     for one, two in zip(ops.forward_eval(*inference.values())[:3], ops.eval_op(*inference.values())):
@@ -145,7 +147,7 @@ def test_the_entry_points_agree(dtype: torch.dtype, momentum: float | None, devi
 
 
 def test_versions(device: str) -> None:
-    """Autograd sees a mutation by the version counter. The functional twin and eval leave it."""
+    """Autograd detects mutation by version counters. Training increases them; the functional op does not."""
     x = torch.randn(4, 3, 5, device=device)
     names = ("running_mean", "running_var", "num_batches_tracked")
     for entry, changes in ((ops.forward_train, True), (ops.train_op, True), (ops.train_functional, False)):
@@ -169,7 +171,7 @@ def test_inference_tensors_have_no_version(device: str) -> None:
     assert arguments["num_batches_tracked"] == 4
 
 
-def test_backward_gives_none_or_empty(device: str) -> None:
+def test_unneeded_gradients_are_none_or_empty(device: str) -> None:
     x = torch.randn(4, 3, 5, device=device)
     arguments = backward_arguments(x, need_weight=False, need_input=False)
     dx, dweight, dbias = ops.backward(*arguments.values())
@@ -178,13 +180,13 @@ def test_backward_gives_none_or_empty(device: str) -> None:
 
 
 def test_names_of_arguments() -> None:
-    """Both entry points take the names of the schema."""
+    """Both entry points accept the argument names of the schema."""
     inference = eval_arguments(torch.randn(4, 3, 5), eps=0.5)
     backwards = dict(reversed(inference.items()))
     assert testing.same_bits(ops.forward_eval(**backwards)[0], ops.eval_op(**backwards)[0])
 
 
-# Arguments: both entry points raise, and nothing is read or written
+# Argument errors: both entry points raise, and no argument is written
 
 
 X = (4, 3, 5, 2)
@@ -206,8 +208,8 @@ BAD_VECTORS: dict[str, tuple[Callable[[], Tensor], str]] = {
 each_bad_vector = pytest.mark.parametrize(("bad", "match"), BAD_VECTORS.values(), ids=BAD_VECTORS)
 
 
-def both_entry_points(direct: Any, op: Any, arguments: Arguments, error: type[Exception], match: str) -> None:
-    """Both raise the error, and no argument has changed."""
+def assert_both_raise(direct: Any, op: Any, arguments: Arguments, error: type[Exception], match: str) -> None:
+    """Both raise the error and change no argument."""
     for entry in (direct, op):
         before = {k: v.clone() for k, v in arguments.items() if isinstance(v, Tensor) and not v.is_meta}
         with pytest.raises(error, match=match):
@@ -224,12 +226,12 @@ def test_bad_vectors(bad: Callable[[], Tensor], match: str, which: str, training
     wrong = bad() if bad().is_meta else bad().to(device)
     names = f"{which}.*{match}|{which} {match}"
     if training:
-        both_entry_points(ops.forward_train, ops.train_op, train_arguments(x, **{which: wrong}), RuntimeError, names)
-        both_entry_points(
+        assert_both_raise(ops.forward_train, ops.train_op, train_arguments(x, **{which: wrong}), RuntimeError, names)
+        assert_both_raise(
             ops.train_functional, ops.train_functional, train_arguments(x, **{which: wrong}), RuntimeError, names
         )
     else:
-        both_entry_points(ops.forward_eval, ops.eval_op, eval_arguments(x, **{which: wrong}), RuntimeError, names)
+        assert_both_raise(ops.forward_eval, ops.eval_op, eval_arguments(x, **{which: wrong}), RuntimeError, names)
 
 
 @each_bad_vector
@@ -237,7 +239,7 @@ def test_bad_vectors(bad: Callable[[], Tensor], match: str, which: str, training
 def test_bad_vectors_of_backward(bad: Callable[[], Tensor], match: str, which: str, device: str) -> None:
     wrong = bad() if bad().is_meta else bad().to(device)
     arguments = backward_arguments(torch.randn(X, device=device), **{which: wrong})
-    both_entry_points(ops.backward, ops.backward_op, arguments, RuntimeError, f"{which}.*{match}|{which} {match}")
+    assert_both_raise(ops.backward, ops.backward_op, arguments, RuntimeError, f"{which}.*{match}|{which} {match}")
 
 
 @pytest.mark.parametrize(
@@ -257,19 +259,19 @@ def test_bad_vectors_of_backward(bad: Callable[[], Tensor], match: str, which: s
 def test_mixed_dtypes(x_dtype: torch.dtype, changes: dict[str, torch.dtype], match: str, device: str) -> None:
     x = torch.randn(X, device=device).to(x_dtype)
     wrong = {name: torch.ones(3, device=device, dtype=dtype) for name, dtype in changes.items()}
-    both_entry_points(ops.forward_train, ops.train_op, train_arguments(x, **wrong), RuntimeError, match)
-    both_entry_points(ops.forward_eval, ops.eval_op, eval_arguments(x, **wrong), RuntimeError, match)
+    assert_both_raise(ops.forward_train, ops.train_op, train_arguments(x, **wrong), RuntimeError, match)
+    assert_both_raise(ops.forward_eval, ops.eval_op, eval_arguments(x, **wrong), RuntimeError, match)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("which", ["mean", "invstd"])
 def test_saved_statistics_of_another_dtype(which: str, dtype: torch.dtype, device: str) -> None:
-    """Those of 16-bit inputs are float32: of any other dtype, the input's own among them, they would be misread."""
+    """Saved statistics of 16-bit inputs are float32: another dtype, the input's included, would be misread."""
     x = torch.randn(X, device=device).to(dtype)
     right = torch.float64 if dtype == torch.float64 else torch.float32
     for wrong in {torch.float16, torch.bfloat16, torch.float32, torch.float64} - {right}:
         arguments = backward_arguments(x, **{which: torch.ones(3, device=device, dtype=wrong)})
-        both_entry_points(ops.backward, ops.backward_op, arguments, RuntimeError, f"{which} of dtype")
+        assert_both_raise(ops.backward, ops.backward_op, arguments, RuntimeError, f"{which} of dtype")
 
 
 TRAIN_ERRORS: dict[str, tuple[Arguments, type[Exception], str]] = {
@@ -303,8 +305,8 @@ TRAIN_ERRORS: dict[str, tuple[Arguments, type[Exception], str]] = {
 def test_bad_arguments_of_training(changes: Arguments, error: type[Exception], match: str, device: str) -> None:
     moved = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in changes.items()}
     arguments = train_arguments(torch.randn(X, device=device)) | moved
-    both_entry_points(ops.forward_train, ops.train_op, arguments, error, match)
-    both_entry_points(ops.train_functional, ops.train_functional, arguments, error, match)
+    assert_both_raise(ops.forward_train, ops.train_op, arguments, error, match)
+    assert_both_raise(ops.train_functional, ops.train_functional, arguments, error, match)
 
 
 OVERLAPS: dict[str, Callable[[Tensor], Arguments]] = {
@@ -319,15 +321,15 @@ OVERLAPS: dict[str, Callable[[Tensor], Arguments]] = {
 
 @pytest.mark.parametrize("changes", OVERLAPS.values(), ids=OVERLAPS)
 def test_statistics_that_overlap(changes: Callable[[Tensor], Arguments], device: str) -> None:
-    """Refused before anything is written: torch's own copy back would refuse after the mean has moved, and a kernel
-    would read the weight after it has become the mean."""
+    """Rejected before anything is written: torch's copy back would fail after the mean was updated, and a kernel
+    would read the weight after the mean overwrote it."""
     arguments = train_arguments(torch.randn(X, device=device), **changes(torch.ones(5, device=device)))
-    both_entry_points(ops.forward_train, ops.train_op, arguments, RuntimeError, "single memory location")
+    assert_both_raise(ops.forward_train, ops.train_op, arguments, RuntimeError, "single memory location")
 
 
 def test_negative_views(device: str) -> None:
-    """Views whose values torch negates when they are read (torch._neg_view), through both entry points. For an op
-    that writes two of them torch itself has no answer."""
+    """Views with the negative bit (torch._neg_view), through both entry points. The running statistics are not such
+    views: torch itself does not support ops that write to two of them."""
     x = torch.randn(X, device=device)
 
     def negated(tensor: Any) -> Any:
@@ -353,7 +355,7 @@ def test_negative_views(device: str) -> None:
 def test_bad_eps_of_inference(device: str) -> None:
     x = torch.randn(X, device=device)
     for eps in (-1e-5, float("nan")):
-        both_entry_points(
+        assert_both_raise(
             ops.forward_eval, ops.eval_op, eval_arguments(x, eps=eps), ValueError, "eps must be non-negative"
         )
 
@@ -390,16 +392,16 @@ BAD_GRADIENTS: dict[str, tuple[Callable[[], Tensor], str]] = {
 @pytest.mark.parametrize(("bad", "match"), BAD_GRADIENTS.values(), ids=BAD_GRADIENTS)
 def test_bad_gradients(bad: Callable[[], Tensor], match: str, device: str) -> None:
     arguments = backward_arguments(torch.randn(X, device=device), grad=bad().to(device))
-    both_entry_points(ops.backward, ops.backward_op, arguments, RuntimeError, match)
+    assert_both_raise(ops.backward, ops.backward_op, arguments, RuntimeError, match)
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("which", ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"])
-def test_the_other_device(which: str) -> None:
+def test_arguments_on_another_device(which: str) -> None:
     for x_device, device in (("cpu", "cuda"), ("cuda", "cpu")):
         arguments = train_arguments(torch.randn(X, device=x_device))
         arguments[which] = arguments[which].to(device)
-        both_entry_points(ops.forward_train, ops.train_op, arguments, RuntimeError, which)
+        assert_both_raise(ops.forward_train, ops.train_op, arguments, RuntimeError, which)
 
 
 # Loading
@@ -416,13 +418,13 @@ def test_build_info() -> None:
 
 @pytest.mark.parametrize("cuda", ["13.0", "none"])
 def test_load_error_names_both_versions(cuda: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A library that does not load cannot be asked; what it was built against is read out of it."""
+    """The build tag is read from the file, as a library that does not load cannot be called."""
     library = tmp_path / "_C.cpython-311-x86_64-linux-gnu.so"
     library.write_bytes(
         b"\x7fELF\0\xff" * 100 + f"bnkernels-build torch=2.11.0+cu130 cuda={cuda}\0".encode() + b"\0" * 9
     )
-    monkeypatch.setattr(ops, "__file__", str(tmp_path / "ops.py"))
-    text = str(ops._load_error("undefined symbol: _ZN2at"))
+    monkeypatch.setattr(load, "__file__", str(tmp_path / "_ops" / "load.py"))
+    text = str(load.load_error("undefined symbol: _ZN2at"))
     assert "undefined symbol: _ZN2at" in text
     assert f"built against: torch 2.11.0+cu130, CUDA {cuda}" in text
     assert f"running: torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}" in text
@@ -434,24 +436,24 @@ def test_load_error_names_both_versions(cuda: str, tmp_path: Path, monkeypatch: 
     [
         (("2.15.0+cu132", "13.0"), ("2.15.1", "13.2"), None),
         (("2.15.0+cpu", None), ("2.15.0+cu132", "13.2"), None),
-        (("2.15.0+cu132", "13.0"), ("2.15.0+cpu", None), None),  # does not load: there is no libc10_cuda
+        (("2.15.0+cu132", "13.0"), ("2.15.0+cpu", None), None),  # does not load: libc10_cuda is missing
         (("2.14.1", "13.0"), ("2.15.0", "13.2"), "C\\+\\+ interface"),
         (("2.15.0+cu132", "13.0"), ("2.15.0+cu128", "12.8"), "CUDA runtime"),
     ],
 )
-def test_what_does_not_fit(built: tuple[str, str | None], running: tuple[str, str | None], reason: str | None) -> None:
-    """A library that loads beside another torch or CUDA than its own is refused before it can corrupt anything."""
-    said = ops._misfit(dict(zip(("torch", "cuda"), built)), *running)
-    assert said is None if reason is None else re.search(reason, said or "")
+def test_version_mismatch(built: tuple[str, str | None], running: tuple[str, str | None], reason: str | None) -> None:
+    """A library that loads with another torch or CUDA version than it was built for is rejected before it is used."""
+    message = load._incompatibility(dict(zip(("torch", "cuda"), built)), *running)
+    assert message is None if reason is None else re.search(reason, message or "")
 
 
 def test_load_error_without_a_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "__file__", str(tmp_path / "ops.py"))
-    text = str(ops._load_error("No module named _C"))
-    assert "was not built" in text and torch.__version__ in text and "pip install" in text
+    monkeypatch.setattr(load, "__file__", str(tmp_path / "_ops" / "load.py"))
+    text = str(load.load_error("No module named _C"))
+    assert "is not built" in text and torch.__version__ in text and "pip install" in text
 
 
-def test_the_tag_is_in_the_library() -> None:
-    """What the message is read from is really there, and says what the library says."""
-    built, info = ops._built_against(), bnk.build_info()
+def test_build_tag() -> None:
+    """The tag in the file agrees with build_info()."""
+    built, info = load._built_against(), bnk.build_info()
     assert built["torch"] == info["torch"] and built["cuda"] == (info["cuda"] or "none")

@@ -1,4 +1,4 @@
-"""Tools that know torch.nn's layers alone: they take a reverted model, and nobody gets another result unnoticed."""
+"""Tools that support only torch.nn's layers take a reverted model; no unsupported use is silently wrong."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class WithAct(nn.Module):
 
 
 def plain() -> Plain:
-    """With statistics that are not a fresh layer's."""
+    """A model with nontrivial statistics."""
     torch.manual_seed(0)
     model = Plain()
     model(torch.rand(SHAPE))
@@ -60,14 +60,14 @@ each_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 
 
 def parts(model: nn.Module) -> list[str]:
-    """The names of the convolution, the BatchNorm and the ReLU."""
+    """Names of the convolution, the BatchNorm and the ReLU."""
     return ["conv", "norm.bn", "norm.act"] if isinstance(model.norm, bnk.BatchNormAct2d) else ["conv", "norm", "act"]
 
 
-def assert_as_of_torch(
+def assert_matches_torch(
     cell: Cell, make: Callable[[], nn.Module], tool: Callable[[nn.Module, Tensor], Callable[[Tensor], Tensor]]
 ) -> None:
-    """What the tool makes of the reverted model gives the bits of what it makes of torch's, over two steps."""
+    """The tool's result on the reverted model equals its result on torch's, bit for bit, over two steps."""
     results: list[list[Tensor]] = []
     for model in (bnk.revert(make()), plain()):
         cell.prepared(model)
@@ -81,11 +81,11 @@ def script(model: nn.Module, x: Tensor) -> Any:
     return torch.jit.script(model)
 
 
-@row(SECTION, "torch.jit.script", EAGER, "of a model that is not reverted it raises an error that says so.")
+@row(SECTION, "torch.jit.script", EAGER, "raises an error that asks for revert() if the model is not reverted.")
 @each_model
 def test_script(cell: Cell, make: Callable[[], nn.Module]) -> None:
-    """The error comes before anything is compiled or changed."""
-    assert_as_of_torch(cell, make, script)
+    """The error is raised before anything is compiled or changed."""
+    assert_matches_torch(cell, make, script)
     model = make()
     before = [type(module) for module in model.modules()]
     for _ in range(2):
@@ -106,12 +106,12 @@ def fuse_modules(model: nn.Module, x: Tensor) -> Any:
     SECTION,
     "torch.ao.quantization.fuse_modules, fuse_modules_qat",
     EAGER,
-    "torch refuses a model that is not reverted.",
+    "torch rejects a model that is not reverted.",
 )
 @each_model
 def test_fuse_modules(cell: Cell, make: Callable[[], nn.Module]) -> None:
     """The convolution, the BatchNorm and the ReLU become one module."""
-    assert_as_of_torch(cell, make, fuse_modules)
+    assert_matches_torch(cell, make, fuse_modules)
     with pytest.raises(AssertionError, match=r"did not find fuser method for.*bnkernels\.modules\.BatchNorm2d"):
         fuse_modules(make().train(cell.training), torch.randn(SHAPE))
 
@@ -133,11 +133,11 @@ def eager_mode(model: nn.Module, x: Tensor, fused: bool = True) -> Any:
     SECTION,
     "torch.ao.quantization.prepare, prepare_qat and convert",
     EAGER,
-    "a layer that was not folded raises an error that says so when it gets a quantized tensor.",
+    "a layer that was not folded raises an error that asks for revert() when it gets a quantized tensor.",
 )
 @each_model
 def test_eager_mode(cell: Cell, make: Callable[[], nn.Module]) -> None:
-    assert_as_of_torch(cell, make, eager_mode)
+    assert_matches_torch(cell, make, eager_mode)
     quantized = eager_mode(make().train(cell.training), torch.randn(SHAPE), fused=False)
     with pytest.raises(NotImplementedError, match=r"call bnkernels\.revert\(model\) first"):
         quantized(torch.randn(SHAPE))
@@ -159,17 +159,17 @@ def graph_mode(model: nn.Module, x: Tensor) -> Any:
     SECTION,
     "torch.ao.quantization.quantize_fx: prepare_fx, prepare_qat_fx and convert_fx",
     EAGER,
-    "of a model that is not reverted it raises an error that says so.",
+    "raises an error that asks for revert() if the model is not reverted.",
 )
 @each_model
 def test_graph_mode(cell: Cell, make: Callable[[], nn.Module]) -> None:
-    assert_as_of_torch(cell, make, graph_mode)
+    assert_matches_torch(cell, make, graph_mode)
     with pytest.raises(RuntimeError, match=r"call bnkernels\.revert\(model\) first"):
         graph_mode(make().train(cell.training), torch.randn(SHAPE))
 
 
 def exported_mode(model: nn.Module, x: Tensor) -> Any:
-    """pt2e, of torchao."""
+    """torchao's pt2e."""
     pt2e = pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e", exc_type=ImportError)
     x86 = pytest.importorskip("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer", exc_type=ImportError)
     qat = model.training
@@ -185,21 +185,21 @@ def exported_mode(model: nn.Module, x: Tensor) -> Any:
     SECTION,
     "torchao's pt2e: torch.export, then prepare_pt2e or prepare_qat_pt2e, and convert_pt2e",
     cells(compiled=(False,), channels_last=(False,)),
-    "torchao folds torch's operator alone. Of a model that is not reverted it leaves this package's operators as they "
-    "were exported, in floating point and in training if the model was, and says nothing.",
+    "torchao folds only torch's operator. In a model that is not reverted it silently leaves this package's operators "
+    "as they were exported: in floating point, and in training mode if the model was.",
 )
 @pytest.mark.slow
 @each_model
 def test_exported_mode(cell: Cell, make: Callable[[], nn.Module]) -> None:
-    """An exported program of a model that is not reverted has this package's ops, which its quantizers do not know."""
-    assert_as_of_torch(cell, make, exported_mode)
+    """A program exported without revert() has this package's ops, which torchao's quantizers do not match."""
+    assert_matches_torch(cell, make, exported_mode)
     exported = torch.export.export(make().train(cell.training), (torch.randn(SHAPE),))
     assert any("bnkernels" in str(node.target) for node in exported.graph.nodes)
 
 
 @each_model
 def test_reverting_a_copy_leaves_the_model(make: Callable[[], nn.Module]) -> None:
-    """What the documentation recommends for a tool where training goes on."""
+    """The documented way to use such a tool while training continues."""
     model = make().eval()
     copied = torch.jit.script(bnk.revert(copy.deepcopy(model)))
     assert any(isinstance(module, bnk.BatchNorm2d) for module in model.modules())

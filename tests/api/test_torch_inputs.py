@@ -1,8 +1,8 @@
-"""torch's own inputs for BatchNorm, on ours: every sample of ModuleInfo and OpInfo, used as torch's tests use them.
+"""torch's own BatchNorm inputs: every sample of ModuleInfo and OpInfo, used as in torch's tests.
 
-Values are judged by the tolerance against float64 (bnkernels.testing). Those of float64 and float32 are compared with
-what torch gives too; in 16 bits torch rounds on the way (its y is off by several units of the last place where it is
-small, its saved statistics are 16-bit), and the comparison would be of its roundings. The number of inputs that ran is
+Values are compared with a float64 reference, within tolerance (bnkernels.testing). In float64 and float32 they are
+also compared with torch. In 16 bits torch rounds intermediate results (its y is off by several ulps where it is small,
+and its saved statistics are 16-bit), so a comparison would measure torch's rounding. The number of inputs that ran is
 printed at the end of the run.
 """
 
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import bnkernels as bnk
-from bnkernels import ops, testing
+from bnkernels import _ops as ops
+from bnkernels import testing
 
 pytest.importorskip("expecttest", reason="torch.testing._internal imports expecttest, which is not installed")
 from torch.testing._internal.common_methods_invocations import op_db
@@ -52,7 +53,7 @@ Count = Callable[[str, int], None]
 
 
 def test_torch_has_these_inputs() -> None:
-    """Should torch rename or move them, the tests below would pass on nothing."""
+    """If torch renames or moves them, the tests below would pass without inputs."""
     assert {info.module_cls for info in MODULES} == set(OURS)
     assert {info.name for info in OPS} >= {"nn.functional.batch_norm", "native_batch_norm"}
 
@@ -88,28 +89,28 @@ def build(cls: type[nn.Module], sample: ModuleInput, device: str, dtype: torch.d
 def pair(
     info: ModuleInfo, sample: ModuleInput, device: str, dtype: torch.dtype, training: bool
 ) -> tuple[nn.Module, nn.Module]:
-    """torch's module and ours, with the same parameters and statistics, and not the trivial ones."""
-    native = build(info.module_cls, sample, device, dtype, training)
+    """torch's module and this package's, with equal nontrivial parameters and statistics."""
+    torch_module = build(info.module_cls, sample, device, dtype, training)
     with torch.no_grad():
-        for tensor in [*native.parameters(), *native.buffers()]:
+        for tensor in [*torch_module.parameters(), *torch_module.buffers()]:
             if tensor.is_floating_point():
                 tensor.uniform_(0.5, 1.5)
     ours = build(OURS[info.module_cls], sample, device, dtype, training)
-    ours.load_state_dict(native.state_dict())
-    return native, ours
+    ours.load_state_dict(torch_module.state_dict())
+    return torch_module, ours
 
 
 def leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().clone(memory_format=torch.preserve_format).requires_grad_()
 
 
-def check_module(native: nn.Module, ours: nn.Module, x: Tensor) -> None:
-    """One forward and backward of both: ours within the tolerance, and close to torch's; the same buffers afterwards."""
+def check_module(torch_module: nn.Module, ours: nn.Module, x: Tensor) -> None:
+    """Forward and backward of both: within tolerance, close to torch's, and the same buffers afterwards."""
     before = {name: buffer.clone() for name, buffer in ours.named_buffers()}
-    native.zero_grad()
+    torch_module.zero_grad()
     ours.zero_grad()
     x_native, x_ours = leaf(x), leaf(x)
-    y_native, y_ours = native(x_native), ours(x_ours)
+    y_native, y_ours = torch_module(x_native), ours(x_ours)
     grad = torch.randn_like(y_native)
     y_native.backward(grad)
     y_ours.backward(grad)
@@ -137,21 +138,21 @@ def check_module(native: nn.Module, ours: nn.Module, x: Tensor) -> None:
         testing.assert_within(testing.judge_call(inputs, outputs), f"{ours} on {tuple(x.shape)}")
     check_same(
         [y_ours, x_ours.grad, *(p.grad for p in ours.parameters()), *ours.buffers()],
-        [y_native, x_native.grad, *(p.grad for p in native.parameters()), *native.buffers()],
+        [y_native, x_native.grad, *(p.grad for p in torch_module.parameters()), *torch_module.buffers()],
         values=COMPARE_WITH_TORCH[x.dtype] or x.numel() == 0,
     )
 
 
 def check_same(got: list[Tensor | None], expected: list[Tensor | None], values: bool) -> None:
-    """The same presence, shapes, dtypes and strides as torch's; and values, if asked."""
+    """Equal presence, shapes, dtypes and strides, and optionally values."""
     assert len(got) == len(expected)
-    for mine, torch_class in zip(got, expected):
-        assert (mine is None) == (torch_class is None)
-        if mine is None or torch_class is None:
+    for one, other in zip(got, expected):
+        assert (one is None) == (other is None)
+        if one is None or other is None:
             continue
-        assert (mine.shape, mine.dtype, mine.stride()) == (torch_class.shape, torch_class.dtype, torch_class.stride())
+        assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
         if values:
-            torch.testing.assert_close(mine, torch_class)
+            torch.testing.assert_close(one, other)
 
 
 @modules
@@ -161,30 +162,30 @@ def test_module(info: ModuleInfo, dtype: torch.dtype, training: bool, device: st
     samples = module_inputs(info, device, dtype, training)
     count("ModuleInfo: values, gradients, buffers", len(samples))
     for sample in samples:
-        native, ours = pair(info, sample, device, dtype, training)
-        for _ in range(2):  # the second call meets statistics that are not the initial ones
-            check_module(native, ours, sample.forward_input.args[0])
+        torch_module, ours = pair(info, sample, device, dtype, training)
+        for _ in range(2):  # the second call starts from updated statistics
+            check_module(torch_module, ours, sample.forward_input.args[0])
 
 
 @modules
 @trainings
 def test_lazy_module(info: ModuleInfo, training: bool, device: str, count: Count) -> None:
-    """ModuleInfo has no lazy BatchNorm: these are the inputs of the others, without num_features."""
+    """ModuleInfo has no lazy BatchNorm: these are the inputs of the eager classes, without num_features."""
     samples = module_inputs(info, device, torch.float32, training)
     count("ModuleInfo: lazy modules", len(samples))
     for sample in samples:
         torch_class, cls = LAZY[info.module_cls]
         args, kwargs = sample.constructor_input.args[1:], sample.constructor_input.kwargs
-        native, ours = (lazy(*args, **kwargs, device=device).train(training) for lazy in (torch_class, cls))
-        assert repr(ours) == repr(native)
-        check_module_first_call(native, ours, sample.forward_input.args[0])
+        torch_module, ours = (lazy(*args, **kwargs, device=device).train(training) for lazy in (torch_class, cls))
+        assert repr(ours) == repr(torch_module)
+        check_module_first_call(torch_module, ours, sample.forward_input.args[0])
         assert type(ours) is OURS[info.module_cls]
-        check_module(native, ours, sample.forward_input.args[0])
+        check_module(torch_module, ours, sample.forward_input.args[0])
 
 
-def check_module_first_call(native: nn.Module, ours: nn.Module, x: Tensor) -> None:
-    torch.testing.assert_close(ours(x), native(x))
-    torch.testing.assert_close(ours.state_dict(), native.state_dict())
+def check_module_first_call(torch_module: nn.Module, ours: nn.Module, x: Tensor) -> None:
+    torch.testing.assert_close(ours(x), torch_module(x))
+    torch.testing.assert_close(ours.state_dict(), torch_module.state_dict())
 
 
 @modules
@@ -214,7 +215,7 @@ def test_module_noncontiguous(info: ModuleInfo, dtype: torch.dtype, training: bo
 @modules
 @trainings
 def test_module_memory_format(info: ModuleInfo, training: bool, device: str, count: Count) -> None:
-    """The output's and grad_input's memory format is the input's, whatever the gradient's is."""
+    """Output and grad_input have the input's memory format, whatever the gradient's is."""
     formats = {4: [torch.contiguous_format, torch.channels_last], 5: [torch.contiguous_format, torch.channels_last_3d]}
     ran = 0
     for sample in module_inputs(info, device, torch.float32, training):
@@ -224,9 +225,9 @@ def test_module_memory_format(info: ModuleInfo, training: bool, device: str, cou
                 _, ours = pair(info, sample, device, torch.float32, training)
                 x_in = leaf(x.detach().contiguous(memory_format=x_format))
                 y = ours(x_in)
-                # Not backward(): what it leaves in .grad has been given the strides of x.
+                # autograd.grad() instead of backward(): .grad is given the strides of x.
                 (dx,) = torch.autograd.grad(y, x_in, torch.randn_like(y).contiguous(memory_format=grad_format))
-                if x.numel() > 0:  # of nothing, the strides mean nothing
+                if x.numel() > 0:  # strides of empty tensors have no meaning
                     assert y.is_contiguous(memory_format=x_format) and y.stride() == x_in.stride()
                     assert dx.is_contiguous(memory_format=x_format) and dx.stride() == x_in.stride()
                 ran += 1
@@ -287,20 +288,20 @@ def test_module_errors(info: ModuleInfo, device: str, count: Count) -> None:
 
 
 @modules
-def test_module_as_an_object(info: ModuleInfo, device: str, count: Count) -> None:
-    """repr, pickle, factory arguments, and moves between dtypes: as torch's."""
+def test_module_repr_pickle_dtype(info: ModuleInfo, device: str, count: Count) -> None:
+    """repr, pickle, factory arguments, and dtype conversions match torch's."""
     samples = module_inputs(info, device, torch.float32, True)
     count("ModuleInfo: repr, pickle, dtype moves", len(samples))
     for sample in samples:
-        native, ours = pair(info, sample, device, torch.float32, True)
-        assert repr(ours) == repr(native)
+        torch_module, ours = pair(info, sample, device, torch.float32, True)
+        assert repr(ours) == repr(torch_module)
         copy = pickle.loads(pickle.dumps(ours))
         assert type(copy) is type(ours) and repr(copy) == repr(ours)
-        torch.testing.assert_close(copy.state_dict(), native.state_dict(), rtol=0, atol=0)
+        torch.testing.assert_close(copy.state_dict(), torch_module.state_dict(), rtol=0, atol=0)
         double = ours.double()
         assert all(t.dtype == torch.float64 for t in [*double.parameters()])
         assert [(n, b.dtype) for n, b in double.named_buffers()] == [
-            (n, b.dtype) for n, b in native.double().named_buffers()
+            (n, b.dtype) for n, b in torch_module.double().named_buffers()
         ]
 
 
@@ -308,7 +309,7 @@ def test_module_as_an_object(info: ModuleInfo, device: str, count: Count) -> Non
 
 
 def as_batch_norm(info: OpInfo, sample: SampleInput) -> tuple[Tensor, dict[str, Any]]:
-    """A sample's input, and the other arguments by the names of F.batch_norm."""
+    """A sample's input, and its other arguments by the names of F.batch_norm."""
     if info.name == "nn.functional.batch_norm":
         names = ("running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
         defaults: dict[str, Any] = {"training": False, "momentum": 0.1, "eps": 1e-5}
@@ -330,7 +331,7 @@ def op_samples(info: OpInfo, device: str, dtype: torch.dtype) -> Iterator[tuple[
 
 
 def cloned(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The same with tensors of their own, parameters as leaves."""
+    """Copies with their own tensors; parameters become leaves."""
     return {
         name: value
         if not isinstance(value, Tensor)
@@ -352,15 +353,15 @@ def skip_unless_supported(info: OpInfo, dtype: torch.dtype, device: str) -> None
 @operators
 @dtypes
 def test_op(info: OpInfo, dtype: torch.dtype, device: str, count: Count) -> None:
-    """Against torch's own op (its y, and its statistics where it returns them), and within the tolerance."""
+    """Against torch's op (y, and statistics if it returns them), and within tolerance."""
     skip_unless_supported(info, dtype, device)
     samples = list(op_samples(info, device, dtype))
     count(f"OpInfo {op_id(info)}: values, gradients, statistics", len(samples))
     for x, arguments in samples:
-        ours, native = cloned(arguments), cloned(arguments)
+        ours, torch_module = cloned(arguments), cloned(arguments)
         x_ours, x_native = leaf(x), leaf(x)
         y = bnk.batch_norm(x_ours, **ours)
-        expected = torch.nn.functional.batch_norm(x_native, **native)
+        expected = torch.nn.functional.batch_norm(x_native, **torch_module)
         grad = torch.randn_like(expected)
         y.backward(grad)
         expected.backward(grad)
@@ -378,14 +379,14 @@ def test_op(info: OpInfo, dtype: torch.dtype, device: str, count: Count) -> None
             testing.assert_within(testing.judge_call(inputs, outputs), f"{op_id(info)} {tuple(x.shape)} {arguments}")
         check_same(
             [y, x_ours.grad, ours["running_mean"], ours["running_var"], *(ours[name].grad for name in parameters)],
-            [expected, x_native.grad, *(native[name] for name in ("running_mean", "running_var"))]
-            + [native[name].grad for name in parameters],
+            [expected, x_native.grad, *(torch_module[name] for name in ("running_mean", "running_var"))]
+            + [torch_module[name].grad for name in parameters],
             values=COMPARE_WITH_TORCH[dtype] or x.numel() == 0,
         )
 
 
 def saved_statistics(x: Tensor, arguments: dict[str, Any]) -> dict[str, Tensor]:
-    """The mean and invstd that the ops save in training; torch's native op returns its own."""
+    """The mean and invstd that the ops save in training; torch's torch_module op returns its own."""
     if not arguments["training"]:
         return {}
     weight, bias, eps = (arguments[name] for name in ("weight", "bias", "eps"))

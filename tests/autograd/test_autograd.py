@@ -1,4 +1,4 @@
-"""Derivatives: the state that backward relies on, what it computes, every order and mode. (torch.func: test_func.py)"""
+"""Derivatives: state that backward relies on, needed gradients, all orders and modes. (torch.func: test_func.py)"""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import bnkernels as bnk
-from bnkernels import ops
+from bnkernels import _ops as ops
 
 
 def gradients(output: Tensor, module: nn.Module, x: Tensor, seed: int = 1) -> tuple[Tensor, ...]:
@@ -31,37 +31,38 @@ def gradients(output: Tensor, module: nn.Module, x: Tensor, seed: int = 1) -> tu
 
 @trainings
 def test_backward_uses_its_own_forward(training: bool, device: str) -> None:
-    """A forward in the other mode in between changes the running statistics, and nothing in this gradient.
+    """A forward in the other mode, between a forward and its backward, does not change the gradient.
 
-    torch reads the running statistics again in the backward of an eval forward: silently the wrong gradient
-    (pytorch#13402), which is shown here beside.
+    torch reads the running statistics again in the backward of an eval forward, and silently computes a wrong gradient
+    (pytorch#13402). The end of this test demonstrates it.
+
     """
-    native, ours = pair(device)
+    torch_layer, ours = pair(device)
     x, other = images(device), images(device, requires_grad=False) * 3 + 1
-    expected = gradients(native.train(training)(x), native, x)
+    expected = gradients(torch_layer.train(training)(x), torch_layer, x)
     y = ours.train(training)(x)
     for between in (True, False):
         ours.train(between)(other)
     torch.testing.assert_close(gradients(y, ours, x), expected)
     if not training and device == "cpu":
-        y = native(x)
-        native.train()(other)
-        assert not torch.allclose(gradients(y, native, x)[0], expected[0])
+        y = torch_layer(x)
+        torch_layer.train()(other)
+        assert not torch.allclose(gradients(y, torch_layer, x)[0], expected[0])
 
 
 @trainings
 def test_two_forwards_before_the_backwards(training: bool, device: str) -> None:
-    native, ours = pair(device)
+    torch_layer, ours = pair(device)
     first, second = images(device), images(device)
     y = [ours.train(training)(x) for x in (first, second)]
-    z = [native.train(training)(x) for x in (first, second)]
+    z = [torch_layer.train(training)(x) for x in (first, second)]
     for index, x in ((1, second), (0, first)):
-        torch.testing.assert_close(gradients(y[index], ours, x), gradients(z[index], native, x))
+        torch.testing.assert_close(gradients(y[index], ours, x), gradients(z[index], torch_layer, x))
 
 
 @contextmanager
 def one_process() -> Iterator[None]:
-    """A process group of this process alone. In memory and with a deadline: what goes wrong in it must not hang."""
+    """A process group with this process only. In memory and with a timeout, so that a failure cannot hang."""
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1, timeout=timedelta(seconds=60))
     try:
@@ -72,14 +73,15 @@ def one_process() -> Iterator[None]:
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed")
 def test_two_forwards_under_ddp() -> None:
-    """DDP broadcasts the buffers, in place, before every forward: a backward that reads them sees the second's."""
-    native, ours = pair("cpu")
+    """DDP broadcasts the buffers in place before every forward, so a backward that reads them sees those of the
+    second."""
+    torch_layer, ours = pair("cpu")
     first, second = images("cpu"), images("cpu")
     results = []
     with one_process():
-        # torch 2.11's own layer cannot do this: its saved running statistics have then been modified in place. With one
-        # process the broadcast changes no value, so its result without DDP is the one to have.
-        for module, call in ((ours, nn.parallel.DistributedDataParallel(ours)), (native, native)):
+        # torch 2.11's layer cannot do this: its saved running statistics have been modified in place. With one process
+        # the broadcast changes no value, so its result without DDP is the expected one.
+        for module, call in ((ours, nn.parallel.DistributedDataParallel(ours)), (torch_layer, torch_layer)):
             (call(first) * call(second)).square().sum().backward()
             results.append([*(p.grad for p in module.parameters()), *module.buffers(), first.grad, second.grad])
             first.grad = second.grad = None
@@ -88,10 +90,10 @@ def test_two_forwards_under_ddp() -> None:
 
 @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not_reentrant"])
 def test_checkpoint(use_reentrant: bool, device: str) -> None:
-    """The recomputed forward gives the same gradient; the statistics move twice, as torch's do."""
-    native, ours = pair(device)
+    """The recomputed forward gives the same gradient; the statistics are updated twice, as in torch."""
+    torch_layer, ours = pair(device)
     results = []
-    for module in (ours, native):
+    for module in (ours, torch_layer):
         x = images(device).detach().fill_(0).add_(torch.arange(120, device=device).view(4, 3, 5, 2).sin())
         x.requires_grad_()
         y: Any = checkpoint(nn.Sequential(module, nn.ReLU()), x, use_reentrant=use_reentrant)
@@ -111,8 +113,8 @@ def test_backward_twice(training: bool, device: str) -> None:
         torch.autograd.grad(y.square().sum(), x)
 
 
-def test_changed_in_place(device: str) -> None:
-    """y may be overwritten (ReLU in place), x and the weight may not: they are saved."""
+def test_in_place_changes(device: str) -> None:
+    """y may be overwritten (in-place ReLU); x and the weight may not, as they are saved."""
     _, ours = pair(device)
     x = images(device)
     y = ours(x)
@@ -130,7 +132,7 @@ def test_changed_in_place(device: str) -> None:
 @pytest.mark.parametrize("affine", [True, False])
 @trainings
 def test_saved_for_backward(training: bool, affine: bool, device: str) -> None:
-    """x, the weight and 2C statistics, and nothing else: no second copy of x, whatever its strides."""
+    """Only x, the weight and 2C statistics are saved: no copy of x, whatever its strides."""
     saved: list[Tensor] = []
     ours = bnk.BatchNorm2d(3, affine=affine, device=device).train(training)
     x = torch.randn(4, 3, 5, 2, device=device, requires_grad=True)
@@ -145,12 +147,12 @@ def test_saved_for_backward(training: bool, affine: bool, device: str) -> None:
     assert not buffers & {t.data_ptr() for t in saved}
 
 
-# What is computed
+# Needed gradients
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, bool, bool]]:
-    """Which of the three gradients the kernels were asked for."""
+def requested(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, bool, bool]]:
+    """The gradients that the kernels are requested for, per call."""
     calls: list[tuple[bool, bool, bool]] = []
     backward = ops.backward
 
@@ -165,17 +167,17 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, bool, bool]]:
 @pytest.mark.parametrize("needs", [(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)], ids=str)
 @pytest.mark.parametrize("create_graph", [False, True], ids=["", "create_graph"])
 @trainings
-def test_only_what_is_needed(
+def test_only_needed_gradients(
     needs: tuple[int, int, int],
     create_graph: bool,
     training: bool,
     device: str,
-    asked: list[tuple[bool, bool, bool]],
+    requested: list[tuple[bool, bool, bool]],
 ) -> None:
-    native, ours = pair(device)
+    torch_layer, ours = pair(device)
     x = images(device, requires_grad=bool(needs[0]))
     results = []
-    for module in (ours, native):
+    for module in (ours, torch_layer):
         module.weight.requires_grad_(bool(needs[1]))
         module.bias.requires_grad_(bool(needs[2]))
         y = module.train(training)(x)
@@ -184,28 +186,28 @@ def test_only_what_is_needed(
         if wanted:
             results.append(torch.autograd.grad(y.square().sum(), wanted, create_graph=create_graph))
     if not any(needs):
-        assert asked == []
+        assert requested == []
         return
-    assert asked == [tuple(map(bool, needs))]
+    assert requested == [tuple(map(bool, needs))]
     torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 @trainings
 def test_without_gradients(context: Any, training: bool, device: str) -> None:
-    native, ours = pair(device)
+    torch_layer, ours = pair(device)
     x = images(device)
     with context():
         y = ours.train(training)(x)
     assert not y.requires_grad and y.is_inference() == (context is torch.inference_mode)
-    torch.testing.assert_close(y.clone(), native.train(training)(x).detach())
-    torch.testing.assert_close(dict(ours.named_buffers()), dict(native.named_buffers()))
+    torch.testing.assert_close(y.clone(), torch_layer.train(training)(x).detach())
+    torch.testing.assert_close(dict(ours.named_buffers()), dict(torch_layer.named_buffers()))
 
 
 @pytest.mark.parametrize("which", ["running_mean", "running_var"])
 @trainings
 def test_statistics_that_require_gradients(which: str, training: bool, device: str) -> None:
-    """There is no gradient for them: an error, as in torch, and not a silent zero; before anything has changed."""
+    """Statistics have no gradient: an error as in torch instead of a silent zero, before anything is modified."""
     statistics = {"running_mean": torch.zeros(3, device=device), "running_var": torch.ones(3, device=device)}
     statistics[which].requires_grad_()
     with pytest.raises(RuntimeError, match="not differentiable with respect to running"):
@@ -231,7 +233,7 @@ CONFIGURATIONS = ["affine", "no_bias", "no_weight", "plain"]
 
 
 def function(configuration: str, training: bool, device: str) -> tuple[Function, list[str]]:
-    """batch_norm as a function of x and of the parameters that the configuration has; it has no side effects."""
+    """batch_norm as a function without side effects of x and of the parameters in the configuration."""
     mean, var = (torch.rand(3, dtype=torch.float64, device=device) + 0.5 for _ in range(2))
     names = {"affine": ["weight", "bias"], "no_bias": ["weight"], "no_weight": ["bias"], "plain": []}[configuration]
 
@@ -246,7 +248,7 @@ def function(configuration: str, training: bool, device: str) -> tuple[Function,
 @pytest.mark.parametrize("shape", SHAPES)
 @trainings
 def test_gradcheck(configuration: str, shape: str, training: bool, device: str) -> None:
-    """First and second order against differences: reverse, forward, forward over reverse, each also batched."""
+    """First and second order against finite differences: reverse, forward, forward over reverse, each also batched."""
     call, names = function(configuration, training, device)
     tensors = arguments(shape, names, device)
     assert gradcheck(call, tensors, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True)
@@ -270,12 +272,12 @@ def test_third_order(training: bool, device: str) -> None:
 
 @pytest.mark.parametrize("needs", [(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)][1:], ids=str)
 @trainings
-def test_double_backward_of_a_part(needs: tuple[int, int, int], training: bool, device: str) -> None:
-    """Of each subset of the first gradients, with respect to everything: torch's own double backward says the same."""
-    native, ours = pair(device)
+def test_double_backward_of_subsets(needs: tuple[int, int, int], training: bool, device: str) -> None:
+    """Second gradients of each subset of first gradients, with respect to all inputs, match torch's double backward."""
+    torch_layer, ours = pair(device)
     x = images(device)
     results = []
-    for module in (ours, native):
+    for module in (ours, torch_layer):
         y = module.train(training)(x)
         direction = torch.linspace(-1, 2, y.numel(), device=device, dtype=y.dtype).view_as(y).requires_grad_()
         everything = (x, module.weight, module.bias)
@@ -290,8 +292,8 @@ def test_double_backward_of_a_part(needs: tuple[int, int, int], training: bool, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @trainings
-def test_create_graph_gives_the_same_bits(dtype: torch.dtype, training: bool, device: str) -> None:
-    """The first gradient is the kernels', whether or not it will be differentiated; the second has its dtypes."""
+def test_create_graph_does_not_change_bits(dtype: torch.dtype, training: bool, device: str) -> None:
+    """First gradients come from the kernels, with or without create_graph; second gradients have their dtypes."""
     ours = bnk.BatchNorm2d(3, device=device).train(training)
     x = images(device, torch.float32).detach().to(dtype).requires_grad_()
     leaves = (x, *ours.parameters())
@@ -306,8 +308,8 @@ def test_create_graph_gives_the_same_bits(dtype: torch.dtype, training: bool, de
 
 
 @trainings
-def test_forward_mode_of_a_part(training: bool, device: str) -> None:
-    """Tangents of some of the arguments only, and of the gradient alone in the backward."""
+def test_forward_mode_of_subsets(training: bool, device: str) -> None:
+    """Tangents of some arguments, and in the backward of the gradient only."""
     call, names = function("affine", training, device)
     tensors = [t.detach() for t in arguments("4-D", names, device)]
     tangents = [torch.randn_like(t) for t in tensors]
@@ -328,8 +330,8 @@ def test_forward_mode_of_a_part(training: bool, device: str) -> None:
 
 
 @trainings
-def test_tangents_of_a_gradient_behind_an_ordinary_forward(training: bool, device: str) -> None:
-    """The dual level is entered after the forward, which knew of none: the backward looks for it itself."""
+def test_tangents_of_gradient_after_ordinary_forward(training: bool, device: str) -> None:
+    """The dual level is entered after the forward, so the backward has to detect it."""
     call, names = function("affine", training, device)
     leaves = arguments("4-D", names, device)
     assert_gradients_have_tangents(call(*leaves), leaves)

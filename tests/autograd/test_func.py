@@ -1,4 +1,4 @@
-"""torch.func: vmap, grad, jvp and what is made of them, over functions and modules; ensembles in one launch."""
+"""torch.func: vmap, grad, jvp and their compositions, over functions and modules; ensembles in one launch."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ CONTIGUOUS = cells(compiled=(False,), channels_last=(False,))
 
 
 def both(training: bool, device: str) -> tuple[tuple[Function, Function], tuple[Tensor, ...]]:
-    """Ours and the reference (plain torch formulas) as functions of (x, weight, bias).
+    """This package and the reference (plain torch formulas) as functions of (x, weight, bias).
 
-    Not torch's batch_norm: in training its second derivatives are wrong under torch.func (the Hessian of a function of
-    x and the weight is not symmetric), although right by torch.autograd.grad.
+    Not torch's batch_norm: in training its second derivatives are wrong under torch.func (the Hessian of a function
+    of x and the weight is not symmetric), although right with torch.autograd.grad.
     """
     mean, var = (torch.rand(3, dtype=torch.float64, device=device) + 0.5 for _ in range(2))
     statistics = (None, None) if training else (mean, var)
@@ -87,9 +87,9 @@ def test_transforms(transform: Callable[..., Any], training: bool, device: str) 
 @pytest.mark.parametrize("x_dim", [None, 0, 1, -1], ids=["one input", "an input each", "dimension 1", "at the end"])
 @trainings
 def test_ensemble(x_dim: int | None, momentum: float | None, training: bool, device: str) -> None:
-    """vmap over stacked models: each has its own statistics, in place, and its own count.
+    """vmap over stacked models: each has its own statistics, updated in place, and its own count.
 
-    All may have the same input, as the first layer of an ensemble, or each its own, as every layer after that.
+    The models share one input, like the first layer of an ensemble, or have one each, like the later layers.
     """
     models = [bnk.BatchNorm2d(3, momentum=momentum, device=device, dtype=torch.float64) for _ in range(3)]
     for index, model in enumerate(models):
@@ -110,24 +110,24 @@ def test_ensemble(x_dim: int | None, momentum: float | None, training: bool, dev
 
 
 def test_gradients_of_a_module(device: str) -> None:
-    """torch.func.grad over a module in training: its statistics move once. (torch's own refuses to count the batch.)"""
-    native, ours = pair(device)
+    """torch.func.grad over a module in training updates the statistics once. (torch's own module fails to count.)"""
+    torch_layer, ours = pair(device)
     x = images(device, requires_grad=False)
 
     def loss(parameters: dict[str, Tensor]) -> Tensor:
         return functional_call(ours, parameters, (x,)).pow(3).sum()
 
     got = grad(loss)(dict(ours.named_parameters()))
-    native(x).pow(3).sum().backward()
-    torch.testing.assert_close(got, {name: p.grad for name, p in native.named_parameters()})
-    torch.testing.assert_close(dict(ours.named_buffers()), dict(native.named_buffers()))
+    torch_layer(x).pow(3).sum().backward()
+    torch.testing.assert_close(got, {name: p.grad for name, p in torch_layer.named_parameters()})
+    torch.testing.assert_close(dict(ours.named_buffers()), dict(torch_layer.named_buffers()))
 
 
 @pytest.mark.parametrize("momentum", [0.3, None])
 @pytest.mark.parametrize("shape", [(4, 3, 5, 2), (4, 3), (0, 3, 2)], ids=str)
 @trainings
 def test_plain_formula(shape: tuple[int, ...], momentum: float | None, training: bool, device: str) -> None:
-    """The whole of batch_norm in formulas, which stands in where a compiler traces a transform, against the kernels."""
+    """The formula of batch_norm that replaces the kernels when a compiler traces a transform matches them."""
     arguments = [torch.rand(3, device=device, dtype=torch.float64) + 0.5 for _ in range(4)]
     x = torch.randn(shape, device=device, dtype=torch.float64)
     results = []
@@ -141,27 +141,27 @@ def test_plain_formula(shape: tuple[int, ...], momentum: float | None, training:
     torch.testing.assert_close(*results)
 
 
-def test_tensors_that_outlive_a_transform(device: str) -> None:
-    """They are what they wrap, and gradients flow through."""
-    native, ours = pair(device)
+def test_tensors_that_escape_a_transform(device: str) -> None:
+    """They behave like the tensors they wrap, and gradients flow through them."""
+    torch_layer, ours = pair(device)
     results = []
-    for module in (ours, native):
-        kept: list[Tensor] = []
+    for module in (ours, torch_layer):
+        escaped: list[Tensor] = []
         x = torch.arange(120.0, dtype=torch.float64, device=device).view(4, 3, 5, 2).sin().requires_grad_()
-        grad(lambda x, kept=kept: (kept.append(x * 2), x.sum())[1])(x)
-        module(kept[0]).pow(3).sum().backward()
+        grad(lambda x, escaped=escaped: (escaped.append(x * 2), x.sum())[1])(x)
+        module(escaped[0]).pow(3).sum().backward()
         results.append([x.grad, *(p.grad for p in module.parameters()), *module.buffers()])
     assert results[0][0] is not None
     torch.testing.assert_close(*results)
 
 
-def test_examples_cannot_share_statistics(device: str) -> None:
-    """Each example would leave its own running mean in one buffer: an error, as in torch."""
+def test_vmap_examples_cannot_share_statistics(device: str) -> None:
+    """Each example would write its own running mean to one buffer: an error, as in torch."""
     ours = bnk.BatchNorm2d(3, device=device)
     with pytest.raises(RuntimeError, match="were not batched"):
         vmap(ours)(torch.randn(2, 4, 3, 5, 2, device=device))
     assert torch.equal(ours.running_mean, torch.zeros(3, device=device)) and ours.num_batches_tracked == 0
     same = vmap(lambda weight: bnk.batch_norm(x, mean, var, weight, training=True))
     x, mean, var = images(device, torch.float32), torch.zeros(3, device=device), torch.ones(3, device=device)
-    same(torch.ones(2, 3, device=device))  # all examples normalise one x: it has one mean
+    same(torch.ones(2, 3, device=device))  # all examples normalize one x, which has one mean
     torch.testing.assert_close(mean, 0.1 * x.detach().mean((0, 2, 3)))

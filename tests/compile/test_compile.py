@@ -1,7 +1,8 @@
-"""torch.compile: one graph, with the results, gradients and running statistics of eager.
+"""torch.compile: one graph, with the outputs, gradients and running statistics of eager mode.
 
-Where both run the same kernels on the same layouts they are held to the same bits. A compiler that changes the layout
-of what is inside of a model changes the order of the sums with it; there the tolerances of torch.testing hold.
+Where both run the same kernels on the same layouts, the bits must be equal. A compiler that changes layouts inside a
+model changes the order of sums; there the tolerances of torch.testing apply.
+
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def _fresh_compiler() -> None:
 
 
 def norms(device: str = "cpu") -> nn.Sequential:
-    """BatchNorms of either average, and nothing that a compiler might compute in another order."""
+    """BatchNorms with both kinds of averages, and no layer whose order of computation a compiler may change."""
     return nn.Sequential(bnk.BatchNorm2d(3), nn.ReLU(), bnk.BatchNorm2d(3, momentum=None)).to(device)
 
 
@@ -46,7 +47,7 @@ def convolutions(device: str = "cpu") -> nn.Sequential:
 
 
 def step(model: Callable[[Tensor], Tensor], x: Tensor) -> dict[str, Tensor]:
-    """y and the gradient of x, for a gradient of y that all ways of computing share."""
+    """y and the gradient of x, for a fixed gradient of y."""
     x = x.detach().clone().requires_grad_()
     y = model(x)
     generator = torch.Generator().manual_seed(1)
@@ -74,7 +75,7 @@ def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @row(SECTION, "forward, gradients and statistics over 10 steps, any batch and image size (inductor)", COMPILED)
 @INDUCTOR
 def test_steps(cell: Cell, device: str) -> None:
-    """The same bits as eager in y, dx, the parameters' gradients and the buffers, in place, at every step."""
+    """Bits of y, dx, parameter gradients and buffers equal eager's at every step, and buffers are updated in place."""
     eager, other = norms(device), norms(device)
     reference, compiled = cell.eager.prepared(eager), cell.prepared(other, "inductor")
     before = {name: (buffer, buffer.data_ptr()) for name, buffer in other.named_buffers()}
@@ -90,9 +91,11 @@ def test_steps(cell: Cell, device: str) -> None:
 @row(SECTION, "a model with convolutions (inductor)", COMPILED)
 @INDUCTOR
 def test_convolutions(cell: Cell, device: str) -> None:
-    """The compiler may lay out what is inside as it likes; results keep eager's strides.
+    """The compiler may choose layouts inside the model; outputs have eager's strides.
 
-    In float64: a convolution's gradient is what is left of sums that cancel, as the norm behind it takes out its scale.
+    In float64: the gradient of a convolution before a norm is the remainder of sums that cancel, as the norm removes
+    its scale.
+
     """
     eager = convolutions(device).double()
     other = copy.deepcopy(eager)
@@ -108,11 +111,11 @@ def test_convolutions(cell: Cell, device: str) -> None:
 @row(SECTION, 'mode="reduce-overhead" (inductor; a CUDA graph on a GPU)', CONTIGUOUS)
 @INDUCTOR
 def test_reduce_overhead(cell: Cell, device: str) -> None:
-    """On a GPU the step is a CUDA graph, which has to write the buffers that the model holds; on a CPU, inductor."""
+    """On a GPU the step is a CUDA graph that must write to the model's buffers; on a CPU it is inductor's code."""
     eager, other = norms(device), norms(device)
     reference, options = cell.eager.prepared(eager), {"mode": "reduce-overhead", "fullgraph": True}
     compiled = torch.compile(cell.eager.prepared(other), **options)
-    for _ in range(5):  # the first ones are warm-up and recording
+    for _ in range(5):  # the first calls warm up and record
         x = cell.laid_out(torch.randn(4, 3, 6, 7, device=device))
         torch.compiler.cudagraph_mark_step_begin()
         assert_same(step(compiled, x), step(reference, x))
@@ -122,7 +125,7 @@ def test_reduce_overhead(cell: Cell, device: str) -> None:
 @pytest.mark.cuda
 @INDUCTOR
 def test_reduce_overhead_is_a_cuda_graph() -> None:
-    """Mutated buffers are a reason for the compiler to do without: it must not have been one."""
+    """Mutated buffers can make the compiler skip CUDA graphs: it must not skip here."""
     from torch._dynamo.utils import counters
 
     counters.clear()
@@ -156,7 +159,7 @@ def test_layers(cell: Cell, make: Callable[[], nn.Module], shape: tuple[int, ...
 
 @row(SECTION, "one layer called twice before the backward", COMPILED)
 def test_called_twice(cell: Cell, device: str) -> None:
-    """The second call starts from the first one's statistics, and each backward has its own."""
+    """The second call starts from the first call's statistics, and each backward uses its own."""
 
     class Siamese(nn.Module):
         def __init__(self) -> None:
@@ -176,7 +179,7 @@ def test_called_twice(cell: Cell, device: str) -> None:
 
 @row(SECTION, "frozen parameters; inference_mode", CONTIGUOUS)
 def test_without_gradients(cell: Cell, device: str) -> None:
-    """What needs no gradient gets none, and a graph without autograd updates the buffers as well."""
+    """Frozen parameters get no gradient, and a graph without autograd still updates the buffers."""
     eager, other = norms(device), norms(device)
     for model in (eager, other):
         model[0].weight.requires_grad_(False)  # type: ignore[union-attr]
@@ -207,7 +210,7 @@ def test_function(cell: Cell, device: str) -> None:
 @row(SECTION, "torch.func.grad and vmap of it", CONTIGUOUS)
 @pytest.mark.parametrize("transform", ["grad", "vmap"])
 def test_transform(cell: Cell, transform: str, device: str) -> None:
-    """A compiler that traces torch.func sees plain formulas: it would lose the backward of anything else."""
+    """A compiler that traces torch.func must see plain formulas: it would drop the backward of custom functions."""
     x = torch.randn(2, 4, 3, 5, device=device)
     mean, var = torch.rand(3, device=device), torch.rand(3, device=device) + 0.5
     statistics = (None, None) if cell.training else (mean, var)
@@ -224,12 +227,12 @@ def test_transform(cell: Cell, transform: str, device: str) -> None:
     torch.testing.assert_close(compiled(x, weight), call(x, weight))
 
 
-# What is compiled
+# Graphs and layouts
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_one_graph_for_all_sizes(training: bool) -> None:
-    """Nothing in the way depends on the values of sizes, so that dynamic shapes are compiled once."""
+    """No code depends on values of sizes, so a dynamic-shape graph is compiled once."""
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(norms().train(training), backend=counter, fullgraph=True, dynamic=True)
     compiled(torch.randn(2, 3, 4, 5))
@@ -240,13 +243,13 @@ def test_one_graph_for_all_sizes(training: bool) -> None:
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_no_layout_is_undone(training: bool) -> None:
-    """A compiler that runs convolutions in channels_last leaves the norms between them so.
+def test_channels_last_is_preserved(training: bool) -> None:
+    """A compiler that runs convolutions in channels_last keeps the norms between them in channels_last.
 
-    By default it brings the arguments of an op back to the strides that it was traced with, which here would be a copy
-    of the input before each norm and of the result behind it. Such copies are named after the op.
+    By default it restores the strides that an op was traced with, which would copy the input before each norm and its
+    output after it. Such copies are named after the op.
     """
-    model = nn.Sequential(convolutions(), nn.ReLU()).train(training)  # what leaves the model is laid out as eager's
+    model = nn.Sequential(convolutions(), nn.ReLU()).train(training)  # the model's output has eager's layout
     x = torch.randn(4, 3, 8, 8)
     compiled = torch.compile(model, fullgraph=True)
     with torch._inductor.config.patch(force_layout_optimization=True, force_disable_caches=True):
@@ -260,8 +263,8 @@ def test_no_layout_is_undone(training: bool) -> None:
     assert set(re.findall(r"cpp_fused_\w*batch_norm\w*", source)) == set()
 
 
-def test_the_ops_take_any_layout() -> None:
-    """What the above comes from: all that are registered, those of several ranks too."""
+def test_ops_are_tagged_flexible_layout() -> None:
+    """Precondition of the test above: all registered ops have the tag, those of SyncBatchNorm included."""
     names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("bnkernels::")]
     assert {"bnkernels::batch_norm_train", "bnkernels::sync_batch_norm_normalize"} <= set(names)
     for name in names:
@@ -269,8 +272,8 @@ def test_the_ops_take_any_layout() -> None:
         assert torch.Tag.flexible_layout in op.tags, name
 
 
-def test_errors_are_eagers() -> None:
-    """A compiled call raises what an eager one does, and leaves the buffers as eager does."""
+def test_errors_match_eager() -> None:
+    """A compiled call raises eager's error and leaves the buffers unchanged."""
     norm = bnk.BatchNorm2d(3)
     compiled = torch.compile(norm, backend="aot_eager", fullgraph=True)
     compiled(torch.randn(2, 3, 1, 1))

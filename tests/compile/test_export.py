@@ -1,4 +1,4 @@
-"""torch.export, AOTInductor and ONNX: what leaves Python keeps eager's results, and its statistics where it trains."""
+"""torch.export, AOTInductor and ONNX: results equal eager's, and in training the statistics do too."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIZES = ((4, 6), (2, 9), (7, 3))
 
 
 def model() -> nn.Sequential:
-    """The same parameters at each call; statistics that are not those of a fresh layer."""
+    """The same parameters and nontrivial statistics at each call."""
     torch.manual_seed(0)
     norms = nn.Sequential(bnk.BatchNorm2d(3), nn.ReLU(), bnk.BatchNorm2d(3, momentum=None))
     norms(torch.rand(8, 3, 4, 4) + 1)
@@ -37,8 +37,10 @@ def exported(cell: Cell, **options: Any) -> ExportedProgram:
     return torch.export.export(cell.eager.prepared(model()), (inputs(cell)[0],), dynamic_shapes=DYNAMIC, **options)
 
 
-def assert_as_eager(cell: Cell, program: Callable[[Tensor], Tensor], buffers: Callable[[], dict[str, Tensor]]) -> None:
-    """The same bits, over several sizes, of results and of statistics."""
+def assert_same_as_eager(
+    cell: Cell, program: Callable[[Tensor], Tensor], buffers: Callable[[], dict[str, Tensor]]
+) -> None:
+    """Outputs and statistics equal eager's bit for bit, over several sizes."""
     eager = model()
     reference = cell.eager.prepared(eager)
     for x in inputs(cell):
@@ -71,15 +73,15 @@ def loaded(file: io.BytesIO) -> ExportedProgram:
     return torch.export.load(file)
 
 
-@row(SECTION, "torch.export, dynamic batch and height: as it is, strict, decomposed, saved and loaded", EXPORTED)
+@row(SECTION, "torch.export, dynamic batch and height: plain, strict, decomposed, saved and loaded", EXPORTED)
 @pytest.mark.parametrize(("options", "change"), PROGRAMS.values(), ids=PROGRAMS)
 def test_export(cell: Cell, options: dict[str, Any], change: Callable[[ExportedProgram], ExportedProgram]) -> None:
     module = change(exported(cell, **options)).module()
-    assert_as_eager(cell, module, lambda: dict(module.named_buffers()))
+    assert_same_as_eager(cell, module, lambda: dict(module.named_buffers()))
 
 
 def test_decomposed_graphs_are_functional() -> None:
-    """The statistics leave a decomposed program as outputs that are written to the buffers: no op in it mutates."""
+    """A decomposed program returns the statistics as outputs that are copied to the buffers: no op in it mutates."""
     for training, mutated in ((True, 6), (False, 0)):
         program = exported(Cell(training, False, False)).run_decompositions()
         assert len(program.graph_signature.buffers_to_mutate) == mutated
@@ -87,8 +89,8 @@ def test_decomposed_graphs_are_functional() -> None:
         assert not any(op._schema.is_mutable for op in ops if isinstance(op, torch._ops.OpOverload))
 
 
-def test_a_reverted_model_is_exported_without_this_package() -> None:
-    """The way to a program for a process that cannot import bnkernels."""
+def test_reverted_model_exports_without_package_ops() -> None:
+    """Such a program runs in a process that cannot import bnkernels."""
     program = torch.export.export(bnk.revert(model()).eval(), (torch.randn(4, 3, 6, 5),))
     assert "bnkernels" not in str(program.graph)
 
@@ -104,10 +106,10 @@ def test_a_reverted_model_is_exported_without_this_package() -> None:
 def test_aot_inductor(cell: Cell, tmp_path: Path) -> None:
     package = torch._inductor.aoti_compile_and_package(exported(cell), package_path=str(tmp_path / "model.pt2"))
     program = torch._inductor.aoti_load_package(package)
-    # The package's own tensors cannot be read; these take their place, and are what it writes.
-    mine = {name: buffer for name, buffer in model().named_buffers() if name in program.get_constant_fqns()}
-    program.load_constants(mine, check_full_update=False, user_managed=True)
-    assert_as_eager(cell, program, lambda: mine)
+    # The package's own constants cannot be read; these tensors replace them, and the program writes to them.
+    constants = {name: buffer for name, buffer in model().named_buffers() if name in program.get_constant_fqns()}
+    program.load_constants(constants, check_full_update=False, user_managed=True)
+    assert_same_as_eager(cell, program, lambda: constants)
 
 
 # ONNX
@@ -130,8 +132,8 @@ def onnx_bytes(cell: Cell, dynamo: bool) -> bytes:
     SECTION,
     "ONNX, either exporter: a BatchNormalization node, run by onnxruntime",
     cells(training=(False,), compiled=(False,)),
-    "in training the newer exporter gives plain operators, which normalise by the batch. An ExportedProgram has this "
-    "package's ops, which ONNX does not know: give torch.onnx.export the model.",
+    "in training the newer exporter gives plain operators, which normalize by the batch. An ExportedProgram has this "
+    "package's ops, which ONNX does not support: pass the model to torch.onnx.export.",
 )
 @pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
@@ -141,7 +143,7 @@ def test_onnx(cell: Cell, dynamo: bool) -> None:
         pytest.importorskip("onnxscript")
     data = onnx_bytes(cell, dynamo)
     ops = [node.op_type for node in onnx.load_from_string(data).graph.node]
-    # Identity: parameters of the same values, which the older exporter stores once.
+    # Identity: the older exporter stores parameters of equal values once.
     assert [op for op in ops if op != "Identity"] == ["BatchNormalization", "Relu", "BatchNormalization"]
     session = runtime.InferenceSession(data)
     reference = cell.prepared(model())
@@ -152,7 +154,7 @@ def test_onnx(cell: Cell, dynamo: bool) -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 def test_onnx_in_training() -> None:
-    """Normalised by the batch: an exporter that finds a layer in training and folds it away would be silently wrong."""
+    """Normalizes by the batch: an exporter that folds away a layer in training mode would be silently wrong."""
     for name in ("onnx", "onnxscript"):
         pytest.importorskip(name)
     runtime = pytest.importorskip("onnxruntime")

@@ -1,6 +1,7 @@
-"""What the fakes of the ops check: a wrong call fails when it is traced, and not in the compiled code.
+"""Checks of the fake implementations: a wrong call fails during tracing instead of in compiled code.
 
-What they return is compared with the real ops' in test_ops.py, test_fused.py and test_sync_ops.py.
+test_ops.py, test_fused.py and test_sync_ops.py compare what fakes return with the real ops.
+
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from op_arguments import OPS, SYNC_OPS, backward_arguments, fused_arguments
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from bnkernels import ops
+from bnkernels import _ops as ops
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -34,7 +35,7 @@ OPS: dict[str, tuple[Any, Callable[[Tensor], Sequence[Any]]]] = {
 }
 
 
-def refuses(op: Any, arguments: Sequence[Any]) -> bool:
+def raises(op: Any, arguments: Sequence[Any]) -> bool:
     try:
         op(*(value.clone() if isinstance(value, Tensor) else value for value in arguments))
     except RuntimeError:
@@ -44,10 +45,10 @@ def refuses(op: Any, arguments: Sequence[Any]) -> bool:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("op", "arguments"), OPS.values(), ids=OPS)
-def test_fakes_refuse_what_the_real_refuse(
+def test_fakes_raise_where_real_ops_raise(
     op: Any, arguments: Callable[[Tensor], Sequence[Any]], dtype: torch.dtype
 ) -> None:
-    """Each tensor in turn, of each other dtype, of other sizes and on another device."""
+    """Replaces each tensor by one of another dtype, size, rank and device."""
     given = list(arguments(torch.randn(4, 3, 5, 2).to(dtype)))
     for index, tensor in enumerate(given):
         if not isinstance(tensor, Tensor):
@@ -57,5 +58,5 @@ def test_fakes_refuse_what_the_real_refuse(
         for value in (*wrong, tensor[None], tensor.to("meta")):
             changed = [*given[:index], value, *given[index + 1 :]]
             with FakeTensorMode() as mode:
-                faked = refuses(op, [mode.from_tensor(v) if isinstance(v, Tensor) else v for v in changed])
-            assert refuses(op, changed) == faked, (index, value.shape, value.dtype, value.device)
+                faked = raises(op, [mode.from_tensor(v) if isinstance(v, Tensor) else v for v in changed])
+            assert raises(op, changed) == faked, (index, value.shape, value.dtype, value.device)

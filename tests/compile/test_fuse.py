@@ -1,4 +1,4 @@
-"""fuse(): what becomes part of a BatchNorm, what does not, and that the model computes what it did."""
+"""fuse(): what becomes part of a BatchNorm, what does not, and that the model computes the same."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from fusing import (
     CHANNELS,
     RELUS,
-    Behind,
+    After,
     Branches,
     Model,
     assert_computes_the_same,
@@ -33,7 +33,7 @@ def augmented(model: Model, y: Tensor, skip: Tensor) -> Tensor:
     return y
 
 
-ADDS: dict[str, Behind] = {
+ADDS: dict[str, After] = {
     "bn + x": lambda m, y, skip: y + skip,
     "x + bn": lambda m, y, skip: skip + y,
     "bn += x": augmented,
@@ -50,17 +50,17 @@ ADDS: dict[str, Behind] = {
 }
 
 
-@pytest.mark.parametrize("behind", RELUS.values(), ids=RELUS)
-def test_relu(behind: Behind) -> None:
-    result, report = fused(model := Model(behind))
+@pytest.mark.parametrize("after", RELUS.values(), ids=RELUS)
+def test_relu(after: After) -> None:
+    result, report = fused(model := Model(after))
     assert_computes_the_same(result, model, images())
     assert whats(report) == {"bn": "relu"}
 
 
-@pytest.mark.parametrize("behind", ADDS.values(), ids=ADDS)
-def test_addition(behind: Behind) -> None:
-    """The residual is computed after the BatchNorm's input here: the call has to move."""
-    result, report = fused(model := Model(lambda m, y, skip: m.relu(behind(m, y, skip))))
+@pytest.mark.parametrize("after", ADDS.values(), ids=ADDS)
+def test_addition(after: After) -> None:
+    """The residual is computed after the BatchNorm's input, so the call has to move."""
+    result, report = fused(model := Model(lambda m, y, skip: m.relu(after(m, y, skip))))
     assert_computes_the_same(result, model, images())
     assert whats(report) == {"bn": "add + relu"}
 
@@ -82,7 +82,7 @@ NORMS = {
 
 @pytest.mark.parametrize(("norm", "rank"), NORMS.values(), ids=NORMS)
 def test_each_class(norm: Any, rank: int) -> None:
-    """And options of theirs; in a Sequential. Without parameters and statistics a layer is named by its path."""
+    """Each class with some options, in a Sequential. A layer without parameters and statistics is named by its path."""
     options = {"momentum": None} if norm.__module__.startswith("bnkernels") else {"track_running_stats": False}
     model = nn.Sequential(nn.Identity(), norm(CHANNELS, eps=0.1, affine=False, **options), nn.ReLU())
     result, report = fused(model)
@@ -90,22 +90,22 @@ def test_each_class(norm: Any, rank: int) -> None:
     assert whats(report) == {"1": "relu"}
 
 
-def test_momentum_none_of_torch() -> None:
-    """torch reads its counter on the host, which ends a graph: what is computed of it is not known in the next."""
+def test_torch_layer_with_momentum_none() -> None:
+    """torch reads the counter on the host, which breaks the graph: values computed from it are unknown in the next."""
     model = nn.Sequential(nn.BatchNorm2d(3, momentum=None), nn.ReLU())
     result, _ = fused(model)
     assert_computes_the_same(result, model, images())
 
 
 def test_two_batch_norms_added() -> None:
-    """The later takes the other's result: nothing moves."""
+    """The later BatchNorm takes the output of the other as its residual: no call moves."""
     result, report = fused(model := Branches())
     assert_computes_the_same(result, model, images())
     assert whats(report) == {"skip.1": "add + relu"} and "residual of another" in reasons(report)["main.1"]
 
 
-def test_two_batch_norms_added_one_of_which_cannot() -> None:
-    """What is left leaves the addition to the other."""
+def test_two_batch_norms_added_one_not_fusible() -> None:
+    """The BatchNorm that cannot be fused leaves the addition to the other."""
     model = Branches()
     model.skip[1] = Custom(CHANNELS)
     result, report = fused(model)
@@ -121,8 +121,8 @@ def test_two_additions_in_a_row() -> None:
 
 
 def test_called_twice() -> None:
-    """In the same order: the running statistics depend on it. Each call is fused with what follows that call."""
-    twice: Behind = lambda m, y, skip: m.relu(y) * m.relu(m.bn(skip) + skip)  # noqa: E731
+    """The order of the calls stays, as the running statistics depend on it. Each call is fused with what follows it."""
+    twice: After = lambda m, y, skip: m.relu(y) * m.relu(m.bn(skip) + skip)  # noqa: E731
     result, report = fused(model := Model(twice, bnk.BatchNorm2d(CHANNELS)))
     assert_computes_the_same(result, model, images())
     assert [each.what for each in report.fused] == ["relu", "add + relu"]
@@ -135,23 +135,23 @@ def test_called_twice() -> None:
     assert_computes_the_same(result, model, images())
 
 
-def test_the_order_of_two_calls_stays() -> None:
-    """The first call may not move past the second, which would then update the statistics first."""
+def test_order_of_calls_is_preserved() -> None:
+    """The first call must not move past the second, which would then update the statistics first."""
 
-    def behind(model: Model, y: Tensor, skip: Tensor) -> Tensor:
+    def after(model: Model, y: Tensor, skip: Tensor) -> Tensor:
         again = model.bn(skip)
         return y + again.square()  # type: ignore[no-any-return]
 
-    result, report = fused(model := Model(behind, bnk.BatchNorm2d(CHANNELS)))
+    result, report = fused(model := Model(after, bnk.BatchNorm2d(CHANNELS)))
     assert_computes_the_same(result, model, images())
     assert any("may change its input" in each.reason for each in report.left)
 
 
-# What is left
+# Not fused
 
 
 class Custom(nn.BatchNorm2d):
-    """A subclass, whose forward is its own."""
+    """A subclass with its own forward."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input) * 2
@@ -166,7 +166,7 @@ def with_relu() -> nn.Module:
     return bnk.BatchNormAct2d(CHANNELS)
 
 
-LEFT: dict[str, tuple[Behind, Callable[[], nn.Module | None], str]] = {
+NOT_FUSED: dict[str, tuple[After, Callable[[], nn.Module | None], str]] = {
     "used elsewhere": (lambda m, y, _: m.relu(y) + y.sum(), lambda: None, "used in 2 places"),
     "used elsewhere, ReLU in place": (in_place_statement, lambda: None, "used in 2 places"),
     "a view is used": (lambda m, y, _: m.relu(y) + y.view(-1)[0], lambda: None, "used in 2 places"),
@@ -174,8 +174,8 @@ LEFT: dict[str, tuple[Behind, Callable[[], nn.Module | None], str]] = {
     "another activation": (lambda m, y, _: F.relu6(y), lambda: None, "followed by relu6"),
     "the output": (lambda m, y, _: y, lambda: None, "leaves the captured graph"),
     "the output, and a ReLU": (lambda m, y, _: (y, m.relu(y)), lambda: None, "used in 2 places"),
-    "a number": (lambda m, y, _: m.relu(y + 1.0), lambda: None, "added to what is no plain tensor"),
-    "a size": (lambda m, y, s: m.relu(y + s.size(0)), lambda: None, "added to what is no plain tensor"),
+    "a number": (lambda m, y, _: m.relu(y + 1.0), lambda: None, "added to something that is not a plain tensor"),
+    "a size": (lambda m, y, s: m.relu(y + s.size(0)), lambda: None, "added to something that is not a plain tensor"),
     "itself": (lambda m, y, _: m.relu(y + y), lambda: None, "added to itself"),
     "alpha": (lambda m, y, s: m.relu(torch.add(y, s, alpha=2)), lambda: None, "followed by add"),
     "broadcast": (lambda m, y, _: m.relu(y + m.offset), lambda: None, "another shape"),
@@ -185,26 +185,30 @@ LEFT: dict[str, tuple[Behind, Callable[[], nn.Module | None], str]] = {
         lambda: None,
         "another shape, layout",
     ),
-    "in place, to what is used again": (lambda m, y, s: (s.add_(y), s)[1] * 2 + s, lambda: None, "others may see"),
+    "in place, to what is used again": (lambda m, y, s: (s.add_(y), s)[1] * 2 + s, lambda: None, "with other users"),
     "an activation of its own, and an addition": (lambda m, y, s: y + s, with_relu, "has an activation already"),
     "an activation of its own, and add + relu": (lambda m, y, s: m.relu(y + s), with_relu, "an activation already"),
     "an activation of its own, and another": (lambda m, y, _: m.relu(y), with_relu, "has an activation already"),
     "subclass": (RELUS["nn.ReLU"], lambda: Custom(CHANNELS), "followed by mul"),
-    "hooks": (RELUS["nn.ReLU"], lambda: with_hook(nn.BatchNorm2d(CHANNELS)), "added to what is no plain tensor"),
-    "hooks, ours": (RELUS["nn.ReLU"], lambda: with_hook(bnk.BatchNorm2d(CHANNELS)), "no plain tensor"),
+    "hooks": (
+        RELUS["nn.ReLU"],
+        lambda: with_hook(nn.BatchNorm2d(CHANNELS)),
+        "added to something that is not a plain tensor",
+    ),
+    "hooks, ours": (RELUS["nn.ReLU"], lambda: with_hook(bnk.BatchNorm2d(CHANNELS)), "not a plain tensor"),
 }
 
 
-@pytest.mark.parametrize(("behind", "norm", "reason"), LEFT.values(), ids=LEFT)
-def test_what_is_left(behind: Behind, norm: Callable[[], nn.Module | None], reason: str) -> None:
-    """Reported with the reason, and right."""
-    result, report = fused(model := Model(behind, norm()))
+@pytest.mark.parametrize(("after", "norm", "reason"), NOT_FUSED.values(), ids=NOT_FUSED)
+def test_not_fused(after: After, norm: Callable[[], nn.Module | None], reason: str) -> None:
+    """Reported with the reason, and the result is unchanged."""
+    result, report = fused(model := Model(after, norm()))
     assert_computes_the_same(result, model, images())
     name = "bn.bn" if isinstance(model.bn, bnk.BatchNormAct2d) else "bn"
     assert name not in whats(report) and reason in reasons(report)[name]
 
 
-# Writes in place between the calls. autograd refuses most of them: without gradients
+# In-place writes between the calls. Without gradients, as autograd rejects most of them
 
 
 def written(m: Model, y: Tensor, skip: Tensor, what: Tensor) -> Tensor:
@@ -213,19 +217,19 @@ def written(m: Model, y: Tensor, skip: Tensor, what: Tensor) -> Tensor:
 
 
 class Between(nn.Module):
-    """Something happens to memory between a BatchNorm and the addition of its result."""
+    """An operation on memory between a BatchNorm and the addition to its output."""
 
-    def __init__(self, happens: Callable[..., Any], of: str, early: bool) -> None:
+    def __init__(self, operation: Callable[..., Any], of: str, early: bool) -> None:
         super().__init__()
         self.conv, self.bn = nn.Conv2d(3, CHANNELS, 1), nn.BatchNorm2d(CHANNELS)
-        self.happens, self.of, self.early = happens, of, early
+        self.operation, self.of, self.early = operation, of, early
 
     def forward(self, x: Tensor) -> Tensor:
         z = self.conv(x)
         residual = z * 2 if self.early else None
         view = (z if self.of == "input" else residual if residual is not None else z).view(-1, 5)
         y = self.bn(z)
-        self.happens({"weight": self.bn.weight, "mean": self.bn.running_mean}.get(self.of, view))
+        self.operation({"weight": self.bn.weight, "mean": self.bn.running_mean}.get(self.of, view))
         return F.relu(y + (z * 2 if residual is None else residual))
 
 
@@ -233,7 +237,7 @@ def into_half(value: Tensor) -> None:
     value[: len(value) // 2] = 1.0
 
 
-HAPPENS: dict[str, Callable[[Tensor], Any]] = {
+OPERATIONS: dict[str, Callable[[Tensor], Any]] = {
     "mul_": lambda value: value.mul_(2),
     "out=": lambda value: torch.neg(value, out=value),
     "setitem": into_half,
@@ -245,75 +249,77 @@ HAPPENS: dict[str, Callable[[Tensor], Any]] = {
 
 
 @pytest.mark.parametrize(("of", "early"), [("input", False), ("residual", True), ("weight", False), ("mean", False)])
-@pytest.mark.parametrize("happens", HAPPENS.values(), ids=HAPPENS)
-def test_memory_that_is_written_between(happens: Callable[[Tensor], Any], of: str, early: bool) -> None:
-    """The fused call reads its input where the addition was, or its residual where the BatchNorm was."""
-    result, report = fused(model := Between(happens, of, early))
+@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
+def test_memory_written_in_between(operation: Callable[[Tensor], Any], of: str, early: bool) -> None:
+    """A fused call would read its input where the addition was, or its residual where the BatchNorm was."""
+    result, report = fused(model := Between(operation, of, early))
     assert_computes_the_same(result, model, images(), differentiates=False)
     assert whats(report) == {}
     assert all("may change" in each.reason or "a mode may" in each.reason for each in report.left)
 
 
 @pytest.mark.parametrize(("of", "early"), [("input", False), ("residual", True)])
-def test_memory_that_is_read_between(of: str, early: bool) -> None:
+def test_memory_read_in_between(of: str, early: bool) -> None:
     result, report = fused(model := Between(lambda value: value.sum(), of, early))
     assert_computes_the_same(result, model, images())
     assert whats(report) == {"bn": "add + relu"}
 
 
-@pytest.mark.parametrize("norm", [nn.BatchNorm2d, bnk.BatchNorm2d], ids=["torch's", "ours"])
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, bnk.BatchNorm2d], ids=["torch", "bnkernels"])
 @pytest.mark.parametrize("which", ["running_mean", "running_var", "num_batches_tracked"])
-def test_statistics_that_are_read_between(which: str, norm: Callable[[int], nn.Module]) -> None:
-    """By what makes the residual: in training they are to be read as the BatchNorm has left them."""
+def test_statistics_read_in_between(which: str, norm: Callable[[int], nn.Module]) -> None:
+    """The residual is computed from statistics, which in training must be read after the BatchNorm has updated them."""
 
-    def behind(model: Model, y: Tensor, skip: Tensor) -> Tensor:
+    def after(model: Model, y: Tensor, skip: Tensor) -> Tensor:
         return model.relu(y + skip * getattr(model.bn, which).sum())  # type: ignore[no-any-return]
 
-    result, report = fused(model := Model(behind, norm(CHANNELS)))
+    result, report = fused(model := Model(after, norm(CHANNELS)))
     assert_computes_the_same(result, model, images())
-    if norm is bnk.BatchNorm2d or which != "num_batches_tracked":  # torch counts by an operation of its own, before
+    if norm is bnk.BatchNorm2d or which != "num_batches_tracked":  # torch increments it with a separate op, before
         assert "may change its input" in reasons(report)["bn"]
 
 
-class Into(nn.Module):
-    """The sum is written to a tensor that whoever calls the model has, too."""
+class AddInto(nn.Module):
+    """The sum is written to a tensor of the caller."""
 
     def __init__(self, add: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
         self.conv, self.bn, self.add = nn.Conv2d(3, CHANNELS, 1), nn.BatchNorm2d(CHANNELS), add
 
-    def forward(self, x: Tensor, kept: Tensor) -> Tensor:
-        return F.relu(self.add(kept, self.bn(self.conv(x))))
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        return F.relu(self.add(target, self.bn(self.conv(x))))
 
 
 INTO: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
-    "iadd": (operator.iadd, "others may see"),
-    "add_": (lambda kept, y: kept.add_(y), "others may see"),
-    "add_ to a view": (lambda kept, y: kept.view(kept.shape).add_(y), "others may see"),
-    "torch.add(kept, bn, out=kept)": (lambda kept, y: torch.add(kept, y, out=kept), "followed by add"),
-    "torch.add(bn, kept, out=kept)": (lambda kept, y: torch.add(y, kept, out=kept), "followed by add"),
-    "torch.add(bn, other, out=kept)": (lambda kept, y: torch.add(y, kept * 2, out=kept), "followed by add"),
+    "iadd": (operator.iadd, "with other users"),
+    "add_": (lambda target, y: target.add_(y), "with other users"),
+    "add_ to a view": (lambda target, y: target.view(target.shape).add_(y), "with other users"),
+    "torch.add(target, bn, out=target)": (lambda target, y: torch.add(target, y, out=target), "followed by add"),
+    "torch.add(bn, target, out=target)": (lambda target, y: torch.add(y, target, out=target), "followed by add"),
+    "torch.add(bn, other, out=target)": (lambda target, y: torch.add(y, target * 2, out=target), "followed by add"),
 }
 
 
 @pytest.mark.parametrize(("add", "reason"), INTO.values(), ids=INTO)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_a_sum_into_what_the_caller_has(add: Callable[[Tensor, Tensor], Tensor], reason: str, training: bool) -> None:
-    """It is there afterwards: a fused call would return it, and leave the tensor as it was."""
-    result, report = fused(model := Into(add))
-    x, kept = images(), torch.randn(4, CHANNELS, 5, 5, dtype=torch.float64)
+def test_sum_written_to_the_callers_tensor(
+    add: Callable[[Tensor, Tensor], Tensor], reason: str, training: bool
+) -> None:
+    """A fused call would return the sum without writing to the caller's tensor."""
+    result, report = fused(model := AddInto(add))
+    x, target = images(), torch.randn(4, CHANNELS, 5, 5, dtype=torch.float64)
     seen = []
     for each in (result, model):
-        mine = kept.clone()
+        written = target.clone()
         with torch.no_grad():
-            seen.append((each.train(training)(x, mine), mine))
+            seen.append((each.train(training)(x, written), written))
     torch.testing.assert_close(*seen)
-    assert not torch.equal(seen[0][1], kept)
+    assert not torch.equal(seen[0][1], target)
     assert whats(report) == {} and reason in reasons(report)["bn"]
 
 
 def test_inputs_of_a_graph_may_overlap() -> None:
-    """Inputs may share memory in a later call: no residual is read early past a write to another input."""
+    """Inputs may share memory in a later call: no residual is read before a write to another input."""
 
     class Takes(nn.Module):
         def __init__(self) -> None:
@@ -349,39 +355,39 @@ def under_autocast(m: Model, y: Tensor, skip: Tensor) -> Tensor:
     return z + skip  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("behind", [under_no_grad, under_autocast], ids=lambda f: f.__name__)
-def test_a_mode_that_changes_between(behind: Behind) -> None:
-    result, report = fused(model := Model(behind))
+@pytest.mark.parametrize("after", [under_no_grad, under_autocast], ids=lambda f: f.__name__)
+def test_mode_that_changes_in_between(after: After) -> None:
+    result, report = fused(model := Model(after))
     assert_computes_the_same(result, model, images())
     assert whats(report) == {} and "a mode may change" in reasons(report)["bn"]
 
 
-class Given(nn.Module):
-    """A BatchNorm of this package that is given a residual by the model itself."""
+class WithResidual(nn.Module):
+    """The model itself passes a residual to the BatchNorm."""
 
-    def __init__(self, behind: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def __init__(self, after: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
-        self.conv, self.bn, self.behind = nn.Conv2d(3, CHANNELS, 1), bnk.BatchNorm2d(CHANNELS), behind
+        self.conv, self.bn, self.after = nn.Conv2d(3, CHANNELS, 1), bnk.BatchNorm2d(CHANNELS), after
 
     def forward(self, x: Tensor) -> Tensor:
         z = self.conv(x)
-        return self.behind(self.bn(z, z), z)
+        return self.after(self.bn(z, z), z)
 
 
-def test_a_residual_that_is_there() -> None:
+def test_explicit_residual() -> None:
     """A ReLU can still be fused, another addition cannot."""
-    result, report = fused(model := Given(lambda y, z: torch.relu(y)))
+    result, report = fused(model := WithResidual(lambda y, z: torch.relu(y)))
     assert_computes_the_same(result, model, images())
     assert whats(report) == {"bn": "relu"}
-    result, report = fused(model := Given(lambda y, z: torch.relu(y + z)))
+    result, report = fused(model := WithResidual(lambda y, z: torch.relu(y + z)))
     assert_computes_the_same(result, model, images())
     assert whats(report) == {} and "a residual already" in reasons(report)["bn"]
 
 
-# What is said, and what is refused
+# Report and errors
 
 
-def test_the_report_as_text(caplog: pytest.LogCaptureFixture) -> None:
+def test_report_as_text(caplog: pytest.LogCaptureFixture) -> None:
     class Whole(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -407,7 +413,7 @@ def test_the_report_as_text(caplog: pytest.LogCaptureFixture) -> None:
     ]
 
 
-def test_not_a_model() -> None:
+def test_invalid_arguments() -> None:
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, not list"):
         bnk.fuse([nn.BatchNorm2d(3)])  # type: ignore[type-var]
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, not list"):
@@ -418,5 +424,5 @@ def test_not_a_model() -> None:
         bnk.fuse(Branches(), backend="nvfuser")
     compiled = Branches()
     compiled.compile(backend="eager")
-    with pytest.raises(ValueError, match="compiled already"):
+    with pytest.raises(ValueError, match="already compiled"):
         bnk.fuse(compiled)

@@ -1,4 +1,4 @@
-"""fuse() on networks: results, gradients and statistics are those of the model, through train and eval."""
+"""fuse() on networks: outputs, gradients and statistics equal the model's, in train and eval mode."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import bnkernels as bnk
 
 
 @pytest.mark.parametrize(("make", "count"), NETWORKS.values(), ids=NETWORKS)
-def test_a_network(make: Callable[[], nn.Module], count: int) -> None:
-    """In float64, with every second layer of this package, and each in the report."""
+def test_network(make: Callable[[], nn.Module], count: int) -> None:
+    """In float64, with every second layer converted, and every layer in the report."""
     model = prepared(make())
     norms = [name for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     result, report = fused(bnk.convert(make(), lambda _, name: norms.index(name) % 2 == 0))
@@ -33,8 +33,8 @@ def test_a_network(make: Callable[[], nn.Module], count: int) -> None:
         *(pytest.param(n, marks=pytest.mark.slow) for n in ("U-Net with optional skips", "checkpointed, drop path")),
     ],
 )
-def test_a_network_by_inductor(name: str) -> None:
-    """drop path draws other random numbers there: in evaluation only."""
+def test_network_with_inductor(name: str) -> None:
+    """Inductor draws other random numbers for drop path, so that one runs in eval mode only."""
     make, count = NETWORKS[name]
     result, report = fused(model := make(), backend="bnkernels_inductor")
     x = torch.randn(4, 3, 6, 6, dtype=torch.float64)
@@ -46,7 +46,7 @@ def test_a_network_by_inductor(name: str) -> None:
     assert report.fused
 
 
-# Models as people have them: fuse() of the rest of torchvision's and timm's is in docs/fusion.md
+# Library models. docs/fusion.md has fuse() of the other models of torchvision and timm
 
 
 def torchvision_resnet18() -> nn.Module:
@@ -72,8 +72,8 @@ def timm_resnet10t() -> nn.Module:
     [(torchvision_resnet18, 17), (torchvision_densenet, 10), (timm_resnet10t, 11)],
     ids=lambda each: getattr(each, "__name__", ""),
 )
-def test_a_model(make: Callable[[], nn.Module], count: int) -> None:
-    """Each addition and each ReLU has become part of a BatchNorm; what is left is a residual."""
+def test_library_model(make: Callable[[], nn.Module], count: int) -> None:
+    """Every addition and ReLU becomes part of a BatchNorm; the BatchNorms left are residuals."""
     result, report = fused(model := make())
     assert_computes_the_same(result, model, torch.randn(4, 3, 32, 32, dtype=torch.float64))
     assert len(report.fused) == count, str(report)

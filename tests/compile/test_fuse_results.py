@@ -1,4 +1,4 @@
-"""What a fused model is: the same object, as it was for everything that does not call it."""
+"""A fused model is the same object and behaves the same except when called."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def relu(m: Model, y: Tensor, skip: Tensor) -> Any:
     return m.relu(y)
 
 
-def test_the_model_keeps_what_it_is() -> None:
+def test_model_and_state_are_unchanged() -> None:
     model = Branches()
     before, state = (
         list(model.named_modules()),
@@ -40,25 +40,25 @@ def test_the_model_keeps_what_it_is() -> None:
 
 
 @pytest.mark.parametrize("undo", [bnk.unfuse, bnk.revert], ids=["unfuse", "revert"])
-def test_undone(undo: Callable[[nn.Module], nn.Module]) -> None:
-    """In submodules too."""
+def test_undo(undo: Callable[[nn.Module], nn.Module]) -> None:
+    """Removes the compiled calls of submodules too."""
     model = nn.Sequential(Branches(), nn.ReLU())
     bnk.fuse(bnk.fuse(model)[0])
     bnk.fuse(model)
-    bnk.fuse(model)  # twice is once
+    bnk.fuse(model)  # fusing again has no effect
     assert undo(model) is model
     assert all(module._compiled_call_impl is None for module in model.modules())
 
 
-def test_a_fused_module_within_a_fused_module() -> None:
+def test_fused_module_inside_fused_module() -> None:
     result, report = fused(nn.Sequential(model := Branches()))
     bnk.fuse(result[0])  # type: ignore[index]
     assert_computes_the_same(result, nn.Sequential(model), images())
     assert whats(report) == {"0.skip.1": "add + relu"}
 
 
-def test_more_models_than_graphs_of_one_code() -> None:
-    """TorchDynamo gives up on a code object after recompile_limit graphs: not on all models together."""
+def test_more_models_than_the_recompile_limit() -> None:
+    """TorchDynamo stops compiling a code object after recompile_limit graphs; models must not share that limit."""
     torch.compiler.reset()
     for channels in range(1, torch._dynamo.config.recompile_limit + 4):
         model = nn.Sequential(nn.Conv2d(3, channels, 1), nn.BatchNorm2d(channels), nn.ReLU()).double()
@@ -75,8 +75,8 @@ def test_torch_compile_by_name() -> None:
         torch.testing.assert_close(dict(other.state_dict()), dict(model.state_dict()), **CLOSE)
 
 
-def test_the_import_of_this_package_registers_the_backends() -> None:
-    """Whichever of the two is imported first, and without the import of torch._dynamo, which takes seconds."""
+def test_import_registers_the_backends() -> None:
+    """With either order of imports, and without importing torch._dynamo, which takes seconds."""
     code = {
         "first": "import sys, bnkernels; assert 'torch._dynamo' not in sys.modules; import torch",
         "second": "import torch._dynamo, bnkernels",
@@ -90,7 +90,7 @@ def test_the_import_of_this_package_registers_the_backends() -> None:
 
 
 def test_copies_are_not_fused() -> None:
-    """And compute the same: pickled, copied, stored whole."""
+    """Pickled, copied and saved models are not fused and compute the same."""
     result, _ = fused(model := Branches())
     file = io.BytesIO()
     torch.save(result, file)
@@ -100,8 +100,8 @@ def test_copies_are_not_fused() -> None:
         assert_computes_the_same(other, copy.deepcopy(model), images())
 
 
-def test_exported() -> None:
-    """README's line: a program for a process without this package, of a fused, reverted model; and of a fused one."""
+def test_export() -> None:
+    """The README's example: export of a fused and reverted model, without this package; and of a fused one."""
     result, _ = fused(model := Branches())
     bnk.convert(result)
     x = images()
@@ -118,15 +118,15 @@ def test_other_tracers_see_the_model() -> None:
     result, _ = fused(model := Model(relu))
     result.eval(), model.eval()
     x = images()
-    ways: list[Callable[[nn.Module], Any]] = [
+    calls: list[Callable[[nn.Module], Any]] = [
         lambda m: torch.fx.symbolic_trace(nn.Sequential(m))(x),
         lambda m: torch.func.grad(lambda x: m(x).sum())(x),
         lambda m: torch.func.vmap(m)(x[None]),
         lambda m: torch.func.jvp(m, (x,), (x,)),
         lambda m: torch.func.functional_call(m, {"bn.weight": torch.ones(4, dtype=torch.float64)}, (x,)),
     ]
-    for way in ways:
-        torch.testing.assert_close(way(result), way(model), **CLOSE)
+    for call in calls:
+        torch.testing.assert_close(call(result), call(model), **CLOSE)
 
 
 def test_double_backward() -> None:
@@ -150,8 +150,8 @@ def test_without_gradients(mode: Any) -> None:
     assert whats(report) == {"skip.1": "add + relu"}
 
 
-@pytest.mark.parametrize("once", [False, True], ids=["torch's", "checkpoint_contexts"])
-def test_checkpointed_within(once: bool) -> None:
+@pytest.mark.parametrize("once", [False, True], ids=["default", "checkpoint_contexts"])
+def test_checkpoint_inside(once: bool) -> None:
     """The block is recomputed, and its statistics are updated as often as without fuse()."""
 
     class Checkpointed(nn.Module):
@@ -170,7 +170,7 @@ def test_checkpointed_within(once: bool) -> None:
 
 
 def test_hooks_run() -> None:
-    """Of the model itself, of a BatchNorm and of a ReLU: forward, and backward."""
+    """Forward and backward hooks of the model, of a BatchNorm and of a ReLU."""
     result, _ = fused(model := Model(relu))
     seen: list[list[Any]] = []
     for each in (result, model):
@@ -185,7 +185,7 @@ def test_hooks_run() -> None:
 
 
 def test_lazy() -> None:
-    """A first call that makes the parameters runs as it is; the next is fused."""
+    """The first call, which initializes the parameters, is not fused; the next is."""
     torch.compiler.reset()
     report = bnk.FusionReport()
     model = bnk.fuse(nn.Sequential(nn.LazyConv2d(4, 1), bnk.LazyBatchNorm2d(), nn.ReLU()), report=report)
@@ -195,7 +195,7 @@ def test_lazy() -> None:
     assert whats(report) == {"1": "relu"}
 
 
-def test_an_optimizer_goes_on() -> None:
+def test_optimizer_continues() -> None:
     model = prepared(Branches())
     other = copy.deepcopy(model)
     optimizers = [torch.optim.SGD(each.parameters(), lr=0.1, momentum=0.9) for each in (model, other)]

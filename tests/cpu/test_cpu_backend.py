@@ -1,7 +1,7 @@
-"""The CPU backend by itself: its SIMD levels, its cuts into blocks, chunks and tiles, its threads.
+"""The CPU backend: its SIMD levels, its partition into blocks, splits and tiles, and its threads.
 
-What holds on every backend is in test_numerics.py; here is what only this one promises: the same bits at every SIMD
-level, for every number of threads and however often it is called.
+test_numerics.py covers what holds on every backend. These tests cover what this backend adds: the same bits at every
+SIMD level, for every number of threads and on every call.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import torch
 from interpreter import in_subprocess
 from torch import Tensor
 
-from bnkernels import ops
+from bnkernels import _ops as ops
 from bnkernels.testing import Case, Inputs, Outputs, assert_within, cases, judge_call, lay_out, same_bits
 
-EVERY = 10  # of the quick grid's cases, for what runs the grid once per SIMD level
+EVERY = 10  # cases of the quick grid, for the tests that run the grid once per SIMD level
 
 
 def run(i: Inputs) -> Outputs:
-    """Forward and backward by the compiled library, which has no Python above it here."""
+    """Forward and backward through the compiled ops, without the Python layers above them."""
     running_mean, running_var, count = (
         None if t is None else t.clone() for t in (i.running_mean, i.running_var, i.num_batches_tracked)
     )
@@ -61,7 +61,7 @@ def threads(count: int) -> Iterator[None]:
 
 
 def levels() -> list[str]:
-    """Every level of this build and processor, as the library itself lists them."""
+    """Every SIMD level of this build and processor, as reported by the library."""
     answer = in_subprocess("import bnkernels; bnkernels.build_info()", BNKERNELS_CPU_SIMD="none such")
     assert answer.returncode != 0
     assert "BNKERNELS_CPU_SIMD=none such: this build and processor have " in answer.stderr
@@ -69,20 +69,20 @@ def levels() -> list[str]:
 
 
 def digest_of_grid() -> str:
-    """One hash over the results of the grid, every NaN as one. Raises AssertionError beyond the tolerance."""
+    """One hash over the results of the grid, with every NaN made equal. Raises AssertionError beyond the tolerance."""
     digest = hashlib.sha256()
     for case in list(cases("quick"))[::EVERY]:
         inputs = case.inputs()
         outputs = run(inputs)
         assert_within(judge_call(inputs, outputs), str(case))
         for t in tensors(outputs).values():
-            # The sign and payload of a NaN are the instruction's choice.
+            # The sign and payload of a NaN depend on the instruction.
             digest.update(t.double().nan_to_num(nan=12345.0, posinf=torch.inf, neginf=-torch.inf).numpy().tobytes())
     return digest.hexdigest()
 
 
 def assert_conversions_exact() -> None:
-    """Widening over every 16-bit pattern; narrowing over ties, neighbours of ties, subnormals and overflow."""
+    """to_opmath over every 16-bit pattern; from_opmath over ties, neighbours of ties, subnormals and overflow."""
     for dtype in (torch.bfloat16, torch.float16):
         x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
         x = x.reshape(1, 1, -1)
@@ -105,9 +105,10 @@ def assert_conversions_exact() -> None:
 
 
 def assert_nan_stays_nan() -> None:
-    """Whatever NaN a float32 coefficient is: of either sign, quiet or not, and with bits that rounding would carry.
+    """For float32 coefficients that are NaN: of either sign, quiet or signaling, and with payloads that rounding would
+    carry.
 
-    In vectors (y and dx, in runs, in short ones and in columns) and one by one (dweight).
+    Covers the vector code (y and dx, in runs, in short runs and in columns) and the scalar code (dweight).
     """
     payloads = (1, 0xFFF, 0x1000, 0x7FFF, 0x8000, 0xFFFF, 0x10000, 0x3FFFFF, 0x400000, 0x40FFFF, 0x7F8000, 0x7FFFFF)
     bits = torch.tensor([sign + 0x7F800000 + payload for sign in (0, 0x80000000) for payload in payloads])
@@ -134,12 +135,12 @@ def assert_nan_stays_nan() -> None:
             assert torch.equal(dx.isnan(), where), f"dx, {dtype}, {shape}"
             assert dweight.dtype == dtype and torch.equal(dweight.isnan(), expected), f"dweight, {dtype}, {shape}"
             assert dbias.isfinite().all()
-        for value in nan:  # one channel is a run of any length, also one shorter than a vector
+        for value in nan:  # one channel is a run of any length, including runs shorter than a vector
             y, *_ = ops.forward_eval(torch.ones(5, 1, 3, dtype=dtype), None, value[None], zero[:1], one[:1], 1e-5)
             assert y.isnan().all(), f"{dtype}, one channel"
 
 
-def test_every_level_is_within_the_gate_and_all_give_the_same_bits() -> None:
+def test_every_level_is_within_the_tolerance_and_gives_the_same_bits() -> None:
     digests = {}
     names = levels()
     assert names[-1] == "baseline"
@@ -159,9 +160,9 @@ def test_every_level_is_within_the_gate_and_all_give_the_same_bits() -> None:
 
 # ---- threads ----
 
-# A shape for each way of the schedule: blocks of a thread's own, shared chunks, one channel, few channels, folded rows,
-# several blocks of columns, short runs as columns, chunks of unequal size, blocks of several channels of several tiles,
-# more blocks than the cache holds.
+# One shape per schedule: blocks owned by a thread, shared splits, one channel, few channels, folded rows, several
+# blocks of columns, short runs as columns, splits of unequal size, blocks of several channels of several tiles, more
+# blocks than the cache holds.
 SCHEDULES = [
     ((3, 70, 56, 57), "contiguous"),
     ((20, 6, 46, 47), "contiguous"),
@@ -194,8 +195,8 @@ def test_bits_do_not_depend_on_threads_or_repetition(shape: tuple[int, ...], lay
             assert_same_bits(alone, run(inputs), f"{count} threads, again")
 
 
-def test_called_from_inside_a_parallel_region_of_its_own_kind() -> None:
-    # More work than one thread would do alone, from several Python threads at once.
+def test_calls_from_several_python_threads() -> None:
+    # More work than one thread takes alone, from several Python threads at once.
     import concurrent.futures
 
     inputs = Case("normal", (8, 64, 28, 28), "float32").inputs()
@@ -205,7 +206,7 @@ def test_called_from_inside_a_parallel_region_of_its_own_kind() -> None:
             assert_same_bits(expected, outputs, "concurrent calls")
 
 
-# ---- cuts: every remainder ----
+# ---- partition: every remainder ----
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
@@ -236,7 +237,7 @@ def test_every_number_of_rows(rows: int) -> None:
 
 @pytest.mark.parametrize("runs", [2, 3, 31, 32, 33, 63, 64, 65, 66, 67, 97, 127, 128, 129, 130, 255, 257, 513])
 def test_every_number_of_runs(runs: int) -> None:
-    """A tile is two runs and a chunk 32 tiles: the last of either may be a part of one."""
+    """A tile is two runs and a split is 32 tiles; the last of either may be partial."""
     case = Case("ramp_1e3", (runs, 3, 700), "float32")
     inputs = case.inputs()
     assert_within(judge_call(inputs, run(inputs)), str(case))
@@ -245,7 +246,8 @@ def test_every_number_of_runs(runs: int) -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_results_past_the_cache_at_every_alignment(dtype: str, layout: str) -> None:
-    # Over 32 MB in all, so that results are streamed; 49 and 63 elements, so that runs and rows begin anywhere.
+    # Over 32 MB in all, so that results use streaming stores; 49 and 63 elements, so that runs and rows start at any
+    # alignment.
     shape = (500, 384, 7, 7) if layout == "contiguous" else (150, 63, 33, 33)
     x, grad = (lay_out(torch.randn(shape).to(getattr(torch, dtype)), layout) for _ in range(2))
     weight, bias = torch.rand(shape[1]) + 0.5, torch.randn(shape[1])
@@ -254,7 +256,7 @@ def test_results_past_the_cache_at_every_alignment(dtype: str, layout: str) -> N
     few = Inputs(x[:, some], grad[:, some], weight[some], bias[some], None, None, None, True, 0.1, 1e-5)
     assert outputs.y is not None and outputs.dx is not None
     assert_within(judge_call(few, Outputs(y=outputs.y[:, some], dx=outputs.dx[:, some])), str(shape))
-    # Everywhere else roughly: an element that was not written, or written elsewhere, would stand out.
+    # A rough check elsewhere: unwritten or misplaced elements would stand out.
     native = torch.native_batch_norm(x, weight, bias, None, None, True, 0.1, 1e-5)
     dx = torch.ops.aten.native_batch_norm_backward(
         grad, x, weight, None, None, *native[1:], True, 1e-5, [True, False, False]
@@ -279,7 +281,7 @@ def test_layouts_agree_to_rounding_and_offsets_to_the_bit() -> None:
                 assert same_bits(a, b)
 
 
-# ---- what overflows float inside of a tile ----
+# ---- overflow of float inside a tile ----
 
 
 @pytest.mark.parametrize("distribution", ["scale_1e18", "scale_1e30", "one_inf", "one_nan", "subnormal", "scale_1e-20"])
@@ -292,7 +294,7 @@ def test_tiles_beyond_float(distribution: str, shape: tuple[int, ...]) -> None:
 def test_sums_of_the_gradient_beyond_float() -> None:
     for shape in ((4, 40, 33), (300, 70)):
         inputs = Case("normal", shape, "float32").inputs()
-        # Every tile's sum of |g| overflows float; the channel's own sum is moderate, as signs alternate.
+        # Every tile's sum of |g| overflows float; the channel's own sum is moderate because the signs alternate.
         signs = torch.ones(inputs.x.shape)
         signs[1::2] = -1
         huge = replace(inputs, grad=3e38 * signs)
@@ -304,7 +306,7 @@ def test_sums_of_the_gradient_beyond_float() -> None:
 
 @pytest.mark.parametrize("shape", [(4, 40, 33), (300, 70)], ids=str)
 def test_a_tiny_eps_is_not_drowned_by_underflow(shape: tuple[int, ...]) -> None:
-    # The squares of 1e-22 are below float's least subnormal. With eps as small they are the variance all the same.
+    # The squares of 1e-22 underflow float. With an eps that small they still determine the variance.
     inputs = replace(Case("normal", shape, "float32").inputs(), eps=1e-44)
     inputs = replace(inputs, x=inputs.x * 1e-22, weight=None, bias=None)
     outputs = run(inputs)
@@ -317,7 +319,7 @@ def test_a_tiny_eps_is_not_drowned_by_underflow(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("shape", [(4, 40, 33), (300, 70), (2, 3, 5000)], ids=str)
 def test_a_product_of_invstd_and_weight_beyond_float(shape: tuple[int, ...]) -> None:
-    # 1e-30 times 1e-20 is nothing in float32, but y is 1e-20.
+    # 1e-30 * 1e-20 underflows to 0 in float32, but y is 1e-20.
     inputs = Case("scale_1e30", shape, "float32").inputs()
     assert inputs.weight is not None
     inputs = replace(inputs, weight=inputs.weight * 1e-20, bias=None)
@@ -330,8 +332,8 @@ def test_a_product_of_invstd_and_weight_beyond_float(shape: tuple[int, ...]) -> 
 @pytest.mark.parametrize("dtypes", [("float64", "float64"), ("float32", "float32"), ("bfloat16", "float32")])
 @pytest.mark.parametrize("shape", [(16, 5, 8, 8), (64, 5), (1024, 70)], ids=str)
 def test_running_statistics_and_counter_to_the_bit(shape: tuple[int, ...], dtypes: tuple[str, str]) -> None:
-    # Two integers in turn, center + width and center - width: every sum is exact, also of any part of the elements that
-    # is even in number, so the formulas in float64 leave one possible result.
+    # Alternating integers center + width and center - width: every sum is exact, and so is the sum of any even number
+    # of elements, so the float64 formulas have one possible result.
     center, width = (torch.randint(1, 9, (1, shape[1], *(1,) * (len(shape) - 2))) for _ in range(2))
     sign = 1 - 2 * (torch.arange(shape[-1]) % 2) if len(shape) > 2 else 1 - 2 * (torch.arange(shape[0]) % 2)[:, None]
     x = (center + sign * width).expand(shape).to(getattr(torch, dtypes[0])).contiguous()
@@ -354,19 +356,19 @@ def test_running_statistics_and_counter_to_the_bit(shape: tuple[int, ...], dtype
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_16_bit_parameters_are_rounded_once(dtype: torch.dtype) -> None:
-    """From float64 to the nearest: values beside the middle of two neighbours, which float32 would put right on it.
+    """Rounds float64 to nearest: for values next to a tie, rounding through float32 first would land on the tie.
 
-    The gate lets a backend round twice (gate.py); this one does not.
+    The tolerance allows a backend to round twice (tolerance.py); this one does not.
     """
     ulp = torch.finfo(dtype).eps * 1024
     half, little = ulp / 2, 2.0**-20
-    # Both sides of 1024 + ulp, which is odd: rounded twice, ties go to its even neighbours.
+    # Both sides of 1024 + ulp, which is odd: with two roundings, ties go to its even neighbours.
     near = torch.tensor([1024 + half + little, 1024 + 2 * ulp - half - little], dtype=torch.float64)
     near = torch.cat([near, -near])
     expected = (near.sign() * (1024 + ulp)).to(dtype)
     assert not (near.float().to(dtype) == expected).any()
 
-    # Sums of three values, each in a lane of its own. x, invstd: 1; mean: 0.
+    # Sums of three values, each in its own SIMD lane. x, invstd: 1; mean: 0.
     parts = torch.tensor([[1024, half, little], [1024 + 2 * ulp, -half, -little]])
     grad = torch.zeros(1, 4, 64, dtype=dtype)
     grad[0, :, [0, 33, 50]] = torch.cat([parts, -parts]).to(dtype)
@@ -377,7 +379,7 @@ def test_16_bit_parameters_are_rounded_once(dtype: torch.dtype) -> None:
             assert sums is not None and sums.dtype == dtype
             assert torch.equal(sums, expected), training
 
-    # Two values whose mean and unbiased variance are both `to`: the running statistics go there from `old`.
+    # Two values whose mean and unbiased variance are both `to`: the running statistics move there from `old`.
     for old, to, target in ((1024.0, 2048.0, near[0]), (1024 + 2 * ulp, 512.0, near[1])):
         width = (to / 2) ** 0.5
         x = torch.tensor([to - width, to + width], dtype=dtype)[:, None].repeat(1, 3)

@@ -1,6 +1,5 @@
-"""The memory that large CPU results leave to later ones (csrc/cpu/result_cache.h): used again, bounded, the system's to
-take, and never in use twice. Settings are read once, so most of it runs in an interpreter of its own.
-"""
+"""The cache of large CPU results (csrc/cpu/result_cache.h): blocks are reused, bounded, reclaimable by the system, and
+never in use twice. Settings are read once per process, so most tests run in their own interpreter."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import bnkernels as bnk
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is kept on Linux alone")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="results are cached on Linux only")
 
 MIB = 1 << 20
 
@@ -41,15 +40,17 @@ def answer_of(code: str, **environment: str) -> str:
     return answer.stdout.strip()
 
 
-def test_a_step_on_memory_kept_has_no_page_faults() -> None:
-    """Two results of 6 MiB are 3136 pages; and with small pages as well as with huge ones."""
+def test_a_step_on_cached_memory_has_no_page_faults() -> None:
+    """Two results of 6 MiB are 3136 pages. Checked with small and with huge pages."""
     code = "faults = [step()[0] for _ in range(8)]; print(max(faults[3:]))"
     for huge_pages in ("0", "1"):
         assert int(answer_of(code, BNKERNELS_CPU_HUGE_PAGES=huge_pages)) < 100
 
 
-def test_what_is_used_again_or_given_back_is_no_longer_counted() -> None:
-    """Under a limit that the two results of a step just fill, steps go on without page faults, empty_cache() or not."""
+def test_reused_and_released_blocks_are_no_longer_counted() -> None:
+    """With a limit that one step's two results exactly fill, steps cause no page faults, with or without
+    empty_cache().
+    """
     code = """
 for _ in range(3):
     faults = [step()[0] for _ in range(8)]
@@ -57,13 +58,13 @@ for _ in range(3):
 """
     rounds = [tuple(map(int, line.split())) for line in answer_of(code, BNKERNELS_CPU_CACHE_MB="13").splitlines()]
     assert len(rounds) == 3
-    for faults, kept in rounds:
+    for faults, cached in rounds:
         assert faults < 100
-        assert kept == 13 * MIB
+        assert cached == 13 * MIB
 
 
-def test_results_of_two_sizes_in_turn_take_no_more_than_both() -> None:
-    """A small result in the place of a large one would leave the next large one to fresh memory, and so every time."""
+def test_alternating_result_sizes_take_no_more_than_both() -> None:
+    """A small result must not reuse a large block: the next large result would then need fresh memory, every time."""
     code = """
 def mapped():
     return int(open("/proc/self/statm").read().split()[0]) * os.sysconf("SC_PAGESIZE")
@@ -71,34 +72,34 @@ def mapped():
 zero, one = torch.zeros(64), torch.ones(64)
 large, small = torch.ones(2**17, 64), torch.ones(2**12, 64)  # 32 MiB and 1 MiB
 
-def in_turn():
+def alternate():
     bnk.batch_norm(large, zero, one)
     held = [bnk.batch_norm(small, zero, one) for _ in range(3)]
 
-in_turn()
+alternate()
 before = mapped()
 for _ in range(8):
-    in_turn()
+    alternate()
 print(mapped() - before, bnk.empty_cache())
 """
-    grown, kept = map(int, answer_of(code).split())
+    grown, cached = map(int, answer_of(code).split())
     assert grown < 16 * MIB
-    assert kept == (32 + 3) * MIB
+    assert cached == (32 + 3) * MIB
 
 
 @pytest.mark.parametrize("limit", [0, 13, 1024])
-def test_no_more_is_kept_than_allowed(limit: int) -> None:
-    """What empty_cache() says was kept: of four results of 6.125 MiB as many as fit, and then nothing any more."""
+def test_the_cache_respects_its_limit(limit: int) -> None:
+    """empty_cache() returns the number of cached bytes: of four results of 6.125 MiB as many as fit, then 0."""
     code = "held = [step()[1:] for _ in range(2)]; del held; print(bnk.empty_cache(), bnk.empty_cache())"
-    kept, after = map(int, answer_of(code, BNKERNELS_CPU_CACHE_MB=str(limit)).split())
+    cached, after = map(int, answer_of(code, BNKERNELS_CPU_CACHE_MB=str(limit)).split())
     size = 8 * 64 * 56 * 56 * 4
     blocks = min(4, limit * MIB // size)
-    assert blocks * size <= kept <= min(limit * MIB, blocks * size * 9 // 8)
+    assert blocks * size <= cached <= min(limit * MIB, blocks * size * 9 // 8)
     assert after == 0
 
 
-def test_empty_cache_gives_memory_back() -> None:
-    """Resident memory falls by what it says."""
+def test_empty_cache_returns_memory() -> None:
+    """Resident memory falls by the returned number of bytes."""
     code = """
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGESIZE")
@@ -106,18 +107,18 @@ def resident():
 y, dx = step(64)[1:]
 del y, dx
 before = resident()
-kept = bnk.empty_cache()
-print(kept, before - resident())
+cached = bnk.empty_cache()
+print(cached, before - resident())
 """
-    kept, fallen = map(int, answer_of(code).split())
-    assert kept >= 2 * 64 * 64 * 56 * 56 * 4
-    assert fallen == pytest.approx(kept, rel=0.1)
+    cached, fallen = map(int, answer_of(code).split())
+    assert cached >= 2 * 64 * 64 * 56 * 56 * 4
+    assert fallen == pytest.approx(cached, rel=0.1)
 
 
-def test_what_is_kept_is_offered_to_the_system() -> None:
-    """All but the 64 MiB freed last are pages that the system may take without asking (LazyFree in smaps)."""
+def test_cached_memory_is_reclaimable() -> None:
+    """All cached blocks except the 64 MiB freed last are marked as reclaimable (LazyFree in smaps)."""
     if not Path("/proc/self/smaps_rollup").exists():
-        pytest.skip("this kernel does not tell which memory it may take: no /proc/self/smaps_rollup")
+        pytest.skip("this kernel does not report reclaimable memory: no /proc/self/smaps_rollup")
     code = """
 y, dx = step(128)[1:]
 del y, dx
@@ -136,7 +137,7 @@ def test_a_wrong_limit_is_refused(value: str) -> None:
 
 def test_huge_pages_change_nothing_and_are_validated() -> None:
     code = (
-        "import torch, hashlib\nfrom bnkernels import ops\n"
+        "import torch, hashlib\nfrom bnkernels import _ops as ops\n"
         "x = torch.randn(2, 8, 512, 512, generator=torch.Generator().manual_seed(0))\n"
         "y, *_ = ops.forward_train(x, None, None, None, None, None, 0.1, 1e-5)\n"
         "print(hashlib.sha256(y.numpy().tobytes()).hexdigest())"
@@ -147,8 +148,9 @@ def test_huge_pages_change_nothing_and_are_validated() -> None:
     assert "BNKERNELS_CPU_HUGE_PAGES=2: expected a whole number from 0 to 1" in answers["2"].stderr
 
 
-def test_fresh_memory_that_is_filled_is_torchs() -> None:
-    """Where torch fills what is fresh, so that an element that no kernel writes shows, results are on such memory."""
+def test_filled_fresh_memory_comes_from_torch() -> None:
+    """Where torch fills fresh memory (deterministic mode), so that unwritten elements show, results use torch's
+    allocator."""
     code = """
 from bnkernels.testing import poisoned_allocations
 with poisoned_allocations():
@@ -160,20 +162,20 @@ print(bnk.empty_cache())
 
 
 def test_a_forked_process_goes_on() -> None:
-    """Forked while another thread takes and gives back: the child goes on with what was kept, as its own.
+    """Forks while another thread allocates and frees: the child continues with its own copy of the cache.
 
-    The mutex is seldom held just then: see the next test.
+    The mutex is seldom locked at the fork; the next test covers that case.
     """
     code = """
 import signal
 stop = False
 zero, one = torch.zeros(1024), torch.ones(1024)
-x = torch.randn(25_000, 1024)  # by nobody later: torch's generator has a mutex of its own
+x = torch.randn(25_000, 1024)  # drawn before the fork: torch's generator has a mutex of its own
 def hammer():
     while not stop:
         bnk.batch_norm(x, zero, one).set_()
 
-# Every operation once before: at its first call each takes glibc's lock of atexit(), which a child would find taken.
+# Run every operation once: its first call takes glibc's atexit() lock, which would be locked in a forked child.
 bnk.batch_norm(x[:1024], zero, one).set_()
 thread = threading.Thread(target=hammer)
 thread.start()
@@ -195,11 +197,11 @@ print(set(codes))
 
 
 def test_a_process_forked_while_the_memory_is_locked_goes_on() -> None:
-    """Without the handlers of pthread_atfork, the child would wait for a thread that it does not have.
+    """Without the pthread_atfork handlers, the child would wait for a thread that it does not have.
 
-    Memory is locked while the system is told that it may have a large block. A signal that arrives meanwhile, and whose
-    handler is libc's sleep(), makes the thread keep the lock for as many seconds as the signal's number is. That it did
-    is seen from how long fork() waits for the lock; where the signal came too early or too late, it does not wait.
+    The mutex is locked during madvise() of a large block. A signal that arrives meanwhile, whose handler is libc's
+    sleep(), makes the thread hold the lock for as many seconds as the signal's number. How long fork() waits for the
+    lock shows whether that happened; if the signal came too early or too late, fork() does not wait.
     """
     code = """
 import ctypes, signal, time
@@ -213,9 +215,9 @@ assert signal.SIGHUP == 1
 def give_back(y):
     global about_to
     about_to = True
-    y.set_()  # without the lock of Python's interpreter
+    y.set_()  # releases the GIL
 
-give_back(bnk.batch_norm(x[:1024], zero, one))  # once before: see test_a_forked_process_goes_on
+give_back(bnk.batch_norm(x[:1024], zero, one))  # run once: see test_a_forked_process_goes_on
 for _ in range(20):
     about_to = False
     thread = threading.Thread(target=give_back, args=(bnk.batch_norm(x, zero, one),))
@@ -244,11 +246,13 @@ print(code, waited)
 
 
 def test_results_may_outlive_the_interpreter() -> None:
-    assert answer_of("y, dx = step()[1:]; torch.kept = y; print(y.numel())") == str(8 * 64 * 56 * 56)
+    assert answer_of("y, dx = step()[1:]; torch.held = y; print(y.numel())") == str(8 * 64 * 56 * 56)
 
 
 def test_no_two_results_share_memory() -> None:
-    """Threads that make, hold and free results of many sizes: each result still has its own values when it is freed."""
+    """Threads allocate, hold and free results of many sizes; each result still holds its own values when it is
+    freed.
+    """
     wrong: list[str] = []
 
     def work(seed: int) -> None:
@@ -272,7 +276,9 @@ def test_no_two_results_share_memory() -> None:
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_a_result_is_a_tensor_like_any_other(layout: torch.memory_format) -> None:
-    """Resized, shared with other processes, pickled and seen by numpy, as one on torch's own memory."""
+    """It can be resized, shared with other processes, pickled and viewed by numpy, like a tensor of torch's
+    allocator.
+    """
     x = torch.randn(4, 32, 48, 48).contiguous(memory_format=layout)
     y = bnk.BatchNorm2d(32)(x).detach()
     expected = y.clone()
@@ -302,12 +308,12 @@ MALLOC_DEBUG = next((str(path) for path in Path("/lib").glob("*-linux-gnu/libc_m
 
 @pytest.mark.skipif(MALLOC_DEBUG is None, reason="glibc's libc_malloc_debug.so.0 is not installed")
 def test_scratch_is_never_overrun() -> None:
-    """glibc checks each block when it is freed. Every number of splits up to 33, of one channel and of several."""
+    """glibc checks each block when it is freed. Covers every number of splits up to 33."""
     code = """
 for threads in (1, 2):
     torch.set_num_threads(threads)
     for splits in range(1, 34):
-        for channels in (1, 8, 9):
+        for channels in (64, 72, 100):
             x = torch.randn(128 * splits, channels, requires_grad=True)
             bnk.batch_norm(x, None, None, training=True).sum().backward()
 """

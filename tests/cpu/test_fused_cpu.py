@@ -1,9 +1,9 @@
-"""The CPU backend with an addition, a ReLU or both behind the normalisation: its results, and the interval of x from
-which its backward knows the ReLU.
+"""The CPU backend with an epilogue (residual addition, ReLU or both): its results, and the ReLU bounds on x that its
+backward uses.
 
-ReLU never moves two values further apart, so a fused forward is held to the plain gate, with what the addition may
-round on top. Everything else is held to the bit: the plain forward and backward, which test_numerics.py and
-test_cpu_backend.py judge, with torch's own addition and ReLU around them, are the same arithmetic.
+ReLU is a contraction, so the forward with an epilogue must meet the plain tolerance plus the rounding of the addition.
+Everything else must match to the bit: the plain forward and backward, which test_numerics.py and test_cpu_backend.py
+check, composed with torch's addition and ReLU, are the same arithmetic.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from interpreter import in_subprocess
 from test_cpu_backend import EVERY, SCHEDULES, levels, threads
 from torch import Tensor
 
-from bnkernels import ops
+from bnkernels import _ops as ops
 from bnkernels.testing import (
     DTYPES,
     Case,
@@ -47,7 +47,7 @@ def name_of(value: object) -> str:
 
 
 def fused(i: Inputs, residual: Tensor | None, relu: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """y, mean, invstd and relu_bounds; the running statistics of the inputs stay as they are."""
+    """Returns y, mean, invstd and relu_bounds. The running statistics of the inputs do not change."""
     if i.training:
         buffers = [None if t is None else t.clone() for t in (i.running_mean, i.running_var, i.num_batches_tracked)]
         return ops.forward_train(i.x, i.weight, i.bias, *buffers, i.momentum, i.eps, residual, relu)
@@ -63,12 +63,12 @@ def plain(i: Inputs) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def assert_same_values(a: Tensor, b: Tensor, what: str) -> None:
-    """The same bits, but for the sign of a zero and of a NaN, and for what a NaN carries."""
+    """Same bits, except for the sign of zeros and NaNs and for NaN payloads."""
     torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True, msg=lambda text: f"{what}: {text}")
 
 
 def backward(i: Inputs, mean: Tensor, invstd: Tensor, relu_bounds: Tensor | None, grad: Tensor) -> list[Tensor]:
-    """All gradients, and that of x alone, which needs no sums in inference. relu_bounds None: no ReLU."""
+    """All gradients, and the gradient of x alone, which needs no sums in inference. relu_bounds None: no ReLU."""
     found = []
     for wanted in ((True, i.weight is not None, True), (True, False, False)):
         results = ops.backward(grad, i.x, i.weight, mean, invstd, i.training, *wanted, relu_bounds)
@@ -77,7 +77,7 @@ def backward(i: Inputs, mean: Tensor, invstd: Tensor, relu_bounds: Tensor | None
 
 
 def everything(i: Inputs) -> list[Tensor]:
-    """Every result of every fusion on these inputs."""
+    """Every result of every epilogue on these inputs."""
     found: list[Tensor] = []
     for adds, relu in FUSIONS:
         y, mean, invstd, relu_bounds = fused(i, make_residual(i) if adds else None, relu)
@@ -120,7 +120,8 @@ def some_cases() -> list[Case]:
 
 
 def digest_of_grid() -> str:
-    """One hash over all results of some of the grid, every NaN as one. Raises AssertionError where one is wrong."""
+    """One hash over the results of part of the grid, with every NaN made equal. Raises AssertionError on a wrong
+    result."""
     digest = hashlib.sha256()
     for case in some_cases():
         inputs = case.inputs()
@@ -132,7 +133,7 @@ def digest_of_grid() -> str:
 
 @pytest.mark.slow
 def test_every_level_is_right_and_all_give_the_same_bits() -> None:
-    """Families, shapes, layouts and dtypes of the grid, by each set of vector instructions."""
+    """Covers the grid's distributions, shapes, layouts and dtypes at every SIMD level."""
     digests = {}
     for level in levels():
         code = "import bnkernels, test_fused_cpu as t\nprint(bnkernels.build_info()['simd'], t.digest_of_grid())"
@@ -143,8 +144,8 @@ def test_every_level_is_right_and_all_give_the_same_bits() -> None:
     assert len(set(digests.values())) == 1, digests
 
 
-def test_forward_and_backward_are_within_the_gate() -> None:
-    """By the reference: no mistake that the plain kernels and the fused ones share hides behind their agreement."""
+def test_forward_and_backward_are_within_the_tolerance() -> None:
+    """Compares with the reference, so that a mistake shared by the plain kernels and the epilogues shows."""
     for case in some_cases():
         i = case.inputs()
         residual = make_residual(i)
@@ -164,13 +165,13 @@ def test_forward_and_backward_are_within_the_gate() -> None:
             assert_within(judge_call(masked, Outputs(dx=dx, dweight=dweight, dbias=dbias)), str(case))
 
 
-# ---- cuts: every remainder, threads, results past the cache ----
+# ---- partition: every remainder, threads, results larger than the cache ----
 
 
 @each_dtype
 @trainings
 def test_every_length_of_a_run_and_number_of_columns(dtype: str, training: bool) -> None:
-    """Vectors that overlap, padded ones, short runs as columns, folded rows."""
+    """Covers overlapping vectors, padded vectors, short runs as columns, and folded rows."""
     for length in [*range(1, 70), 96, 129, 1024, 2049]:
         for shape in ((3, 3, length), (35, length)):
             case = Case("normal", shape, dtype, weight="normal", training=training)
@@ -180,7 +181,7 @@ def test_every_length_of_a_run_and_number_of_columns(dtype: str, training: bool)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("shape", "layout"), SCHEDULES, ids=name_of)
 def test_bits_do_not_depend_on_threads(shape: tuple[int, ...], layout: str, dtype: str) -> None:
-    """A shape for each way of the schedule."""
+    """One shape per schedule."""
     inputs = Case("normal", shape, dtype, layout=layout).inputs()
     with threads(1):
         alone = everything(inputs)
@@ -199,13 +200,13 @@ def test_bits_do_not_depend_on_threads(shape: tuple[int, ...], layout: str, dtyp
     ids=name_of,
 )
 def test_results_past_the_cache(shape: tuple[int, ...], layout: str, dtype: str) -> None:
-    """More than the caches hold is written past them, between vectors that overlap: each element, as it should be."""
+    """Results larger than the caches use streaming stores, between overlapping vectors; every element must be right."""
     inputs = Case("normal", shape, dtype, layout=layout, grad_layout=layout).inputs()
     check(inputs, str(shape))
     check(Case("normal", shape, dtype, layout=layout, grad_layout=layout, training=False).inputs(), str(shape))
 
 
-# ---- what is not finite ----
+# ---- non-finite values ----
 
 
 @each_dtype
@@ -213,7 +214,7 @@ def test_results_past_the_cache(shape: tuple[int, ...], layout: str, dtype: str)
 @pytest.mark.parametrize("shape", [(4, 6, 33), (70, 6), (5, 6, 3)], ids=name_of)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_an_element_that_is_not_finite(value: float, shape: tuple[int, ...], training: bool, dtype: str) -> None:
-    """NaN stays NaN through a ReLU and lets the gradient through; an infinity is on the side where it lies."""
+    """NaN stays NaN through a ReLU and passes the gradient; an infinity is masked by its sign."""
     inputs = Case("normal", shape, dtype, weight="minus_one", training=training).inputs()
     weight = torch.ones(6, dtype=accumulate_dtype(inputs.x.dtype))
     weight[1::2] = -1
@@ -230,18 +231,18 @@ def test_an_element_that_is_not_finite(value: float, shape: tuple[int, ...], tra
 
 @pytest.mark.parametrize("shape", [(4, 40, 33), (300, 70)], ids=name_of)
 def test_masked_sums_beyond_float(shape: tuple[int, ...]) -> None:
-    """Tiles that are summed again in double take the tolerance along."""
+    """Tiles that are summed again in double apply the ReLU mask again."""
     inputs = Case("normal", shape, "float32").inputs()
     signs = torch.ones(shape)
     signs[1::2] = -1
     check(replace(inputs, grad=3e38 * signs), str(shape))
 
 
-# ---- the interval ----
+# ---- the ReLU bounds ----
 
 
 def coefficients(dtype: torch.dtype) -> Iterator[tuple[float, float, float, float]]:
-    """running_mean, running_var, weight, bias: both signs, nothing, everything, what underflows and what overflows."""
+    """running_mean, running_var, weight, bias: both signs, all-pass and none-pass, underflow and overflow."""
     largest = torch.finfo(dtype).max
     for weight in (1.0, -1.0, 0.3, -2.7, 0.0, 1e-8, -1e-8, 1e-40, 1e30, -1e30):
         for bias in (0.0, 0.4, -0.4, -1.3e-7, 3e-8, 1e4, -1e4, torch.inf, -torch.inf, torch.nan):
@@ -250,7 +251,8 @@ def coefficients(dtype: torch.dtype) -> Iterator[tuple[float, float, float, floa
 
 
 def edge_cases(dtype: torch.dtype, relu_bounds: Tensor) -> Tensor:
-    """(n, C): what a channel's interval could get wrong. All values of a 16-bit dtype, else those around the ends."""
+    """(n, C): the values of x at which a channel's bounds could be wrong. All values of a 16-bit dtype, otherwise those
+    around the bounds."""
     channels = relu_bounds.shape[1]
     if dtype.itemsize == 2:
         bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
@@ -266,9 +268,9 @@ def edge_cases(dtype: torch.dtype, relu_bounds: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("in_runs", [False, True], ids=["columns", "runs"])
 @each_dtype
-def test_an_interval_holds_exactly_what_is_positive(dtype: str, in_runs: bool) -> None:
-    """For every value of the 16-bit dtypes, and all around the ends of the others; among them a float16 y that is
-    positive before it is rounded, and 0 after."""
+def test_relu_bounds_hold_exactly_the_positive_outputs(dtype: str, in_runs: bool) -> None:
+    """Covers every value of the 16-bit dtypes and the neighbourhood of the bounds of the others, including a float16 y
+    that is positive before rounding and 0 after it."""
     kind = DTYPES[dtype]
     accumulate = accumulate_dtype(kind)
     mean, var, weight, bias = torch.tensor(list(coefficients(accumulate)), dtype=accumulate).T.contiguous()
@@ -288,8 +290,8 @@ def test_an_interval_holds_exactly_what_is_positive(dtype: str, in_runs: bool) -
         assert same_bits(again, relu_bounds)
 
 
-def test_what_rounds_to_zero_is_not_positive() -> None:
-    """1e-8 is not 0, but nothing in float16: its gradient is 0."""
+def test_an_output_that_rounds_to_zero_is_not_positive() -> None:
+    """1e-8 rounds to 0 in float16, so its gradient is 0."""
     inputs = Case("normal", (40, 3), "float16", training=False).inputs()
     one = torch.ones(3)
     inputs = replace(inputs, weight=1e-8 * one, bias=0 * one, running_mean=0 * one, running_var=one)
@@ -300,7 +302,7 @@ def test_what_rounds_to_zero_is_not_positive() -> None:
 
 
 def test_many_channels() -> None:
-    """Their intervals are found by all threads: each of them is there."""
+    """All threads search bounds in parallel; every channel must have its own."""
     inputs = Case("normal", (33, 5001), "float32").inputs()
     with threads(3):
         check(inputs, "many channels")

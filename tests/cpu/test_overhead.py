@@ -1,4 +1,4 @@
-"""What a call costs beside its arithmetic: no more than nn.BatchNorm2d's, measured on a tensor too small to matter."""
+"""The overhead of a call on a tiny tensor does not exceed nn.BatchNorm2d's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CALLS = 100
 ROUNDS = 60
 ATTEMPTS = 5
 MARGIN = 1.15
-"""The target is 1.0. The rest is for what other processes do to a measurement of some microseconds."""
+"""The target is 1.0. The margin allows for noise from other processes in a measurement of a few microseconds."""
 
 
 def step(layer: nn.Module, backward: bool) -> Callable[[], None]:
@@ -45,7 +45,7 @@ def seconds(call: Callable[[], None]) -> float:
 
 
 def ratio(ours: Callable[[], None], native: Callable[[], None]) -> tuple[float, float, float]:
-    """Median of the ratios of neighbouring measurements, and the two medians, after a warm-up."""
+    """The median ratio of adjacent measurements, and the two medians, after a warm-up."""
     seconds(ours), seconds(native)
     pairs = [(seconds(ours), seconds(native)) for _ in range(ROUNDS)]
     return (
@@ -58,7 +58,8 @@ def ratio(ours: Callable[[], None], native: Callable[[], None]) -> tuple[float, 
 @pytest.mark.parametrize("backward", [True, False], ids=["forward_backward", "forward"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_a_tiny_call(training: bool, backward: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    """Interleaved, one thread; the best of some attempts, so that a busy moment of the machine is not a failure."""
+    """Interleaved measurements on one thread; the best of several attempts, so that other load on the machine does not
+    fail the test."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -75,6 +76,7 @@ def test_a_tiny_call(training: bool, backward: bool, capsys: pytest.CaptureFixtu
     with capsys.disabled():
         name = f"{'train' if training else 'eval'}, forward{' + backward' if backward else ''}"
         print(
-            f"\n  {SHAPE}, {name}: {mine * 1e6:.1f} us, torch {native_value * 1e6:.1f} us, ratio {best:.3f} (target 1.0)"
+            f"\n  {SHAPE}, {name}: {mine * 1e6:.1f} us, torch {native_value * 1e6:.1f} us, "
+            f"ratio {best:.3f} (target 1.0)"
         )
     assert best <= MARGIN

@@ -1,4 +1,4 @@
-"""CUDA graphs: whatever is captured, its replays do what eager steps do, to the bit where the same kernels run."""
+"""CUDA graphs: replays match eager steps, to the bit where the same kernels run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from plan_model import TRAINING
 from torch import Tensor, nn
 
 import bnkernels as bnk
-from bnkernels import ops
+from bnkernels import _ops as ops
 from bnkernels.explain.devices import Limits
 from bnkernels.testing import Case, same_bits
 
@@ -23,7 +23,8 @@ pytestmark = pytest.mark.cuda
 
 SECTION = "CUDA graphs"
 
-# On the fake CUDA device's few multiprocessors of every kind but a two_shot exchange; on a large GPU, blocks and clusters.
+# On the few multiprocessors of the fake CUDA device these cover every kind but a two-shot exchange; on a large GPU,
+# CTAs and clusters.
 SMALL = [
     Case("offset_1e2", (2, 3, 7, 7), "float64", "float64"),
     Case("offset_1e2", (16, 3, 14, 14)),
@@ -48,7 +49,7 @@ def test_small_cases_are_of_all_kinds() -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_bits_of_eager(case: Case) -> None:
-    """Replayed, and again after a launch outside of the graph."""
+    """Replays, and replays after a launch outside the graph, give eager's bits."""
     step = Step(case.inputs("cuda"))
     expected = [tensor.detach().clone() for tensor in step()]
     graph, results = captured(step)
@@ -62,7 +63,7 @@ def test_bits_of_eager(case: Case) -> None:
 
 
 def test_capture_runs_nothing() -> None:
-    """Statistics and the counter move at the replay, not at the capture."""
+    """The running statistics and the counter change at the replay, not at the capture."""
     layer = bnk.BatchNorm2d(4, device="cuda")
     x = torch.randn(8, 4, 7, 7, device="cuda")
     graph, _ = captured(lambda: layer(x), warm_up=2)
@@ -73,7 +74,7 @@ def test_capture_runs_nothing() -> None:
 
 
 class Block(nn.Module):
-    """A residual block, its additions and ReLUs in BatchNorm's kernels; one layer has the cumulative average."""
+    """A residual block whose additions and ReLUs run in BatchNorm's kernels; one layer uses the cumulative average."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,8 +98,8 @@ def trained(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, targe
 
 @row(SECTION, "a whole training step, captured and replayed on new batches", cells((True,), (False,)))
 def test_training_step(cell: Cell) -> None:
-    """Forward, loss, backward and optimizer in one graph, on batches that are copied in: the eager model's losses,
-    parameters, running statistics and counters."""
+    """Forward, loss, backward and optimizer in one graph, on batches that are copied in: the losses, parameters,
+    running statistics and counters match the eager model's."""
     eager = Block().cuda()
     cell.prepared(eager)
     model = copy.deepcopy(eager)
@@ -119,7 +120,9 @@ def test_training_step(cell: Cell) -> None:
 
 
 def compare_steps(eager: nn.Module, other: Callable[[Tensor], Tensor], model: nn.Module, x: Tensor) -> None:
-    """Result and gradients of both, by one random gradient; `other` has the parameters of `model`."""
+    """Compares the result and gradients of both models for one random gradient. `other` has the parameters of
+    `model`.
+    """
     weight = torch.randn(len(x), 5, device="cuda")
     results = []
     for call, module in ((eager, eager), (other, model)):
@@ -132,7 +135,7 @@ def compare_steps(eager: nn.Module, other: Callable[[Tensor], Tensor], model: nn
 
 @row(SECTION, "torch.cuda.make_graphed_callables", cells((True,), (False,), (False,)))
 def test_make_graphed_callables() -> None:
-    """torch's way to have parts of a model captured: forward and backward are a graph each."""
+    """torch.cuda.make_graphed_callables captures forward and backward as a graph each."""
     eager = Block().cuda()
     model = copy.deepcopy(eager)
     graphed = torch.cuda.make_graphed_callables(model, (torch.randn(6, 3, 9, 9, device="cuda"),), num_warmup_iters=2)
@@ -143,7 +146,7 @@ def test_make_graphed_callables() -> None:
 
 
 def test_branches() -> None:
-    """Layers on two streams that part and meet within the capture."""
+    """Layers on two streams that fork and join within the capture."""
     layers = [bnk.BatchNorm2d(3, device="cuda") for _ in range(2)]
     expected = copy.deepcopy(layers)
     x = torch.randn(16, 3, 14, 14, device="cuda")
@@ -172,9 +175,9 @@ def test_branches() -> None:
 
 
 @pytest.mark.parametrize("case", SMALL[4:], ids=str)
-def test_graphs_beside_each_other(case: Case) -> None:
-    """Two graphs and eager work, each on a stream of its own and none waiting for another: whatever memory the groups'
-    barriers have, it is not the same. (On the fake CUDA device they run one after the other: only a GPU can mix them up.)"""
+def test_concurrent_graphs(case: Case) -> None:
+    """Two graphs and eager work run concurrently on three streams without waiting for one another, so their barriers
+    must use separate workspaces. (The fake CUDA device runs them sequentially; only a GPU can interleave them.)"""
     steps = [Step(case.inputs("cuda")) for _ in range(3)]
     expected = [tensor.detach().clone() for tensor in steps[0]()]
     graphs = [captured(step) for step in steps[:2]]
@@ -194,12 +197,12 @@ def test_graphs_beside_each_other(case: Case) -> None:
 
 @row(SECTION, 'torch.compile(backend="cudagraphs")', cells(compiled=(True,)))
 def test_compiled_into_graphs(cell: Cell) -> None:
-    """torch.compile's CUDA graphs, without inductor: the buffers that the model holds are written at every call."""
+    """torch.compile's cudagraphs backend, without inductor: buffers of the model are updated at every call."""
     eager = Block().cuda()
     model = copy.deepcopy(eager)
     cell.eager.prepared(eager)
     compiled = cell.prepared(model, backend="cudagraphs")
-    for _ in range(4):  # the first ones are warm-up and recording
+    for _ in range(4):  # the first calls warm up and record
         torch.compiler.cudagraph_mark_step_begin()
         compare_steps(eager, compiled, model, cell.laid_out(torch.randn(6, 3, 9, 9, device="cuda")))
         torch.testing.assert_close(dict(model.state_dict()), dict(eager.state_dict()))

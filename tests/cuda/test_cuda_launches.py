@@ -1,6 +1,6 @@
-"""What the launchers do where a device offers less than its attributes say, and the memory that outlives a launch.
+"""The launchers on devices that offer less than their attributes claim, and the memory that outlives a launch.
 
-On stand-in devices (tests/support/fake_cuda), each in a process of its own: what a device refuses is asked once per
+Runs on fake CUDA devices (tests/support/fake_cuda), each in its own process, because refusals are queried once per
 process.
 """
 
@@ -19,11 +19,11 @@ import fake_cuda
 fake_cuda.attach()
 import torch
 import bnkernels as bnk
-from bnkernels import ops
+from bnkernels import _ops as ops
 from launches import KERNELS, launches
 
 def forward(layer, x):
-    # What a call launches and how often it warns; its result is nn.BatchNorm's.
+    # The launches and the number of warnings of a call; checks its result against nn.BatchNorm.
     made = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -48,7 +48,7 @@ def run(code: str, **environment: str) -> None:
 
 
 def test_a_whole_device() -> None:
-    """What the other tests differ from: one launch, of each kind of group, and no warning."""
+    """The baseline of the other tests: one launch for each kind of group, and no warning."""
     run(
         f"""
 for pair in (grid, cluster, alone):
@@ -59,9 +59,9 @@ assert ops.device_limits(0)["max_cluster"] == 8
 
 
 def test_ptx_older_than_the_device() -> None:
-    """Compiled for sm_80 and run by its PTX on a device with clusters: the kernels have no code for clusters, so none
-    are planned. (The stand-in device fails a launch with a cluster of such a kernel; a GPU would run it, and each block
-    would take its own statistics for those of all.)"""
+    """Kernels compiled for sm_80 and run from their PTX on a device with clusters have no cluster code, so no clusters
+    are planned. (The fake CUDA device fails a cluster launch of such a kernel. A GPU would run it, and each block
+    would take its own statistics for those of the whole cluster.)"""
     run(
         f"""
 assert ops.device_limits(0)["max_cluster"] == 0
@@ -74,8 +74,8 @@ for pair in (grid, cluster, alone):
 
 @pytest.mark.parametrize("refused", ["cooperative", "resources"])
 def test_a_refused_launch(refused: str) -> None:
-    """The error is cleared, the call runs as several launches, the caller is warned once, and later calls of the same
-    kind do not try again. In the backward as well."""
+    """The error is cleared, the call falls back to several launches, the caller is warned once, and later calls of the
+    same kind do not retry. Covers the backward as well."""
     run(
         f"""
 layer, x = grid
@@ -96,7 +96,7 @@ if "{refused}" == "cooperative":
 
 
 def test_refused_in_a_capture() -> None:
-    """A capture goes on with the several launches: the refusal is an answer, and no error of the capture's."""
+    """A capture continues with the several launches: a refused launch does not invalidate it."""
     run(
         """
 layer, x = grid
@@ -111,7 +111,7 @@ torch.testing.assert_close(y, torch.nn.functional.batch_norm(x, None, None, trai
 
 
 def test_no_cluster_fits() -> None:
-    """cudaErrorInvalidClusterSize, when asked how many clusters run at a time."""
+    """cudaErrorInvalidClusterSize from the query of the number of co-resident clusters."""
     run(
         f"""
 kernels, _ = forward(*cluster)
@@ -126,7 +126,7 @@ torch.cuda.synchronize()
 
 @pytest.mark.slow
 def test_capturing_each_step_takes_no_more_memory() -> None:
-    """A graph gives its barrier workspace back when it is destroyed. Graphs that live keep theirs."""
+    """A destroyed graph releases its barrier workspace. Live graphs hold theirs."""
     run(
         """
 layer, x = grid
@@ -135,7 +135,7 @@ def capture():
     with torch.cuda.graph(graph):
         y = layer(x)
     return graph, y
-kept = [capture() for _ in range(3)]
+live = [capture() for _ in range(3)]
 def workspaces():
     return sum(len(words) for words in ops.barrier_workspace(0))
 before = workspaces()
@@ -144,20 +144,20 @@ for step in range(2 * before):
     graph.replay()
     del graph, y
 assert workspaces() == before, (before, workspaces())
-# Those of graphs that live do grow the number, by as many as there are.
+# Live graphs add workspaces.
 more = [capture() for _ in range(before)]
 assert workspaces() > before
-for graph, y in kept + more:
+for graph, y in live + more:
     graph.replay()
 torch.cuda.synchronize()
-torch.testing.assert_close(kept[0][1], torch.nn.functional.batch_norm(x, None, None, training=True))
-assert layer.num_batches_tracked.item() == 2 * before + len(kept + more)
+torch.testing.assert_close(live[0][1], torch.nn.functional.batch_norm(x, None, None, training=True))
+assert layer.num_batches_tracked.item() == 2 * before + len(live + more)
 """
     )
 
 
 def test_a_graph_destroyed_before_its_replay_is_over() -> None:
-    """Its workspace goes to no other launch until then."""
+    """No other launch gets the graph's workspace until the replay has finished."""
     run(
         """
 layer, x = grid
@@ -169,7 +169,7 @@ with torch.cuda.stream(side):
     graph.replay()
 del graph
 other = torch.cuda.CUDAGraph()
-with torch.cuda.stream(torch.cuda.Stream()):  # torch.cuda.graph() would wait for the replay
+with torch.cuda.stream(torch.cuda.Stream()):  # because torch.cuda.graph() would wait for the replay
     other.capture_begin()
     z = layer(x)
     other.capture_end()
@@ -178,14 +178,14 @@ torch.cuda.synchronize()
 assert layer.num_batches_tracked.item() == 2
 for words in ops.barrier_workspace(0):
     assert not (words.cpu() & 0x7FFFFFFF).any()
-# Two graphs, two workspaces: each has met one barrier, whose top bit is set.
+# Two graphs, two workspaces: each has passed one barrier, which sets the top bit.
 assert sum(int((words.cpu() != 0).any(1).sum()) for words in ops.barrier_workspace(0)) == 2
 """
     )
 
 
 def test_memory_that_torch_caches() -> None:
-    """A barrier workspace is had though torch's caching allocator holds all of the device's memory."""
+    """A barrier workspace can be allocated while torch's caching allocator holds all of the device's memory."""
     run(
         """
 layer, x = grid
@@ -201,8 +201,8 @@ torch.testing.assert_close(y, torch.nn.functional.batch_norm(x, None, None, trai
 
 @pytest.mark.parametrize("how", ["use_mem_pool", "thread"])
 def test_a_users_pool_is_left_alone(how: str) -> None:
-    """The first call of a process, which takes the barrier words, while the thread allocates to a pool of its own, as
-    torch's cudagraphs backend does to warm up: what stays after the call is not in that pool."""
+    """The first call of a process allocates the barrier words while the thread allocates to a pool of its own, as
+    torch's cudagraphs backend does during warm-up. The barrier words must not come from that pool."""
     inside = {
         "use_mem_pool": "with torch.cuda.use_mem_pool(pool): first()",
         "thread": """

@@ -1,4 +1,4 @@
-"""Streams and devices: work goes to the stream and the device that it belongs to, and waits for nothing else."""
+"""Streams and devices: work runs on the current stream and on the input's device, and waits for no other stream."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ cases = pytest.mark.parametrize("case", CASES, ids=str)
 
 @cases
 def test_current_stream(case: Case) -> None:
-    """The input is made on another stream than the default one, and read there: a kernel elsewhere would not wait."""
+    """The input is produced and read on a non-default stream; a kernel on another stream would not wait for it."""
     inputs = case.inputs("cuda")
     expected = [tensor.detach().clone() for tensor in Step(inputs)()]
     step = Step(inputs)
@@ -40,7 +40,7 @@ def test_current_stream(case: Case) -> None:
 
 @cases
 def test_device_of_the_input(case: Case) -> None:
-    """Tensors of another device than the current one, which stays the current one."""
+    """Tensors on a device other than the current one, which must stay current."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA GPUs")
     expected = Step(case.inputs("cuda:0"))()
@@ -60,7 +60,7 @@ def test_devices_must_be_one() -> None:
 
 
 def test_replicas_in_threads() -> None:
-    """nn.parallel's way: a thread for each device, all in one process."""
+    """As in nn.parallel: one thread per device, all in one process."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA GPUs")
     devices = [torch.device("cuda", index) for index in range(2)]

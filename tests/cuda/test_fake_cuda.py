@@ -1,6 +1,8 @@
-"""The fake CUDA device (tests/support/fake_cuda): what it sees of bnkernels, and that it sees what it is there to see.
+"""The fake CUDA device (tests/support/fake_cuda): what it records of bnkernels, and that it detects the faults it is
+built for.
 
-The first half runs on it. The second starts programs with a fault each, which would spoil whatever comes after.
+The first half runs on it. The second half starts faulty programs in processes of their own, because a fault spoils all
+later work of its process.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from launches import KERNELS, launches
 from torch import Tensor
 
 import bnkernels as bnk
-from bnkernels import ops
+from bnkernels import _ops as ops
 from bnkernels.testing import Case
 
 
@@ -30,9 +32,9 @@ def on_it(test: Any) -> Any:
 @pytest.mark.parametrize("shape", ["16x3x14x14", "2x4x7x7", "256x8x7x7", "4096x16"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_one_launch_each_way(shape: str, layout: str, dtype: str) -> None:
-    """And no copy, no fill, nothing else that the device would do."""
+    """One launch, and no copy, fill or other device work."""
     if layout == "channels_last" and shape.count("x") == 1:
-        pytest.skip("2-D tensors are channels_last as they are")
+        pytest.skip("2-D tensors have no separate channels_last layout")
     step = Step(Case.parse(f"offset_1e2/{shape}/{dtype}/{layout}/normal/normal/train").inputs("cuda"))
     step()
     made: list[Tensor] = []
@@ -45,7 +47,8 @@ def test_one_launch_each_way(shape: str, layout: str, dtype: str) -> None:
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("adds", [False, True])
 def test_one_launch_of_a_module(momentum: float | None, relu: bool, adds: bool) -> None:
-    """The counter and the running statistics move in it; so do an addition and a ReLU. Inference is one launch too."""
+    """The launch also updates the counter and the running statistics, and applies an addition and a ReLU. Inference is
+    one launch too."""
     x = torch.randn(8, 4, 7, 7, device="cuda")
     args = (x, torch.randn_like(x)) if adds else (x,)
     layer = bnk.BatchNormAct2d(4, momentum=momentum, apply_act=relu).cuda()
@@ -56,7 +59,7 @@ def test_one_launch_of_a_module(momentum: float | None, relu: bool, adds: bool) 
 
 
 @on_it
-def test_one_launch_behind_a_relu() -> None:
+def test_one_launch_after_a_relu() -> None:
     layer = bnk.BatchNormAct2d(4).cuda()
     x = torch.randn(8, 4, 7, 7, device="cuda", requires_grad=True)
     leaves = [x, *layer.parameters()]
@@ -68,7 +71,9 @@ def test_one_launch_behind_a_relu() -> None:
 @on_it
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_one_launch_of_an_ensemble(training: bool) -> None:
-    """K models under vmap are one BatchNorm over K*C channels; torch lays x out, and sums gradients, around it."""
+    """K models under vmap are one BatchNorm over K*C channels. torch lays x out before it, and sums gradients
+    after it.
+    """
     models = [bnk.BatchNorm2d(4, device="cuda").train(training) for _ in range(3)]
     parameters, buffers = torch.func.stack_module_state(models)
     x = torch.randn(3, 8, 4, 7, 7, device="cuda", requires_grad=True)
@@ -89,7 +94,7 @@ def test_one_launch_of_an_ensemble(training: bool) -> None:
 
 
 @on_it
-def test_torchs_kernels_are_seen() -> None:
+def test_kernels_of_torch_are_recorded() -> None:
     x = torch.ones(3, device="cuda")
     assert launches(x.add_, 1) == ["aten::add_.Tensor"]
     assert launches(torch.clone, x) == ["a copy"]
@@ -97,7 +102,7 @@ def test_torchs_kernels_are_seen() -> None:
 
 @on_it
 def test_launches_for_the_parameters_alone() -> None:
-    """Without the input's gradient nothing waits for the sums: the streaming path's two."""
+    """Without the input's gradient nothing waits for the sums, so the two launches of the two-pass path run."""
     layer = bnk.BatchNorm2d(4).cuda()
     y = layer(torch.randn(8, 4, 7, 7, device="cuda"))
     grad = torch.randn_like(y)
@@ -113,7 +118,7 @@ def test_limits_are_the_devices() -> None:
     assert limits["max_threads_per_multiprocessor"] == properties.max_threads_per_multi_processor
 
 
-# Programs with a fault
+# Faulty programs
 
 
 PRELUDE = """
@@ -132,7 +137,7 @@ graph = torch.cuda.CUDAGraph()
 """
 
 FAULTS = {
-    # Nobody waits for the copy: the kernel reads what fresh memory holds, NaN.
+    # Nothing waits for the copy: the kernel reads fresh memory, which is NaN.
     "a result of another stream": (
         """
 with torch.cuda.stream(side):
@@ -144,8 +149,8 @@ sys.exit("all NaN" if y.isnan().all() else "as if it had waited")
         """,
         "all NaN",
     ),
-    # Only dependencies order what a graph does: its replays come out in more than one way.
-    "branches that nothing orders": (
+    # Only dependencies order a graph's nodes: its replays give more than one result.
+    "unordered branches": (
         """
 with torch.cuda.graph(graph):
     changed = x.clone()
@@ -163,15 +168,15 @@ sys.exit(f"{len(seen)} results")
         """,
         "2 results",
     ),
-    "a wait within a capture": (
+    "a synchronization within a capture": (
         "with torch.cuda.graph(graph): torch.cuda.synchronize()",
         "a wait for the device: not while a stream is captured",
     ),
-    "a value asked for within a capture": (
+    "a host read within a capture": (
         "with torch.cuda.graph(graph): layer(x)[0, 0, 0, 0].item()",
         "a wait for the stream: not while a stream is captured",
     ),
-    "a stream that does not come back": (
+    "a stream that is not joined": (
         """
 with torch.cuda.graph(graph):
     side.wait_stream(torch.cuda.current_stream())
@@ -180,7 +185,7 @@ with torch.cuda.graph(graph):
         """,
         "unjoined work",
     ),
-    "a capture that waits for work of before": (
+    "a capture that waits for earlier work": (
         """
 with torch.cuda.stream(side):
     y = layer(x)
@@ -189,7 +194,7 @@ with torch.cuda.graph(graph):
         """,
         "a wait for an event of before",
     ),
-    "memory beyond its end": (
+    "an access past an end": (
         """
 bytes = 20 << 20
 end = torch.cuda.caching_allocator_alloc(bytes) + bytes
@@ -208,25 +213,29 @@ def on_fake_cuda(code: str, **environment: str) -> subprocess.CompletedProcess[s
     return in_subprocess(code, **fake_cuda.environment(), **environment)
 
 
-@pytest.mark.parametrize(("body", "told"), FAULTS.values(), ids=FAULTS)
-def test_faults_are_seen(body: str, told: str) -> None:
+@pytest.mark.parametrize(("body", "message"), FAULTS.values(), ids=FAULTS)
+def test_faults_are_seen(body: str, message: str) -> None:
     done = on_fake_cuda(PRELUDE + body)
-    assert done.returncode != 0 and told in done.stderr, done.stderr
+    assert done.returncode != 0 and message in done.stderr, done.stderr
 
 
-# Programs without one
+# Correct programs
 
 
 def test_ends_of_allocations() -> None:
-    """What compute-sanitizer gets to see on a GPU (bench/gpu.sh), with each tensor an allocation of its own: nothing is
-    touched beyond an end. Scratch memory and the saved statistics are among them."""
-    code = "import fake_cuda; fake_cuda.attach(); from bench.sanitize import main; raise SystemExit(main(['--quick']))"
+    """The program that compute-sanitizer checks on a GPU (bench/gpu.sh), with one allocation per tensor: no access past
+    an end, including scratch memory and the saved statistics."""
+    code = (
+        "import fake_cuda; fake_cuda.attach(); from bench.tools.sanitize import main; "
+        "raise SystemExit(main(['--quick']))"
+    )
     done = on_fake_cuda(code)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_a_capture_first() -> None:
-    """Without any call before: what a first call prepares, asks the device and allocates, a capture allows."""
+    """Captures the first call of the process: its initialization, device queries and allocations must be legal in a
+    capture."""
     code = """
 import fake_cuda
 fake_cuda.attach()
@@ -248,8 +257,8 @@ assert layer.num_batches_tracked.item() == 1
 
 
 def test_a_device_that_holds_less() -> None:
-    """Fewer blocks beside each other than the limits let the plan expect: no launch that the device refuses, or that
-    would wait for blocks which cannot start, but the two-pass path, and fewer clusters."""
+    """The occupancy is lower than the plan's limits predict. The call must use the two-pass path or fewer clusters, and
+    never make a launch that the device refuses or that waits for blocks which cannot start."""
     code = """
 import fake_cuda
 fake_cuda.attach()
@@ -275,3 +284,39 @@ for shape, kernels in (
 """
     done = on_fake_cuda(code, FAKE_CUDA_BLOCKS_PER_MULTIPROCESSOR="1")
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("value", "kernels"),
+    [
+        ("auto", ["persistent_forward_kernel"]),
+        ("two_pass", ["statistics_kernel", "finalize_statistics", "normalize_kernel"]),
+    ],
+)
+def test_plan_setting(value: str, kernels: list[str]) -> None:
+    """BNKERNELS_PLAN selects the path, under the names that explain() and the documentation give it."""
+    code = f"""
+import fake_cuda
+fake_cuda.attach()
+import torch
+import bnkernels as bnk
+from launches import launches
+layer, x = bnk.BatchNorm2d(8).cuda(), torch.randn(4, 8, 6, 6).cuda()
+layer(x)
+assert launches(lambda: layer(x)) == {kernels}, launches(lambda: layer(x))
+assert bnk.explain(x).passes[0].path == {"persistent" if len(kernels) == 1 else "two_pass"!r}
+"""
+    done = on_fake_cuda(code, BNKERNELS_PLAN=value)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_unknown_plan_setting_is_an_error() -> None:
+    code = """
+import fake_cuda
+fake_cuda.attach()
+import torch
+import bnkernels as bnk
+bnk.BatchNorm2d(8).cuda()(torch.randn(4, 8, 6, 6).cuda())
+"""
+    done = on_fake_cuda(code, BNKERNELS_PLAN="streaming")
+    assert done.returncode == 1 and "BNKERNELS_PLAN=streaming: expected auto or two_pass" in done.stderr

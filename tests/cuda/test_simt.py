@@ -1,9 +1,9 @@
-"""The CUDA kernels and their launch sequences, run thread by thread on the host (tests/support/simt), against the
-reference.
+"""The CUDA kernels and their launch sequences, run thread by thread on the host (tests/support/simt) and compared with
+the reference.
 
-Every variant runs under 20 seeds with the same bits, and under a few with AddressSanitizer and UBSan, and with
-ThreadSanitizer; no barrier is there for nothing; and neither grid nor schedule decides a bit. What is computed, from
-where: test_simt_inputs.py. Which memory moves: test_simt_memory.py. That the instrument sees: test_simt_faults.py.
+Every variant runs under 20 seeds with the same bits, and under a few seeds with AddressSanitizer and UBSan, and with
+ThreadSanitizer. Every barrier is needed, and neither grid nor schedule changes a bit. test_simt_inputs.py covers inputs
+and alignments, test_simt_memory.py the bytes moved, and test_simt_faults.py that the host execution detects faults.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ pytest_plugins = ["simt.fixtures"]
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name, pair", BUILDS_AND_PAIRS)
 def test_seeds_change_no_bit(servers: Servers, pair: tuple[str, str], layout: str, training: bool, name: str) -> None:
-    """The order of threads, blocks and waves decides nothing, no access is out of bounds, and no two race."""
+    """The order of threads, blocks and waves does not matter, no access is out of bounds, and no two accesses race."""
     for shape in FIRST if layout == "channels_first" else LAST:
         inputs = make(shape, pair, training)
-        # Fewer blocks than shares: each takes several, and uses its shared memory again.
+        # Fewer blocks than work tiles: each block takes several and reuses its shared memory.
         how = How(block=64, splits=2, finalize_block=64, grid=2, seeds=SEEDS[name])
         run = servers(name).call(inputs, how, channels_last=layout == "channels_last")
         judge(inputs, run, (shape, pair))
@@ -51,7 +51,7 @@ def test_seeds_change_no_bit(servers: Servers, pair: tuple[str, str], layout: st
 
 
 def uncached(server: Server, inputs: Inputs, how: How, last: bool, launch: int) -> Run:
-    """The forward, or the backward, with one launch of it changed by how.without."""
+    """Runs the forward or the backward with how.without applied to one of its launches."""
     sound = server.call(inputs, replace(how, without=None, seeds=range(1)), channels_last=last)
     if launch < 3:
         return server.forward_train(inputs, how, channels_last=last)
@@ -64,11 +64,11 @@ def uncached(server: Server, inputs: Inputs, how: How, last: bool, launch: int) 
 @pytest.mark.parametrize("name", BARRIER_BUILDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("pair", PAIRS[:2] + PAIRS[-1:])
-def test_every_barrier_is_missed(servers: Servers, pair: tuple[str, str], layout: str, name: str) -> None:
-    """In every kernel, each of its barriers: without it some seed changes a bit, or NaN comes out of shared memory; and
-    ThreadSanitizer names the race, whatever the seed."""
+def test_every_barrier_is_needed(servers: Servers, pair: tuple[str, str], layout: str, name: str) -> None:
+    """Removing any barrier of any kernel must change a bit under some seed, or read NaN from shared memory; and
+    ThreadSanitizer must report the race under every seed."""
     last = layout == "channels_last"
-    # Every block has several shares, or groups of channels, one after the other, and work for each of its warps.
+    # Every block has several work tiles or channel groups, and work for each of its warps.
     inputs = make((2, 69, 301), pair)
     how = How(block=64, splits=5 if last else 2, finalize_block=64, grid=2, seeds=range(1 if name == "tsan" else 40))
     met = [launch.barriers for launch in servers(name).call(inputs, how, channels_last=last).launches]
@@ -84,7 +84,7 @@ def test_every_barrier_is_missed(servers: Servers, pair: tuple[str, str], layout
                     judge(inputs, uncached(servers(name), inputs, without, last, launch), barrier)
 
 
-# --- how it is run decides nothing -----------------------------------------------------------------------------------
+# --- the execution does not change results ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -104,9 +104,9 @@ def test_grids_residency_and_schedules_change_no_bit(plain: Server, pair: tuple[
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("pair", PAIRS_BUT_FEW_SLOW)
-def test_blocks_and_chunks(plain: Server, pair: tuple[str, str], layout: str) -> None:
-    """Down to one warp, and to more splits than there is work; each plan's results are its own, and within the
-    tolerance."""
+def test_blocks_and_splits(plain: Server, pair: tuple[str, str], layout: str) -> None:
+    """Down to one warp per block and up to more splits than there is work. Each plan's results are reproducible and
+    within the tolerance."""
     last = layout == "channels_last"
     for shape in FIRST if not last else LAST:
         for training in (True, False):
@@ -120,7 +120,7 @@ def test_blocks_and_chunks(plain: Server, pair: tuple[str, str], layout: str) ->
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("pair", PAIRS)
 def test_plans_for_devices(plain: Server, pair: tuple[str, str], layout: str) -> None:
-    """plan_streaming's own choices, from a device with one multiprocessor to one with many."""
+    """plan_two_pass's own choices, from a device with one multiprocessor to one with many."""
     last = layout == "channels_last"
     inputs = make((4, 19, 23, 23), pair)
     for device in ((1, 1024), (16, 1536), (132, 2048)):
@@ -132,7 +132,7 @@ def test_plans_for_devices(plain: Server, pair: tuple[str, str], layout: str) ->
 
 
 def test_too_small_a_tensor_is_a_fault(plain: Server) -> None:
-    """What run_kernels reports reaches the test: here a weight vector that is one short."""
+    """A fault reported by run_kernels reaches the test: here a weight vector one element short."""
     inputs = make(FIRST[0], ("float32", "float32"))
     assert inputs.weight is not None
     short = replace(inputs, weight=inputs.weight[:-1].clone())

@@ -1,4 +1,4 @@
-"""tests/support/simt/drop_barriers.py finds the calls that it drops (test_every_barrier_is_missed drops those of a
+"""tests/support/simt/drop_barriers.py finds the calls that it drops (test_every_barrier_is_needed drops those of a
 launch)."""
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The host execution finds what it is for: every kind of fault, planted in a small kernel, is seen and named.
+"""The host execution detects and names every kind of fault, planted in a small kernel.
 
-Each kernel of tests/support/simt/planted.h runs without its fault first, in every build: what is found is then the
-fault.
+Each kernel of tests/support/simt/planted.h first runs without its fault, in every build, so that a finding is due to
+the fault.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ SOUND = ("block_sum", "grid_sum", "cluster_sum", "scale", "race", "meeting")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What run_planted printed, by key, and what the sanitizers did."""
+    """The values that run_planted printed, by key, and the sanitizers' output."""
 
-    said: dict[str, str]
+    values: dict[str, str]
     complaint: str
     code: int
 
     @property
     def sound(self) -> bool:
-        return self.code == 0 and "sound" in self.said
+        return self.code == 0 and "sound" in self.values
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,19 +41,19 @@ def programs() -> None:
 def planted(kernel: str, name: str = "plain", *how: object) -> Outcome:
     """`how`: grid, block, seeds, schedule, co_resident blocks."""
     result = build.run(build.program("run_planted", name), kernel, *how)
-    said: dict[str, str] = {}
+    values: dict[str, str] = {}
     last = ""
     for line in result.stdout.decode().splitlines():
-        if line.startswith(" "):  # a fault goes on
-            said[last] += "\n" + line
+        if line.startswith(" "):  # execution continues after a fault
+            values[last] += "\n" + line
         else:
             last, _, text = line.partition(": ")
-            said[last] = text
-    return Outcome(said, result.stderr.decode(), result.returncode)
+            values[last] = text
+    return Outcome(values, result.stderr.decode(), result.returncode)
 
 
 def line_of(text: str) -> int:
-    """Where a piece of planted.h, found once, stands."""
+    """The line number of a piece of planted.h that occurs once."""
     lines = [number for number, line in enumerate(SOURCE.read_text().splitlines(), 1) if text in line]
     assert len(lines) == 1, f"{text!r} is in lines {lines}"
     return lines[0]
@@ -70,7 +70,7 @@ def test_sound_kernels_pass(kernel: str, name: str) -> None:
 
 
 def test_more_threads_at_a_time_than_stacks_with_guard_pages() -> None:
-    """Blocks of a whole GPU at a time: 40,000 threads, of which each has a stack."""
+    """All blocks of a whole GPU at once: 40,000 threads, each with a stack."""
     outcome = planted("meeting", "plain", 313, 128, 1)
     assert outcome.sound, outcome
 
@@ -82,24 +82,24 @@ def test_more_threads_at_a_time_than_stacks_with_guard_pages() -> None:
 def test_sound_kernels_pass_in_every_shape(grid: int, block: int, co_resident: int, schedule: str) -> None:
     for kernel in SOUND:
         if kernel == "grid_sum" and co_resident:
-            continue  # its blocks wait for each other: below
+            continue  # its blocks wait for each other: tested below
         if kernel == "cluster_sum" and (grid % 2 or co_resident == 1):
-            continue  # no launch of pairs: below too
+            continue  # not launched as pairs: tested below
         outcome = planted(kernel, "plain", grid, block, 4, schedule, co_resident)
         assert outcome.sound, (kernel, outcome)
 
 
 def test_bytes_are_counted() -> None:
     # 32 vectors and a tail of 3 floats, each read and written once.
-    assert planted("scale").said["traffic"] == "x 524 0 y 0 524"
+    assert planted("scale").values["traffic"] == "x 524 0 y 0 524"
     # One shuffle's worth of threads reads its element in each of two rounds; y is not touched.
-    assert planted("block_sum", "plain", 1, 32).said["traffic"] == "x 256 0 y 0 0"
+    assert planted("block_sum", "plain", 1, 32).values["traffic"] == "x 256 0 y 0 0"
 
 
 def test_a_seed_is_one_order() -> None:
     first, again = (planted("block_sum/no_barrier") for _ in range(2))
-    assert first.said == again.said
-    assert "differs" in first.said
+    assert first.values == again.values
+    assert "differs" in first.values
 
 
 # --- faults that end a launch, in every build ------------------------------------------------------------------------
@@ -185,38 +185,38 @@ FAULTS = {
 def test_the_engine_names_the_fault(kernel: str, name: str) -> None:
     pattern, where = FAULTS[kernel]
     outcome = planted(kernel, name)
-    found = re.match(pattern, outcome.said.get("fault", ""))
+    found = re.match(pattern, outcome.values.get("fault", ""))
     assert found, outcome
     if where:
         assert int(found[1]) == line_of(where)
-    # The launch was unwound: the sanitizers have nothing to add, no leak and no race with its end.
+    # The launch was unwound: the sanitizers report neither a leak nor a race with its end.
     assert outcome.complaint == ""
     assert outcome.code == 1
 
 
 @pytest.mark.parametrize("schedule", ["seeded", "in_order", "reverse", "stall_one"])
-def test_blocks_that_wait_for_each_other_must_all_be_resident(schedule: str) -> None:
+def test_blocks_that_wait_for_each_other_must_be_co_resident(schedule: str) -> None:
     assert planted("grid_sum", "plain", 3, 64, 4, schedule, 3).sound
-    fault = planted("grid_sum", "plain", 3, 64, 4, schedule, 2).said["fault"]
+    fault = planted("grid_sum", "plain", 3, 64, 4, schedule, 2).values["fault"]
     assert fault.startswith("deadlock") and re.search("waiting for (1 more|rank 0) of a group", fault)
 
 
 def test_invalid_launches() -> None:
     for grid, block in ((0, 32), (1, 0), (1, 48), (1, 1056)):
-        assert planted("meeting", "plain", grid, block).said["fault"].startswith("invalid launch")
+        assert planted("meeting", "plain", grid, block).values["fault"].startswith("invalid launch")
     # Pairs of blocks, of a grid of three, and with room for one block.
     for grid, co_resident in ((3, 0), (4, 1)):
-        fault = planted("cluster_sum", "plain", grid, 32, 4, "seeded", co_resident).said["fault"]
+        fault = planted("cluster_sum", "plain", grid, 32, 4, "seeded", co_resident).values["fault"]
         assert fault.startswith("invalid launch") and "clusters of 2" in fault
 
 
 def test_a_block_that_ends_is_read() -> None:
-    """Of which the results show nothing: the engine sees it where the schedule has it so, ThreadSanitizer always."""
-    said = planted("cluster_sum/no_barrier_at_end", "plain", 2, 64, 40).said
+    """The results show nothing. The engine detects it in schedules where it happens, ThreadSanitizer always."""
+    values = planted("cluster_sum/no_barrier_at_end", "plain", 2, 64, 40).values
     line = line_of("bnk::load_dsmem(")
-    assert re.match(rf"shared memory of a block that ends; block \d thread 0, planted\.h:{line}", said["fault"])
+    assert re.match(rf"shared memory of a block that ends; block \d thread 0, planted\.h:{line}", values["fault"])
     outcome = planted("cluster_sum/no_barrier_at_end", "tsan", 2, 64, 1)
-    assert "data race" in outcome.complaint or "a block that ends" in outcome.said.get("fault", "")
+    assert "data race" in outcome.complaint or "a block that ends" in outcome.values.get("fault", "")
 
 
 # --- faults that the results show ------------------------------------------------------------------------------------
@@ -226,23 +226,23 @@ def test_a_block_that_ends_is_read() -> None:
 @pytest.mark.parametrize("kernel", ["block_sum/no_barrier", "block_sum/no_second_barrier", "grid_sum/no_wait"])
 def test_missing_synchronisation_changes_bits_with_the_seed(kernel: str, name: str) -> None:
     outcome = planted(kernel, name)
-    assert int(outcome.said["differs"]) < 20
+    assert int(outcome.values["differs"]) < 20
     assert outcome.code == 1
 
 
 def test_a_stalled_block_shows_a_missing_wait() -> None:
-    assert "wrong" in planted("grid_sum/no_wait", "plain", 2, 64, 8, "stall_one").said
+    assert "wrong" in planted("grid_sum/no_wait", "plain", 2, 64, 8, "stall_one").values
 
 
 @pytest.mark.parametrize("kernel", ["block_sum/reads_unwritten", "scale/no_tail"])
-def test_what_was_never_written_is_nan(kernel: str) -> None:
+def test_unwritten_memory_is_nan(kernel: str) -> None:
     outcome = planted(kernel)
-    assert outcome.said["wrong"] == "0"  # of the first seed on: poison is no chance
-    assert "differs" not in outcome.said
+    assert outcome.values["wrong"] == "0"  # from the first seed on: poison does not depend on the schedule
+    assert "differs" not in outcome.values
 
 
 def test_writing_an_input_is_counted() -> None:
-    assert planted("scale/writes_input").said["traffic"] == "x 524 4 y 0 524"
+    assert planted("scale/writes_input").values["traffic"] == "x 524 4 y 0 524"
 
 
 # --- faults that the sanitizers see ----------------------------------------------------------------------------------
@@ -269,28 +269,29 @@ def test_thread_sanitizer_names_the_race(kernel: str) -> None:
 
 @pytest.mark.parametrize("kernel", [name for name in RACES if name.startswith("race/")])
 def test_no_bit_shows_these_races(kernel: str) -> None:
-    """Which is why there is a ThreadSanitizer build."""
+    """These races need the ThreadSanitizer build."""
     assert planted(kernel).sound
 
 
-def test_memory_past_the_door_faults() -> None:
+def test_memory_past_the_primitives_faults() -> None:
     """A plain x[i] on a device address: no access can go uncounted."""
-    assert planted("scale/past_the_door").code < 0
-    outcome = planted("scale/past_the_door", "asan")
+    assert planted("scale/past_the_primitives").code < 0
+    outcome = planted("scale/past_the_primitives", "asan")
     assert "AddressSanitizer: SEGV" in outcome.complaint
     assert f"planted.h:{line_of('params.y[0] = params.x[0]')}" in outcome.complaint
 
 
 def test_shared_memory_out_of_bounds() -> None:
-    """Seen by the engine when the block ends, and by AddressSanitizer, or by UBSan in an index, on the spot."""
+    """The engine detects it when the block ends; AddressSanitizer, or UBSan for an index, detects it at the access."""
     for name in ("plain", "tsan"):
         assert re.match(
-            r"shared memory written beside 'slots'; block \d", planted("block_sum/writes_beside", name).said["fault"]
+            r"shared memory written outside 'slots'; block \d",
+            planted("block_sum/writes_outside", name).values["fault"],
         )
-    outcome = planted("block_sum/writes_beside", "asan")
+    outcome = planted("block_sum/writes_outside", "asan")
     assert "AddressSanitizer: use-after-poison" in outcome.complaint
     assert f"planted.h:{line_of('*(slots + 32')}" in outcome.complaint
-    outcome = planted("block_sum/index_beside", "asan")
+    outcome = planted("block_sum/index_outside", "asan")
     assert re.search(
         rf"planted\.h:{line_of('slots[warp + 32]')}:\d+: runtime error: index \d+ out of bounds", outcome.complaint
     )
@@ -314,12 +315,12 @@ def test_widening_is_exact(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name, dtype", [("half", torch.float16), ("bfloat16", torch.bfloat16)])
 def test_narrowing_rounds_to_nearest_even(name: str, dtype: torch.dtype) -> None:
-    """Every value of the format, every midpoint of neighbours, the floats beside each, and random bits."""
+    """Every value of the format, every midpoint of neighbours, the adjacent floats, and random bits."""
     every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).float()
     every = every[every.isfinite()].sort().values
     middles = (every[1:].double() + every[:-1].double()).mul(0.5).float()
     exact = torch.cat([every, middles])
-    # From the last finite value to infinity: where rounding would reach the next power of two.
+    # The tie between the last finite value and the next power of two, which rounds to infinity.
     top = torch.tensor([65519.996, 65520.0, 65536.0, 3.3895314e38, 3.3961775e38, 3.4e38, torch.inf, torch.nan])
     bits = torch.randint(-(2**31), 2**31, (200_000,), generator=torch.Generator().manual_seed(0)).to(torch.int32)
     infinity = torch.full_like(exact, torch.inf)

@@ -1,9 +1,9 @@
-"""The kernels with an epilogue, and their backward behind a ReLU, run thread by thread on the host
+"""The kernels with an epilogue, and their backward through a ReLU, run thread by thread on the host
 (tests/support/simt).
 
-What test_simt*.py and test_simt_resident*.py hold the plain kernels to: 20 seeds with the same bits in every build,
-whole vectors and cut ones, tensors that lie anywhere, shares that are kept or not, the tolerance, and the bytes that
-move. Which x a ReLU lets through, to the last number: test_simt_relu_bounds.py.
+They meet the requirements that test_simt*.py and test_simt_persistent*.py set for the plain kernels: 20 seeds with the
+same bits in every build, full and partial vectors, any alignment, cached and uncached work tiles, the tolerance, and
+the bytes moved. test_simt_relu_bounds.py covers the exact ReLU bounds.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from simt.common import (
 )
 from simt.epilogues import assert_fused
 from simt.persistent_cases import (
-    ALONE,
     CLUSTER,
-    DIVIDED,
-    EACH,
-    RESIDENT_LAYOUTS,
+    ONE_SHOT,
+    PERSISTENT_LAYOUTS,
     SEVENS,
     SHAPES,
+    SINGLE_CTA,
+    TWO_SHOT,
     plan,
     work_tile_vectors,
 )
@@ -50,15 +50,17 @@ EPILOGUES: dict[str, Callable[[Inputs], Epilogue]] = {
     "residual": lambda inputs: Epilogue(make_residual(inputs)),
     "residual_relu": lambda inputs: Epilogue(make_residual(inputs), relu=True),
 }
-# Rows of whole vectors, and with tiles of them before others (test_simt_full_vectors.py).
+# Rows of full vectors, with full tiles before partial ones (test_simt_full_vectors.py).
 WHOLE = {"channels_first": (8, 3, 264), "channels_last": (140, 16)}
-RESIDENT_WHOLE = {"channels_first": (7, 3, 304), "channels_last": (25, 64, 3), "packed": (61, 6, 12)}
+PERSISTENT_FULL = {"channels_first": (7, 3, 304), "channels_last": (25, 64, 3), "packed": (61, 6, 12)}
 VECTORS = ("weight", "bias", "mean", "invstd", "relu_low", "relu_high", "grad_weight", "grad_bias")
 TENSORS = ("x", "residual", "y", "grad_y", "grad_x")
 
 
 def call(server: Server, inputs: Inputs, how: How, kind: str, last: bool | None = None) -> Run:
-    """Judged. Forward and, behind a ReLU alone, backward: of the persistent kernel each is one launch."""
+    """Runs and checks the forward and, after a ReLU alone, the backward. With the persistent kernel each is one
+    launch.
+    """
     epilogue = EPILOGUES[kind](inputs)
     if last is None:
         assert how.persistent is not None
@@ -77,7 +79,7 @@ def call(server: Server, inputs: Inputs, how: How, kind: str, last: bool | None 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name, pair", BUILDS_AND_PAIRS)
 def test_seeds_change_no_bit(servers: Servers, name: str, pair: tuple[str, str], layout: str, training: bool) -> None:
-    """Of the two-pass path, through cut vectors and whole ones; weights of both signs, and 0."""
+    """The two-pass path, through partial and full vectors, with weights of both signs and 0."""
     last = layout == "channels_last"
     for shape in (*(FIRST if not last else LAST), WHOLE[layout]):
         whole = shape == WHOLE[layout]
@@ -87,21 +89,21 @@ def test_seeds_change_no_bit(servers: Servers, name: str, pair: tuple[str, str],
             call(servers(name), inputs, how, kind, last)
 
 
-@pytest.mark.parametrize("layout", RESIDENT_LAYOUTS)
+@pytest.mark.parametrize("layout", PERSISTENT_LAYOUTS)
 @pytest.mark.parametrize("name, pair", BUILDS_AND_PAIRS)
-def test_resident_seeds_change_no_bit(servers: Servers, name: str, pair: tuple[str, str], layout: str) -> None:
-    """A block alone, and groups that exchange in each way, where two or more channel tiles follow each other in each."""
+def test_persistent_seeds_change_no_bit(servers: Servers, name: str, pair: tuple[str, str], layout: str) -> None:
+    """A single CTA, and groups that exchange in each way, with two or more channel tiles each."""
     shape = SHAPES[layout]
     inputs = make(shape, pair, weight="mixed")
-    ways = ((1, 2, ALONE), (3, 1, CLUSTER), (3, 1, EACH), (2, 2, DIVIDED))
+    ways = ((1, 2, SINGLE_CTA), (3, 1, CLUSTER), (3, 1, ONE_SHOT), (2, 2, TWO_SHOT))
     for number, (group_size, groups, way) in enumerate(ways):
         how = How(persistent=plan(layout, shape, pair[0], group_size, groups, **way), seeds=SEEDS[name])
         for kind in EPILOGUES if number == 0 and name == "plain" else ("relu", "residual_relu"):
             call(servers(name), inputs, how, kind)
-    # Whole vectors: tiles that are kept, tiles that are not, and a last one that is no whole tile; then all kept.
-    shape = RESIDENT_WHOLE[layout]
+    # Full vectors: cached tiles, uncached tiles and a partial last tile; then everything cached.
+    shape = PERSISTENT_FULL[layout]
     inputs = make(shape, pair)
-    for group_size, cached_vectors, way in ((1, 4, ALONE), (2, 32, DIVIDED)):
+    for group_size, cached_vectors, way in ((1, 4, SINGLE_CTA), (2, 32, TWO_SHOT)):
         persistent = plan(layout, shape, pair[0], group_size, 2, cached_vectors=cached_vectors, **way)
         row_vectors = work_tile_vectors(persistent, shape, pair[0])
         assert row_vectors >= cached_vectors + 4 if cached_vectors == 4 else 4 <= row_vectors <= cached_vectors
@@ -110,31 +112,31 @@ def test_resident_seeds_change_no_bit(servers: Servers, name: str, pair: tuple[s
 
 
 @pytest.mark.parametrize("name", BUILDS)
-@pytest.mark.parametrize("layout", RESIDENT_LAYOUTS)
-def test_resident_warps_change_no_bit(servers: Servers, layout: str, name: str) -> None:
-    """Blocks whose warps meet only at barriers: none is needed between a channel tile's interval and the next channel
-    tile's values."""
+@pytest.mark.parametrize("layout", PERSISTENT_LAYOUTS)
+def test_persistent_warps_change_no_bit(servers: Servers, layout: str, name: str) -> None:
+    """Warps of a block meet only at barriers. No barrier is needed between a channel tile's ReLU bounds and the next
+    channel tile's values."""
     shape = SEVENS if layout == "packed" else SHAPES[layout]
     inputs = make(shape, ("bfloat16", "float32"), weight="mixed")
-    for way in (CLUSTER, DIVIDED):
+    for way in (CLUSTER, TWO_SHOT):
         persistent = plan(layout, shape, "bfloat16", 2, 1, block=96, tile_channels=16, **way)
         call(servers(name), inputs, How(persistent=persistent, seeds=SEEDS[name]), "relu")
 
 
-# --- how a share is kept ---------------------------------------------------------------------------------------------
+# --- how a work tile is cached ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", RESIDENT_LAYOUTS)
+@pytest.mark.parametrize("layout", PERSISTENT_LAYOUTS)
 @pytest.mark.parametrize("pair", PAIRS)
 def test_every_kind_of_plan(plain: Server, pair: tuple[str, str], layout: str) -> None:
-    """Blocks of several warps, groups of 1 to 5, and all, most, or a part of a share kept."""
+    """Blocks of several warps, groups of 1 to 5, and all, most, or a part of a work tile cached."""
     shape = SHAPES[layout]
     inputs = make(shape, pair, weight="mixed")
     all_cached = partly_cached = 0
     for block in (32, 96):
         for group_size in (1, 2, 3, 5):
             for cached_vectors in (4, 24):
-                way = {1: ALONE, 2: DIVIDED, 3: CLUSTER, 5: EACH}[group_size]
+                way = {1: SINGLE_CTA, 2: TWO_SHOT, 3: CLUSTER, 5: ONE_SHOT}[group_size]
                 persistent = plan(layout, shape, pair[0], group_size, 2, cached_vectors, block=block, **way)
                 for kind in ("relu", "residual_relu"):
                     call(plain, inputs, How(persistent=persistent), kind)
@@ -143,11 +145,12 @@ def test_every_kind_of_plan(plain: Server, pair: tuple[str, str], layout: str) -
     assert all_cached > 0 and partly_cached > 0
 
 
-# --- where tensors lie -----------------------------------------------------------------------------------------------
+# --- alignments ------------------------------------------------------------------------------------------------------
 
 
 def shifted(elements: int) -> list[dict[str, int]]:
-    """The residual alone at every distance from a vector boundary, others at one, and all at distances of their own."""
+    """The residual alone at every distance from a vector boundary, the other tensors at one, and all at different
+    distances."""
     some = (1, elements - 1)
     alone = [{"residual": shift} for shift in range(1, elements)]
     alone += [{tensor: 1} for tensor in (*TENSORS, *VECTORS) if tensor != "residual"]
@@ -170,15 +173,15 @@ def test_alignments(plain: Server, pair: tuple[str, str], layout: str) -> None:
                 if kind == "relu" and set(misaligned) == {"residual"}:
                     continue
                 run = call(plain, inputs, replace(how, misaligned=misaligned), kind, last)
-                # x leads: its alignment cuts rows into other vectors, and sums are then taken in another order.
+                # The alignment of x determines how rows are cut into vectors, and with it the order of the sums.
                 if "x" not in misaligned:
                     assert_same(sound, run, misaligned)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("pair", PAIRS)
-def test_whole_windows_but_for_the_residual(plain: Server, pair: tuple[str, str], layout: str) -> None:
-    """Of the two-pass path, in shares that have tiles of them."""
+def test_full_vectors_except_for_the_residual(plain: Server, pair: tuple[str, str], layout: str) -> None:
+    """The two-pass path, in work tiles that contain full tiles."""
     inputs = make(WHOLE[layout], pair)
     how = How(block=32, splits=1, seeds=range(2))
     aligned = call(plain, inputs, how, "residual_relu", layout == "channels_last")
@@ -187,11 +190,11 @@ def test_whole_windows_but_for_the_residual(plain: Server, pair: tuple[str, str]
         assert_same(aligned, call(plain, inputs, other, "residual_relu", layout == "channels_last"), shift)
 
 
-@pytest.mark.parametrize("layout", RESIDENT_LAYOUTS)
+@pytest.mark.parametrize("layout", PERSISTENT_LAYOUTS)
 @pytest.mark.parametrize("pair", PAIRS_BUT_FEW_SLOW)
-def test_resident_alignments(plain: Server, pair: tuple[str, str], layout: str) -> None:
-    """Where vectors are cut, and where they are whole but for the residual."""
-    for shape in (SHAPES[layout], RESIDENT_WHOLE[layout]):
+def test_persistent_alignments(plain: Server, pair: tuple[str, str], layout: str) -> None:
+    """Partial vectors, and vectors that are full except for the residual."""
+    for shape in (SHAPES[layout], PERSISTENT_FULL[layout]):
         inputs = make(shape, pair, weight="mixed")
         how = How(persistent=plan(layout, shape, pair[0], 2, 2, two_shot=True), seeds=range(2))
         aligned = {kind: call(plain, inputs, how, kind) for kind in ("relu", "residual_relu")}
@@ -215,15 +218,15 @@ def test_alignments_under_sanitizers(servers: Servers, pair: tuple[str, str], na
                 inputs = make((FIRST if layout == "channels_first" else LAST)[0], pair)
                 how = How(block=32, splits=2, finalize_block=32, grid=3, misaligned=misaligned)
                 call(servers(name), inputs, how, kind, layout == "channels_last")
-            for layout in RESIDENT_LAYOUTS:
+            for layout in PERSISTENT_LAYOUTS:
                 persistent = plan(layout, SHAPES[layout], pair[0], 2, 2)
                 inputs = make(SHAPES[layout], pair)
                 call(servers(name), inputs, How(persistent=persistent, misaligned=misaligned), kind)
 
 
-# --- what is computed ------------------------------------------------------------------------------------------------
+# --- values ----------------------------------------------------------------------------------------------------------
 
-# Each sign and size of weight, and values that overflow sums or are not finite: what is in one channel stays there.
+# Weights of each sign and size, and values that overflow sums or are not finite: they affect only their own channel.
 VALUES = ("normal", "sparse_relu", "constant_1e7", "scale_1e-20", "scale_1e30", "one_nan", "one_inf")
 WEIGHTS = ("normal", "none", "weight_only", "zero", "minus_one", "w_1e-20", "mixed")
 
@@ -246,9 +249,9 @@ def test_values_and_weights(plain: Server, pair: tuple[str, str], layout: str, t
             call(plain, inputs, How(block=64, splits=2), kind, last)
 
 
-@pytest.mark.parametrize("layout", RESIDENT_LAYOUTS)
+@pytest.mark.parametrize("layout", PERSISTENT_LAYOUTS)
 @pytest.mark.parametrize("pair", PAIRS)
-def test_resident_values_and_weights(plain: Server, pair: tuple[str, str], layout: str) -> None:
+def test_persistent_values_and_weights(plain: Server, pair: tuple[str, str], layout: str) -> None:
     shape = {"channels_first": (6, 5, 301), "channels_last": (130, 19), "packed": (150, 8, 12)}[layout]
     for inputs in cells(pair, shape):
         for group_size, cached_vectors in ((1, 4), (2, 8)):
@@ -261,11 +264,11 @@ def test_resident_values_and_weights(plain: Server, pair: tuple[str, str], layou
                 )
 
 
-@pytest.mark.parametrize("layout", RESIDENT_LAYOUTS)
+@pytest.mark.parametrize("layout", PERSISTENT_LAYOUTS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_products_overflow_behind_a_relu(plain: Server, dtype: str, layout: str) -> None:
-    """The sums of a backward are not finite in float, of what is kept and of what is not: they are rescaled behind the
-    gate as well. Where nothing passes it, what overflows is not even met."""
+def test_products_overflow_after_a_relu(plain: Server, dtype: str, layout: str) -> None:
+    """The sums of a backward overflow float, in the cached and in the uncached part: the overflow rescale applies the
+    ReLU mask as well. Where the ReLU masks every gradient, nothing overflows."""
     shape = {"channels_first": (6, 2, 301), "channels_last": (130, 8), "packed": (150, 2, 12)}[layout]
     inputs = Case("scale_1e30", shape, dtype, dtype).inputs()
     inputs = replace(inputs, grad=1e10 * inputs.grad)
@@ -277,17 +280,18 @@ def test_products_overflow_behind_a_relu(plain: Server, dtype: str, layout: str)
             assert run.outputs.y is not None and bool((run.outputs.y > 0).any()) == (bias == 0)
 
 
-# --- the bytes that move ---------------------------------------------------------------------------------------------
+# --- bytes moved -----------------------------------------------------------------------------------------------------
 
 
 def moved(launch: Launch) -> dict[str, tuple[int, int]]:
-    """Bytes read and written, of the tensors with any, but for the epilogue's."""
+    """Bytes read and written of each tensor that moves any, except for the epilogue's tensors."""
     names = [n for n in launch.read if n not in ("residual", "relu_low", "relu_high")]
     return {n: (launch.read[n], launch.written[n]) for n in names if launch.read[n] or launch.written[n]}
 
 
 def assert_moves_no_more(plain_run: Run, run: Run, inputs: Inputs, kind: str) -> None:
-    """What the plain kernels move, the residual read once, the interval written once and read by who is behind it."""
+    """Traffic is the plain kernels', plus the residual read once, the ReLU bounds written once by the forward, and the
+    bounds read once by the backward."""
     forward = run.launches[0] if len(run.launches) < 3 else run.launches[2]
     assert forward.read.get("residual", 0) == (0 if kind == "relu" else inputs.x.numel() * inputs.x.element_size())
     saved = inputs.x.shape[1] * (8 if inputs.x.dtype == torch.float64 else 4)
@@ -300,7 +304,9 @@ def assert_moves_no_more(plain_run: Run, run: Run, inputs: Inputs, kind: str) ->
 
 @pytest.mark.parametrize("pair", PAIRS)
 def test_bytes(plain: Server, pair: tuple[str, str]) -> None:
-    """The epilogue adds to the plain kernels' traffic its residual; inference's gradient behind a ReLU reads x."""
+    """The epilogue adds its residual to the plain kernels' traffic; the gradient of inference through a ReLU reads
+    x.
+    """
     for layout, shape in WHOLE.items():
         last = layout == "channels_last"
         how = How(block=32, splits=2)
@@ -318,8 +324,8 @@ def test_bytes(plain: Server, pair: tuple[str, str]) -> None:
                 if kind == "relu":
                     assert [launch.read.get("x", 0) for launch in sound.launches[1:]] == [all_of_x, 0, 0]
                     assert [launch.read.get("x", 0) for launch in run.launches[1:]] == [all_of_x, 0, all_of_x]
-    for layout in RESIDENT_LAYOUTS:
-        shape = RESIDENT_WHOLE[layout]
+    for layout in PERSISTENT_LAYOUTS:
+        shape = PERSISTENT_FULL[layout]
         inputs = make(shape, pair)
         persistent = plan(layout, shape, pair[0], 2, 2, cached_vectors=32, two_shot=True)
         assert work_tile_vectors(persistent, shape, pair[0]) <= persistent.cached_vectors

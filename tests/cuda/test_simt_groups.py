@@ -1,7 +1,7 @@
-"""Groups of blocks that wait for each other, on the host: schedules, launches in a row, aborted ones, too few blocks.
+"""CTA groups on the host: schedules, consecutive launches, aborted launches, too few blocks.
 
-Barrier words are never cleared: a launch finds them as the one before has left them. run_kernels
-looks at them after each run of the persistent kernel, so every test of that path is also one of this.
+Barrier words are never cleared: a launch starts from the state that the previous one left. run_kernels checks them
+after each run of the persistent kernel, so every test of that path also covers this.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 from simt.common import SEEDS, Servers, assert_same, judge, make
-from simt.persistent_cases import ALONE, CLUSTER, DIVIDED, EACH, RESIDENT_LAYOUTS, SHAPES, plan
+from simt.persistent_cases import CLUSTER, ONE_SHOT, PERSISTENT_LAYOUTS, SHAPES, SINGLE_CTA, TWO_SHOT, plan
 from simt.server import SCHEDULES, Failure, How, Server
 
 pytest_plugins = ["simt.fixtures"]
@@ -22,12 +22,12 @@ FORWARD = ("y", "mean", "invstd", "running_mean", "running_var", "num_batches_tr
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("layout", RESIDENT_LAYOUTS)
-def test_a_stalled_block_stops_nobody_for_ever(plain: Server, layout: str, schedule: str) -> None:
-    """Large groups, several channel tiles one after the other, and one block as late as can be, drawn by the seed."""
+@pytest.mark.parametrize("layout", PERSISTENT_LAYOUTS)
+def test_a_stalled_block_causes_no_deadlock(plain: Server, layout: str, schedule: str) -> None:
+    """Large groups, several channel tiles each, and one block, drawn by the seed, that runs as late as possible."""
     shape = SHAPES[layout]
     inputs = make(shape, PAIR)
-    for way in (CLUSTER, EACH, DIVIDED):
+    for way in (CLUSTER, ONE_SHOT, TWO_SHOT):
         persistent = plan(layout, shape, PAIR[0], 7, 2, **way)
         first = plain.call(inputs, How(persistent=persistent), channels_last=layout == "channels_last")
         judge(inputs, first, persistent)
@@ -37,19 +37,20 @@ def test_a_stalled_block_stops_nobody_for_ever(plain: Server, layout: str, sched
 
 @pytest.mark.parametrize("name", ["plain", "tsan"])
 def test_launches_of_different_groups_on_one_workspace(servers: Servers, name: str) -> None:
-    """Group sizes, numbers of groups and of barriers, one after the other, and again: each as on a fresh workspace."""
+    """Launches with different group sizes and numbers of groups and barriers, repeatedly: each gives the result of a
+    fresh workspace."""
     server = servers(name)
     inputs = make(SHAPE, PAIR)
     plans = [
         plan("channels_first", SHAPE, PAIR[0], group_size, groups, **way)
         for group_size, groups, way in (
-            (5, 3, EACH),
-            (2, 1, DIVIDED),
+            (5, 3, ONE_SHOT),
+            (2, 1, TWO_SHOT),
             (3, 2, CLUSTER),
-            (3, 2, EACH),
-            (1, 3, ALONE),
-            (4, 1, DIVIDED),
-            (2, 3, EACH),
+            (3, 2, ONE_SHOT),
+            (1, 3, SINGLE_CTA),
+            (4, 1, TWO_SHOT),
+            (2, 3, ONE_SHOT),
         )
     ]
     fresh = {persistent: server.call(inputs, How(persistent=persistent), channels_last=False) for persistent in plans}
@@ -63,15 +64,15 @@ def test_launches_of_different_groups_on_one_workspace(servers: Servers, name: s
 
 
 def test_an_aborted_launch_takes_its_workspace_with_it(plain: Server) -> None:
-    """A fault in the middle of a launch leaves barrier words in any state. A launch that finds them so is stuck, has
-    wrong results, or leaves them in a wrong state again: each is reported. Launches on another workspace are correct.
-    (A failed launch on a GPU ends its context, and its workspaces with it.)"""
+    """A fault in the middle of a launch leaves barrier words in an arbitrary state. A launch on that workspace hangs,
+    gives wrong results, or leaves the words in a wrong state: each is reported. Launches on another workspace are
+    correct. (On a GPU, a failed launch ends its context and the workspaces with it.)"""
     inputs = make(SHAPE, PAIR)
     persistent = plan("channels_first", SHAPE, PAIR[0], 3, 1)
     good = plain.call(inputs, How(persistent=persistent), channels_last=False)
     mean, invstd = good.outputs.mean, good.outputs.invstd
     assert mean is not None and invstd is not None
-    # The last member reads beyond its end, when others may wait for it or not yet be there.
+    # The last CTA reads out of bounds, while others may already wait for it or not have arrived.
     short = replace(inputs, grad=inputs.grad[:-1].clone())
     seen = []
     for seed in SEEDS["plain"]:
@@ -89,26 +90,26 @@ def test_an_aborted_launch_takes_its_workspace_with_it(plain: Server) -> None:
             seen.append(kind[0])
         other = plain.backward(inputs, mean, invstd, replace(how, workspace=f"other{seed}"), channels_last=False)
         assert_same(good, other, how, but=FORWARD)
-    # Where the last member is the one that is stalled, the others have arrived when it faults.
+    # If the last CTA is the stalled one, the others have arrived when it faults.
     assert 0 < seen.count("at rest") < len(seen)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_too_few_blocks_at_a_time_is_a_deadlock(plain: Server, schedule: str) -> None:
-    """What a cooperative launch is there to prevent is seen, and who waits is told."""
+def test_too_few_co_resident_blocks_are_a_deadlock(plain: Server, schedule: str) -> None:
+    """The deadlock that a cooperative launch prevents is detected, and the waiting blocks are named."""
     inputs = make(SHAPE, PAIR)
     persistent = plan("channels_first", SHAPE, PAIR[0], 3, 1)
     how = How(persistent=persistent, schedule=schedule, seeds=range(4))
     judge(inputs, plain.call(inputs, replace(how, co_resident=3), channels_last=False), schedule)
     with pytest.raises(Failure, match=r"deadlock(.|\n)*waiting for (1 more|rank 0) of a group, persistent\.cuh:\d+"):
         plain.call(inputs, replace(how, co_resident=2), channels_last=False)
-    # One group at a time is enough, if it is whole.
-    alone = replace(persistent, group_size=1, groups=3)
-    judge(inputs, plain.call(inputs, replace(how, persistent=alone, co_resident=1), channels_last=False), schedule)
-    # As clusters always are, which start when there is room for all of one, and wait for no other.
+    # One complete group at once is enough.
+    single = replace(persistent, group_size=1, groups=3)
+    judge(inputs, plain.call(inputs, replace(how, persistent=single, co_resident=1), channels_last=False), schedule)
+    # This always holds for clusters, which start when all their blocks fit and wait for no other cluster.
     clusters = replace(persistent, groups=3, cluster=True)
-    for at_a_time in (3, 4, 6):
-        run = plain.call(inputs, replace(how, persistent=clusters, co_resident=at_a_time), channels_last=False)
+    for co_resident in (3, 4, 6):
+        run = plain.call(inputs, replace(how, persistent=clusters, co_resident=co_resident), channels_last=False)
         judge(inputs, run, schedule)
     with pytest.raises(Failure, match=r"invalid launch: .* clusters of 3"):
         plain.call(inputs, replace(how, persistent=clusters, co_resident=2), channels_last=False)

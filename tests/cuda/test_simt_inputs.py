@@ -1,4 +1,4 @@
-"""The kernels on the host: where tensors lie, which values they hold, and what a call leaves out."""
+"""The kernels on the host: alignments, values, and optional arguments."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ pytest_plugins = ["simt.fixtures"]
 FORWARD = ("x", "y", "weight", "bias", "mean", "invstd", "running_mean", "running_var", "num_batches_tracked")
 BACKWARD = ("x", "grad_y", "grad_x", "weight", "mean", "invstd", "grad_weight", "grad_bias")
 
-# --- where tensors lie -----------------------------------------------------------------------------------------------
+# --- alignments ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("pair", PAIRS_BUT_FEW_SLOW)
 def test_alignments(plain: Server, pair: tuple[str, str], layout: str) -> None:
-    """Each tensor at every distance from a vector boundary, alone and with all others at distances of their own."""
+    """Each tensor at every distance from a vector boundary, alone and with all others at different distances."""
     last = layout == "channels_last"
     elements = 16 // DTYPES[pair[0]].itemsize
     for shape in FIRST if not last else LAST:
@@ -47,7 +47,7 @@ def test_alignments(plain: Server, pair: tuple[str, str], layout: str) -> None:
                 other = replace(how, misaligned={tensor: shift})
                 run = plain.call(inputs, other, channels_last=last)
                 judge(inputs, run, (shape, other))
-                # x leads: its alignment cuts rows into other vectors, and sums are then taken in another order.
+                # The alignment of x determines how rows are cut into vectors, and with it the order of the sums.
                 if tensor != "x":
                     assert_same(aligned, run, other)
             together = {
@@ -75,7 +75,7 @@ def test_alignments_under_sanitizers(servers: Servers, pair: tuple[str, str], la
 
 @pytest.mark.parametrize("pair", PAIRS)
 def test_tails(plain: Server, pair: tuple[str, str]) -> None:
-    """Rows, or channels, of every length from one to beyond two vectors."""
+    """Rows, or channels, of every length from one to more than two vectors."""
     elements = 16 // DTYPES[pair[0]].itemsize
     for length in range(1, 2 * elements + 2):
         for shift in {0, 1, elements - 1}:
@@ -88,11 +88,13 @@ def test_tails(plain: Server, pair: tuple[str, str]) -> None:
 
 
 @pytest.mark.parametrize("pair", PAIRS_BUT_FEW_SLOW)
-def test_rows_of_every_number_of_windows(plain: Server, pair: tuple[str, str]) -> None:
-    """Each thread goes through several vectors, and on to the next row from wherever a step past its end may land.
+def test_rows_of_every_number_of_vectors(plain: Server, pair: tuple[str, str]) -> None:
+    """Each thread visits several vectors and continues on the next row at whatever position its step past the row's end
+    reaches.
 
-    In a block of 32 threads a step is 32 vectors modulo those of a row. Rows of whole vectors, and rows that begin and
-    end inside one."""
+    In a block of 32 threads a step is 32 vectors modulo the vectors of a row. Covers rows of full vectors, and rows
+    that begin and end inside a vector.
+    """
     elements = 16 // DTYPES[pair[0]].itemsize
     how = How(block=32, splits=1)
     for count in range(1, 41):
@@ -101,12 +103,12 @@ def test_rows_of_every_number_of_windows(plain: Server, pair: tuple[str, str]) -
             judge(inputs, plain.call(inputs, how, channels_last=False), (count, cut))
 
 
-# --- what is computed ------------------------------------------------------------------------------------------------
+# --- values ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("pair", PAIRS)
 def test_adversarial_cases(plain: Server, pair: tuple[str, str]) -> None:
-    """The quick grid of bnkernels.testing: every family of values, gradient and weight."""
+    """The quick grid of bnkernels.testing: every distribution of values, gradients and weights."""
     count = 0
     for case in cases("quick"):
         if (case.dtype, case.parameters) != pair or math.prod(case.shape) > 50_000:
@@ -120,7 +122,7 @@ def test_adversarial_cases(plain: Server, pair: tuple[str, str]) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_what_may_be_missing(plain: Server, training: bool, layout: str) -> None:
+def test_optional_arguments(plain: Server, training: bool, layout: str) -> None:
     last = layout == "channels_last"
     pair = ("bfloat16", "float32")
     how = How(block=32, splits=2)
@@ -151,6 +153,6 @@ def test_what_may_be_missing(plain: Server, training: bool, layout: str) -> None
 def test_cumulative_average(plain: Server, counted: int) -> None:
     inputs = make((3, 70, 5), ("float16", "float32"))
     inputs = replace(inputs, momentum=None, num_batches_tracked=torch.tensor(counted))
-    # Several finishing blocks: all must see the same count.
+    # Several finalizing blocks must all see the same count.
     how = How(block=32, splits=3, finalize_block=32, grid=8, seeds=SEEDS["plain"])
     judge(inputs, plain.call(inputs, how, channels_last=False), counted)

@@ -1,4 +1,4 @@
-"""The kernels on the host: the bytes that each launch moves, and where the ends of huge tensors lie."""
+"""The kernels on the host: the bytes that each launch moves, and the ends of huge tensors."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from bnkernels.testing import DTYPES
 
 pytest_plugins = ["simt.fixtures"]
 
-# --- the bytes that move ---------------------------------------------------------------------------------------------
+# --- bytes moved -----------------------------------------------------------------------------------------------------
 
 
 def moved(launch: Launch, but: tuple[str, ...] = ()) -> dict[str, tuple[int, int]]:
-    """Bytes read and written, of the tensors with any."""
+    """Bytes read and written of each tensor that moves any."""
     names = [name for name in launch.read if name not in but and (launch.read[name] or launch.written[name])]
     return {name: (launch.read[name], launch.written[name]) for name in names}
 
@@ -26,8 +26,9 @@ def moved(launch: Launch, but: tuple[str, ...] = ()) -> dict[str, tuple[int, int
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("pair", PAIRS)
 def test_bytes(plain: Server, pair: tuple[str, str], layout: str, lead: int) -> None:
-    """Forward: x read twice, y written once. Backward: x and grad_y read twice, grad_x written once. Inference: x read
-    once, y written once; grad_y twice and x once, or, for grad_x alone, grad_y once and x never. Partials: once."""
+    """Forward: x read twice, y written once. Backward: x and grad_y read twice, grad_x written once. Inference forward:
+    x read once, y written once. Inference backward: grad_y read twice and x once; for grad_x alone, grad_y once and
+    x never. Partials: once."""
     last = layout == "channels_last"
     for shape in FIRST if not last else LAST:
         inputs = make(shape, pair)
@@ -45,7 +46,7 @@ def test_bytes(plain: Server, pair: tuple[str, str], layout: str, lead: int) -> 
 
         run = plain.call(inputs, how, channels_last=last)
         statistics, finish, normalize, sums, finalize_sums, grad_input = run.launches
-        # The plan may make fewer splits than asked for, never more.
+        # The plan may make fewer splits than requested, never more.
         partials = statistics.written["scratch"]
         assert partials % (24 * channels) == 0 and 0 < partials <= 24 * channels * splits
         assert moved(statistics) == {"x": (x, 0), "num_batches_tracked": (8, 8), "scratch": (0, partials)}
@@ -64,7 +65,7 @@ def test_bytes(plain: Server, pair: tuple[str, str], layout: str, lead: int) -> 
             "grad_bias": (0, parameters),
         }
         assert moved(grad_input, but=vectors) == {"grad_y": (g, 0), "x": (x, 0), "grad_x": (0, all_of_x)}
-        # What is read per channel is read once by each thread for each of its shares, not once per element.
+        # Each thread reads per-channel values once for each of its work tiles, not once per element.
         for launch in (normalize, sums, grad_input):
             columns = 16 // inputs.x.element_size() if last else 1
             for name in ("weight", "bias", "mean", "invstd"):
@@ -85,14 +86,15 @@ def test_bytes(plain: Server, pair: tuple[str, str], layout: str, lead: int) -> 
 
 # --- beyond 32 bits --------------------------------------------------------------------------------------------------
 
-# Outer, channels, inner of over 2^32 elements, or 2^31 channels, and the splits that make the last ones small.
+# Outer, channels, inner of more than 2^32 elements, or 2^31 channels, and the number of splits that makes the last ones
+# small.
 HUGE = (
     ((1_500_007, 3, 1003), 400_000),  # many short rows of odd length
     ((3, 1_500_007, 1003), 100),  # many channels
     ((2, 1, 2**32 + 77), 1 << 20),  # rows longer than 2^32
-    ((1, 2**31 + 11, 2), 2),  # more channels than a grid has blocks
+    ((1, 2**31 + 11, 2), 2),  # more channels than the maximum grid size
     ((2**32 + 5, 1, 1), 1 << 23),  # channels-last, one channel
-    ((70_000_001, 64, 1), 1 << 17),  # whole vectors
+    ((70_000_001, 64, 1), 1 << 17),  # full vectors
     ((2, 2**31 + 24, 1), 2),
 )
 
@@ -102,7 +104,8 @@ HUGE = (
 def test_huge_tensors_at_their_ends(
     plain: Server, problem: tuple[int, int, int], splits: int, dtype: torch.dtype
 ) -> None:
-    """The last blocks of an inference and of its gradient, on tensors that take memory only where they are touched."""
+    """Runs the last blocks of an inference forward and backward, on sparse tensors that allocate only the touched
+    pages."""
     outer, channels, inner = problem
     total = outer * channels * inner
     x, grad = torch.randn(2, min(total, 200_000)).to(dtype)
@@ -127,7 +130,7 @@ def test_huge_tensors_at_their_ends(
     for run, got, want, name in ((forward, forward.outputs.y, y, "y"), (backward, backward.outputs.dx, dx, "grad_x")):
         assert got is not None
         written = got != 0
-        # All that was written, which is every share's worth, lies in the end, where it belongs, and is right.
+        # Everything written, one work tile in size, lies at the end of the tensor and is right.
         assert int(written.sum()) * got.element_size() == run.launches[0].written[name] > 0
         assert bool(known[written].all())
         error = (got.double() - want.double()).abs()

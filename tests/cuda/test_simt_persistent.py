@@ -1,10 +1,10 @@
-"""The persistent kernel's kernels, run thread by thread on the host (tests/support/simt): how they are run decides
-nothing.
+"""The persistent kernels, run thread by thread on the host (tests/support/simt): the execution does not change the
+results.
 
-Every variant runs under 20 seeds with the same bits, and under a few with AddressSanitizer and UBSan, and with
-ThreadSanitizer; every barrier is needed; schedules, and the number of groups, change no bit; plans of every kind stay
-within the tolerance. What is computed, from where: test_simt_persistent_inputs.py. Groups that wait for each other:
-test_simt_groups.py.
+Every variant runs under 20 seeds with the same bits, and under a few seeds with AddressSanitizer and UBSan, and with
+ThreadSanitizer. Every barrier is needed, schedules and the number of groups change no bit, and plans of every kind stay
+within the tolerance. test_simt_persistent_inputs.py covers inputs and alignments, test_simt_groups.py groups whose CTAs
+wait for each other.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from simt.common import (
     make,
 )
 from simt.persistent_cases import (
-    ALONE,
     CLUSTER,
-    DIVIDED,
-    EACH,
-    RESIDENT_LAYOUTS,
+    ONE_SHOT,
+    PERSISTENT_LAYOUTS,
     SEVENS,
     SHAPES,
+    SINGLE_CTA,
+    TWO_SHOT,
     plan,
     work_tile_vectors,
 )
@@ -46,7 +46,7 @@ pytest_plugins = ["simt.fixtures"]
 
 
 def call(server: Server, inputs: Inputs, persistent: Persistent, how: How | None = None) -> Run:
-    """Forward and backward, each one launch of as many blocks as the plan says."""
+    """Forward and backward, each one launch with the number of blocks that the plan gives."""
     how = replace(how or How(), persistent=persistent)
     run = server.call(inputs, how, channels_last=persistent.layout == "channels_last")
     assert len(run.launches) == 2
@@ -59,24 +59,24 @@ def call(server: Server, inputs: Inputs, persistent: Persistent, how: How | None
 # --- every variant, many seeds, three builds -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", RESIDENT_LAYOUTS)
+@pytest.mark.parametrize("layout", PERSISTENT_LAYOUTS)
 @pytest.mark.parametrize("name, pair", BUILDS_AND_PAIRS)
 def test_seeds_change_no_bit(servers: Servers, pair: tuple[str, str], layout: str, name: str) -> None:
-    """A block alone, and groups that exchange in each way, where two or more channel tiles follow each other in each."""
+    """A single CTA, and groups that exchange in each way, with two or more channel tiles each."""
     shape = SHAPES[layout]
     inputs = make(shape, pair)
-    for group_size, groups, way in ((1, 2, ALONE), (3, 1, CLUSTER), (3, 1, EACH), (2, 2, DIVIDED)):
+    for group_size, groups, way in ((1, 2, SINGLE_CTA), (3, 1, CLUSTER), (3, 1, ONE_SHOT), (2, 2, TWO_SHOT)):
         persistent = plan(layout, shape, pair[0], group_size, groups, **way)
         judge(inputs, call(servers(name), inputs, persistent, How(seeds=SEEDS[name])), persistent)
 
 
 @pytest.mark.parametrize("name", BUILDS)
-@pytest.mark.parametrize("layout", RESIDENT_LAYOUTS)
+@pytest.mark.parametrize("layout", PERSISTENT_LAYOUTS)
 def test_several_warps_change_no_bit(servers: Servers, layout: str, name: str) -> None:
     """Blocks whose warps meet only at barriers."""
     shape = SEVENS if layout == "packed" else SHAPES[layout]
     inputs = make(shape, ("bfloat16", "float32"))
-    for way in (CLUSTER, DIVIDED):
+    for way in (CLUSTER, TWO_SHOT):
         persistent = plan(layout, shape, "bfloat16", 2, 1, block=96, tile_channels=16, **way)
         judge(inputs, call(servers(name), inputs, persistent, How(seeds=SEEDS[name])), persistent)
 
@@ -85,7 +85,7 @@ def test_several_warps_change_no_bit(servers: Servers, layout: str, name: str) -
 
 
 def run_one(server: Server, inputs: Inputs, saved: Run | None, how: How) -> Run:
-    """The forward, or, from what a forward saved, the backward."""
+    """The forward, or the backward if `saved` holds a forward's results."""
     last = how.persistent is not None and how.persistent.layout == "channels_last"
     if saved is None:
         return server.forward_train(inputs, how, channels_last=last)
@@ -95,7 +95,7 @@ def run_one(server: Server, inputs: Inputs, saved: Run | None, how: How) -> Run:
 
 
 def complaint(server: Server, inputs: Inputs, saved: Run | None, how: How) -> str:
-    """What is seen of a barrier that is not kept; empty: nothing."""
+    """How a dropped barrier shows, or an empty string if it does not."""
     try:
         judge(inputs, run_one(server, inputs, saved, how), "")
     except AssertionError as failure:
@@ -104,20 +104,21 @@ def complaint(server: Server, inputs: Inputs, saved: Run | None, how: How) -> st
 
 
 @pytest.mark.parametrize("name", BARRIER_BUILDS)
-@pytest.mark.parametrize("layout", RESIDENT_LAYOUTS)
+@pytest.mark.parametrize("layout", PERSISTENT_LAYOUTS)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_every_barrier_is_missed(servers: Servers, direction: str, layout: str, name: str) -> None:
-    """Each barrier that a kernel meets: without it some seed changes a bit, NaN comes out of shared memory or of
-    partials that nobody had written, a group is stuck, or a block of a cluster is read too soon or too late; and,
-    whatever the seed, ThreadSanitizer names the race, or it is the latter.
+def test_every_barrier_is_needed(servers: Servers, direction: str, layout: str, name: str) -> None:
+    """Removing any barrier that a kernel reaches must change a bit under some seed, read NaN from shared memory or from
+    unwritten partials, hang a group, or touch shared memory of a cluster's block outside its lifetime. Except for
+    the last of these, ThreadSanitizer must also report the race under every seed.
 
-    By some plan: the barrier behind a reduction is that of a group as well, where there is one."""
+    Some plan must show it: the barrier after a reduction may be the group's barrier as well.
+    """
     pair = ("bfloat16", "float32")
     shape = SEVENS if layout == "packed" else SHAPES[layout]
-    inputs = replace(make(shape, pair), momentum=None)  # a cumulative average: the count is looked at
+    inputs = replace(make(shape, pair), momentum=None)  # a cumulative average reads the count
     met: set[str] = set()
     missed: set[str] = set()
-    for group_size, way in ((1, ALONE), (3, CLUSTER), (3, EACH), (3, DIVIDED)):
+    for group_size, way in ((1, SINGLE_CTA), (3, CLUSTER), (3, ONE_SHOT), (3, TWO_SHOT)):
         persistent = plan(layout, shape, pair[0], group_size, 1, block=96, tile_channels=8, **way)
         sound = call(servers(name), inputs, persistent)
         saved = sound if direction == "backward" else None
@@ -129,21 +130,21 @@ def test_every_barrier_is_missed(servers: Servers, direction: str, layout: str, 
             assert not seen or re.search("data race|differs|beyond the tolerance|fault", seen), seen
             if re.search(UNORDERED if name == "tsan" else ".", seen):
                 missed.add(barrier)
-    # Two in a block's reduction (that of a packed channel tile is one of its own), two of a grid group, one behind the
-    # second, two of a cluster, and one behind what was exchanged on chip.
+    # Two in a block's reduction (a packed channel tile has its own), two of a grid group, one after the second, two of
+    # a cluster, and one after the on-chip exchange.
     assert len(met) == (10 if layout == "packed" else 8)
     assert missed == met, met - missed
 
 
-# --- how it is run decides nothing -----------------------------------------------------------------------------------
+# --- the execution does not change results ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", RESIDENT_LAYOUTS)
+@pytest.mark.parametrize("layout", PERSISTENT_LAYOUTS)
 @pytest.mark.parametrize("pair", PAIRS)
 def test_groups_and_schedules_change_no_bit(plain: Server, pair: tuple[str, str], layout: str) -> None:
     shape = SHAPES[layout]
     inputs = make(shape, pair)
-    for group_size, way in ((1, ALONE), (3, CLUSTER), (2, EACH), (5, DIVIDED)):
+    for group_size, way in ((1, SINGLE_CTA), (3, CLUSTER), (2, ONE_SHOT), (5, TWO_SHOT)):
         persistent = plan(layout, shape, pair[0], group_size, **way)
         first = call(plain, inputs, persistent)
         judge(inputs, first, persistent)
@@ -154,17 +155,17 @@ def test_groups_and_schedules_change_no_bit(plain: Server, pair: tuple[str, str]
                 assert_same(first, call(plain, inputs, other, how), (schedule, other))
 
 
-@pytest.mark.parametrize("layout", RESIDENT_LAYOUTS)
+@pytest.mark.parametrize("layout", PERSISTENT_LAYOUTS)
 @pytest.mark.parametrize("pair", PAIRS_BUT_FEW_SLOW)
 def test_every_kind_of_plan(plain: Server, pair: tuple[str, str], layout: str) -> None:
-    """Blocks of 1 to 8 warps, groups of 1 to 5, every way of joining, and all, most, or an eighth of a share kept."""
+    """Blocks of 1 to 8 warps, groups of 1 to 5, every exchange, and all, most, or an eighth of a work tile cached."""
     shape = SHAPES[layout]
     inputs = make(shape, pair)
     all_cached = partly_cached = least_cached = 0
     for block in (32, 64, 96, 160, 256):
         for group_size in (1, 2, 3, 4, 5):
             for cached_vectors in (4, 6, 8, 24):
-                way = (ALONE, DIVIDED, CLUSTER, DIVIDED, EACH)[group_size - 1]
+                way = (SINGLE_CTA, TWO_SHOT, CLUSTER, TWO_SHOT, ONE_SHOT)[group_size - 1]
                 persistent = plan(layout, shape, pair[0], group_size, 2, cached_vectors, block=block, **way)
                 judge(inputs, call(plain, inputs, persistent), persistent)
                 row_vectors = work_tile_vectors(persistent, shape, pair[0])
@@ -175,7 +176,7 @@ def test_every_kind_of_plan(plain: Server, pair: tuple[str, str], layout: str) -
     # Down to an eighth.
     tall = {"channels_first": (26, 3, 301), "channels_last": (250, 69), "packed": (155, 6, 12)}[layout]
     inputs = make(tall, pair)
-    for group_size, way in ((1, ALONE), (2, DIVIDED)):
+    for group_size, way in ((1, SINGLE_CTA), (2, TWO_SHOT)):
         persistent = plan(layout, tall, pair[0], group_size, 2, **way)
         while work_tile_vectors(persistent, tall, pair[0]) > 8 * persistent.cached_vectors:
             persistent = replace(persistent, cached_vectors=persistent.cached_vectors + 4)
@@ -185,12 +186,12 @@ def test_every_kind_of_plan(plain: Server, pair: tuple[str, str], layout: str) -
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-def test_lanes(plain: Server, pair: tuple[str, str]) -> None:
-    """Channels-last channel tiles of 1, 2, 4 and 8 vectors; packed ones of every number of channels that fits, with
-    lanes that do not divide the block among them."""
+def test_threads_c(plain: Server, pair: tuple[str, str]) -> None:
+    """Channels-last channel tiles of 1, 2, 4 and 8 vectors; packed tiles of every number of channels that fits,
+    including numbers of threads along C that do not divide the block."""
     inputs = make((23, 69), pair)
     for threads_c in (1, 2, 4, 8):
-        for group_size, way in ((1, ALONE), (3, CLUSTER), (3, DIVIDED)):
+        for group_size, way in ((1, SINGLE_CTA), (3, CLUSTER), (3, TWO_SHOT)):
             persistent = plan("channels_last", (23, 69), pair[0], group_size, 2, threads_c=threads_c, **way)
             judge(inputs, call(plain, inputs, persistent), persistent)
     rests = set()
@@ -203,7 +204,7 @@ def test_lanes(plain: Server, pair: tuple[str, str]) -> None:
             if tile_channels * inner % elements != 0 or threads_c > 256:
                 continue
             for block in (32, 256):
-                way = DIVIDED if block == 256 else CLUSTER
+                way = TWO_SHOT if block == 256 else CLUSTER
                 persistent = plan("packed", shape, pair[0], 2, 2, block=block, tile_channels=tile_channels, **way)
                 judge(inputs, call(plain, inputs, persistent), persistent)
                 rests.add(persistent.block % persistent.threads_c)

@@ -1,4 +1,4 @@
-"""The persistent kernels on the host: where tensors lie, which values they hold, and what a call leaves out."""
+"""The persistent kernels on the host: alignments, values, and optional arguments."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 from simt.common import PAIRS, PAIRS_BUT_FEW_SLOW, SANITIZERS, SEEDS, Servers, assert_same, judge, make
-from simt.persistent_cases import RESIDENT_LAYOUTS, SEVENS, SHAPES, plan, work_tile_vectors
+from simt.persistent_cases import PERSISTENT_LAYOUTS, SEVENS, SHAPES, plan, work_tile_vectors
 from simt.plans import Limits, Persistent
 from simt.server import How, Run, Server
 
@@ -27,13 +27,13 @@ def call(server: Server, inputs: Inputs, how: How) -> Run:
     return run
 
 
-# --- where tensors lie -----------------------------------------------------------------------------------------------
+# --- alignments ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", RESIDENT_LAYOUTS)
+@pytest.mark.parametrize("layout", PERSISTENT_LAYOUTS)
 @pytest.mark.parametrize("pair", PAIRS_BUT_FEW_SLOW)
 def test_alignments(plain: Server, pair: tuple[str, str], layout: str) -> None:
-    """Each tensor at every distance from a vector boundary, alone and with all others at distances of their own."""
+    """Each tensor at every distance from a vector boundary, alone and with all others at different distances."""
     elements = 16 // DTYPES[pair[0]].itemsize
     shape = SHAPES[layout]
     inputs = make(shape, pair)
@@ -44,7 +44,7 @@ def test_alignments(plain: Server, pair: tuple[str, str], layout: str) -> None:
             other = replace(how, misaligned={tensor: shift})
             run = call(plain, inputs, other)
             judge(inputs, run, other)
-            # x leads: its alignment cuts rows into other vectors, and sums are then taken in another order.
+            # The alignment of x determines how rows are cut into vectors, and with it the order of the sums.
             if tensor != "x":
                 assert_same(aligned, run, other)
         together = {tensor: (shift * (i + 1)) % elements for i, tensor in enumerate(TENSORS + VECTORS)}
@@ -54,7 +54,7 @@ def test_alignments(plain: Server, pair: tuple[str, str], layout: str) -> None:
 
 
 @pytest.mark.parametrize("name", SANITIZERS)
-@pytest.mark.parametrize("layout", RESIDENT_LAYOUTS)
+@pytest.mark.parametrize("layout", PERSISTENT_LAYOUTS)
 @pytest.mark.parametrize("pair", PAIRS_BUT_FEW_SLOW)
 def test_alignments_under_sanitizers(servers: Servers, pair: tuple[str, str], layout: str, name: str) -> None:
     elements = 16 // DTYPES[pair[0]].itemsize
@@ -68,7 +68,7 @@ def test_alignments_under_sanitizers(servers: Servers, pair: tuple[str, str], la
 
 @pytest.mark.parametrize("pair", PAIRS)
 def test_tails(plain: Server, pair: tuple[str, str]) -> None:
-    """Rows, or channels, of every length from one to beyond two vectors; the smallest problems that there are."""
+    """Rows, or channels, of every length from one to more than two vectors; the smallest possible problems."""
     elements = 16 // DTYPES[pair[0]].itemsize
     for length in range(1, 2 * elements + 2):
         for shift in {0, 1, elements - 1}:
@@ -86,21 +86,21 @@ def test_tails(plain: Server, pair: tuple[str, str]) -> None:
     for layout, shape in (("packed", (2, 1, 16)), ("packed", (3, 1, 32)), ("channels_last", (9, 1))):
         persistent = plan(layout, shape, pair[0], 2, tile_channels=1, threads_c=1)
         judge(make(shape, pair), call(plain, make(shape, pair), How(persistent=persistent)), shape)
-    # A vector of work for a group of two: one block, not an idle second one.
+    # With one vector of work, a group of two becomes one block; there is no idle second block.
     persistent = plan("channels_first", (1, 1, elements), pair[0], 2, tile_channels=1, threads_c=1)
     run = plain.call(make((1, 1, elements), pair), How(persistent=persistent), channels_last=False)
     assert [launch.grid for launch in run.launches] == [1, 1]
 
 
-# --- what is computed ------------------------------------------------------------------------------------------------
+# --- values ----------------------------------------------------------------------------------------------------------
 
-# Four multiprocessors on which two blocks of 256 threads keep 16 vectors a thread forward, and 8 backward.
+# Four multiprocessors, on each of which two blocks of 256 threads cache 16 vectors per thread forward and 8 backward.
 SMALL = Limits(4, 512, 8, shared_per_multiprocessor=2 * (78 << 10), shared_per_block=78 << 10)
 
 
 @pytest.mark.parametrize("pair", PAIRS)
 def test_adversarial_cases(plain: Server, pair: tuple[str, str]) -> None:
-    """The quick grid of bnkernels.testing on a small device: every family of values, gradient and weight."""
+    """The quick grid of bnkernels.testing on a small device: every distribution of values, gradients and weights."""
     persistent = count = 0
     for case in cases("quick"):
         if (case.dtype, case.parameters) != pair or math.prod(case.shape) > 50_000 or not case.training:
@@ -114,8 +114,8 @@ def test_adversarial_cases(plain: Server, pair: tuple[str, str]) -> None:
     assert count > 60 and persistent == count
 
 
-# What is kept and what is read again are of two kinds, or nearly; or overflow, of sums, of squares, of differences.
-PARTLY_KEPT = (
+# Distributions whose cached and reloaded parts differ, or almost; or whose sums, squares or differences overflow.
+PARTLY_CACHED = (
     "halves_1e3",
     "ramp_1e3",
     "first_1e5",
@@ -136,13 +136,13 @@ PARTLY_KEPT = (
 )
 
 
-@pytest.mark.parametrize("layout", RESIDENT_LAYOUTS)
+@pytest.mark.parametrize("layout", PERSISTENT_LAYOUTS)
 @pytest.mark.parametrize("pair", PAIRS)
-def test_families_in_partly_kept_shares(plain: Server, pair: tuple[str, str], layout: str) -> None:
-    """An eighth of each share is kept: what is centred on is the mean of that alone."""
+def test_distributions_in_partly_cached_work_tiles(plain: Server, pair: tuple[str, str], layout: str) -> None:
+    """An eighth of each work tile is cached: the pivot is the mean of that part alone."""
     shape = {"channels_first": (6, 3, 301), "channels_last": (130, 19), "packed": (150, 4, 12)}[layout]
     part = 0
-    for distribution in PARTLY_KEPT:
+    for distribution in PARTLY_CACHED:
         if not FAMILIES[distribution].fits(DTYPES[pair[0]]):
             continue
         for weight in ("normal", "w_1e4") if distribution == "halves_1e3" else ("normal",):
@@ -156,10 +156,10 @@ def test_families_in_partly_kept_shares(plain: Server, pair: tuple[str, str], la
     assert part >= 10
 
 
-@pytest.mark.parametrize("layout", RESIDENT_LAYOUTS)
+@pytest.mark.parametrize("layout", PERSISTENT_LAYOUTS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_overflow_is_met_in_every_part(plain: Server, dtype: str, layout: str) -> None:
-    """Finite values whose sum, or whose squares, are not finite in float: among what is kept, and among what is not."""
+def test_overflow_in_every_part(plain: Server, dtype: str, layout: str) -> None:
+    """Finite values whose sum or squares overflow float, in the cached part and in the uncached part."""
     shape = {"channels_first": (8, 2, 301), "channels_last": (130, 8), "packed": (150, 2, 12)}[layout]
     cached_vectors = 24 if dtype == "float32" else 8
     persistent = plan(layout, shape, dtype, 2, cached_vectors=cached_vectors, tile_channels=2)
@@ -167,7 +167,7 @@ def test_overflow_is_met_in_every_part(plain: Server, dtype: str, layout: str) -
     for value in (1e20, 3e38):
         for position in (0, 1, shape[0] // 2 - 1, shape[0] // 2, shape[0] - 1):
             x = ordinary.x.clone()
-            # Of one sign, so that sums overflow; one channel alone, so that its neighbours do not notice.
+            # All of one sign, so that sums overflow; in one channel only, so that its neighbours must not change.
             x[position, 0] = torch.tensor(value).to(x.dtype)
             inputs = replace(ordinary, x=x)
             judge(inputs, call(plain, inputs, How(persistent=persistent)), (value, position))
@@ -177,12 +177,12 @@ def test_overflow_is_met_in_every_part(plain: Server, dtype: str, layout: str) -
         judge(inputs, call(plain, inputs, How(persistent=persistent)), value)
 
 
-# --- what may be missing ---------------------------------------------------------------------------------------------
+# --- optional arguments ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("two_shot", [None, False, True], ids=["alone", "each", "two_shot"])
-@pytest.mark.parametrize("layout", RESIDENT_LAYOUTS)
-def test_what_may_be_missing(plain: Server, layout: str, two_shot: bool | None) -> None:
+@pytest.mark.parametrize("two_shot", [None, False, True], ids=["cta", "one_shot", "two_shot"])
+@pytest.mark.parametrize("layout", PERSISTENT_LAYOUTS)
+def test_optional_arguments(plain: Server, layout: str, two_shot: bool | None) -> None:
     pair = ("bfloat16", "float32")
     shape = SHAPES[layout]
     last = layout == "channels_last"
@@ -210,15 +210,15 @@ def test_what_may_be_missing(plain: Server, layout: str, two_shot: bool | None) 
             assert len(part.launches) == 1
             absent = [name for name, needed in zip(gradients, need) if not needed]
             assert_same(run, part, need, but=(*absent, *forward))
-        else:  # Nothing of the problem's size is written: the two-pass path, where that is the floor.
+        else:  # No tensor of the problem's size is written: the plan is the two-pass path, which is at the floor there.
             judge(full, part, need)
 
 
 @pytest.mark.parametrize("name", ["plain", "tsan"])
 @pytest.mark.parametrize("counted", [0, 4, 10_000])
-@pytest.mark.parametrize("layout", RESIDENT_LAYOUTS)
+@pytest.mark.parametrize("layout", PERSISTENT_LAYOUTS)
 def test_cumulative_average(servers: Servers, layout: str, counted: int, name: str) -> None:
-    """The batch is counted once, after every block has read the count; also by launches with blocks to spare."""
+    """The batch is counted once, after every block has read the count, also in launches with idle blocks."""
     shape = SEVENS if layout == "packed" else SHAPES[layout]
     inputs = make(shape, ("bfloat16", "float32"))
     inputs = replace(inputs, momentum=None, num_batches_tracked=torch.tensor(counted))
@@ -227,13 +227,13 @@ def test_cumulative_average(servers: Servers, layout: str, counted: int, name: s
         how = How(persistent=persistent, seeds=SEEDS[name])
         run = call(servers(name), inputs, how)
         judge(inputs, run, how)
-        # Once for each channel and member that writes its running statistics, and once to count.
+        # One access for each channel and CTA that writes its running statistics, and one for the count.
         assert run.launches[0].read["num_batches_tracked"] >= (inputs.x.shape[1] + 1) * 8
         assert run.launches[0].written["num_batches_tracked"] == 8
 
 
-def test_backward_of_inference_streams(plain: Server) -> None:
-    """A plan is asked for, but the call has no reduction that the gradient waits for."""
+def test_backward_of_inference_is_two_pass(plain: Server) -> None:
+    """The persistent plan is requested, but grad_x of inference needs no reduction."""
     shape = SHAPES["channels_first"]
     inputs = make(shape, ("float32", "float32"), training=False)
     run = plain.call(inputs, How(persistent=Persistent("channels_first", 32)), channels_last=False)

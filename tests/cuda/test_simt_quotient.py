@@ -1,9 +1,9 @@
-"""Row numbers by multiplication with a reciprocal (quotient, in csrc/cuda/device/vector_access.cuh): exact for every
+"""Row numbers by multiplication with a reciprocal (quotient, in csrc/cuda/device/vector_access.cuh) are exact for every
 divisor.
 
-A quotient that is one too small puts a vector into the row above, where none of it lies: its elements are left out
-without any access that a sanitizer would see. That happens for a few divisors only, 49 vectors a row among them
-(14 x 14 in float32), so that shapes picked by hand miss it.
+A quotient that is one too small assigns a vector to the previous row, which does not contain it: its elements are
+skipped, and no sanitizer sees an invalid access. This happens for a few divisors only, 49 vectors per row among them
+(14 x 14 in float32), so hand-picked shapes miss it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def test_all_divisors() -> None:
 @pytest.mark.parametrize("pair", [("float32", "float32"), ("bfloat16", "float32")], ids=lambda pair: pair[0])
 @pytest.mark.parametrize("row", INEXACT_ROWS)
 def test_rows_of_such_lengths(plain: Server, row: int, pair: tuple[str, str]) -> None:
-    """Both paths, with splits that begin at every part of a row."""
+    """Both paths, with splits that begin at every position in a row."""
     elements = row * (4 if pair[0] == "float32" else 8)
     inputs = make((3, 2, elements), pair)
     for splits in (1, 2, 7):
@@ -37,7 +37,7 @@ def test_rows_of_such_lengths(plain: Server, row: int, pair: tuple[str, str]) ->
 
 
 def test_images_of_14_by_14(plain: Server) -> None:
-    """The shape that it was found by, as a device would run it."""
+    """The shape that revealed the bug, with the plan of a device."""
     inputs = make((2, 3, 14, 14), ("float32", "float32"))
     for device in ((1, 1024), (16, 1536), (132, 2048)):
         judge(inputs, plain.call(inputs, How(device=device, at_a_time=8), channels_last=False), device)

@@ -1,4 +1,5 @@
-"""The kernels of a batch on several ranks, on the host: against the reference, under every seed, build and grid."""
+"""The kernels for a batch spread over several ranks, on the host: compared with the reference, under every seed, build
+and grid."""
 
 from __future__ import annotations
 
@@ -14,19 +15,20 @@ from bnkernels.testing import Case
 
 pytest_plugins = ["simt.fixtures"]
 
-# Two ranks, an empty one between, and one sample alone; channels over more than one warp, rows that start anywhere.
+# Ranks of 2, 0, 2 and 1 samples; channels over more than one warp, rows of
+# any alignment.
 SHAPES = {"channels_first": (5, 37, 21), "channels_last": (5, 37, 3)}
 BOUNDS = (0, 2, 2, 4, 5)
-# 16-bit parameters are left out: the gradients of each rank are rounded to them before they are summed.
+# No 16-bit parameters: each rank's gradients would be rounded to 16 bits before they are summed.
 WIDE = [each for each in BUILDS_AND_PAIRS if "16" not in each.values[1][1]]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name, pair", WIDE)
 def test_seeds_change_no_bit(servers: Servers, pair: tuple[str, str], layout: str, name: str) -> None:
-    """The order of threads, blocks and waves decides nothing, no access is out of bounds, and no two race."""
+    """The order of threads, blocks and waves does not matter, no access is out of bounds, and no two accesses race."""
     inputs = make(SHAPES[layout], pair)
-    # Fewer blocks than there are channels or shares to take.
+    # Fewer blocks than channels or work tiles.
     how = How(block=64, splits=2, finalize_block=32, grid=2, seeds=range(10))
     run = call(servers(name), inputs, BOUNDS, how, channels_last=layout == "channels_last")
     judge(inputs, run, (layout, pair))
@@ -45,7 +47,7 @@ def test_grids_change_no_bit(plain: Server, layout: str) -> None:
 
 
 def test_blocks(plain: Server) -> None:
-    """The joins have no shared memory: every block size gives the same bits."""
+    """The combine kernels use no shared memory: every block size gives the same bits."""
     inputs = replace(make((3, 140, 2), ("float32", "float32")), momentum=None)
     how = How(block=32, finalize_block=128)
     first = call(plain, inputs, (0, 1, 3), how, channels_last=False)
@@ -62,7 +64,7 @@ def test_adversarial(plain: Server, distribution: str) -> None:
     judge(inputs, call(plain, inputs, (0, 1, 4, 6), How(), channels_last=False), distribution)
 
 
-def test_what_may_be_missing(plain: Server) -> None:
+def test_optional_arguments(plain: Server) -> None:
     full = make((4, 5, 7), ("float32", "float32"))
     for changes in ({"weight": None}, {"bias": None}, {"running_mean": None}, {"running_var": None}):
         inputs = replace(full, **changes)
@@ -71,7 +73,7 @@ def test_what_may_be_missing(plain: Server) -> None:
 
 @pytest.mark.parametrize(("values", "moved"), [(0, False), (1, False), (2, True)])
 def test_too_little_data(plain: Server, values: int, moved: bool) -> None:
-    """Fewer than two values in all leave the running statistics as they are; none at all give zeros."""
+    """Fewer than two values in all leave the running statistics unchanged; no values at all give zeros."""
     rows = torch.zeros(3, 2 * 4 + 1, dtype=torch.float64)
     rows[1] = torch.tensor([*range(1, 5), *[0.25] * 4, values])
     given = [("rows", "in", rows)]
@@ -89,7 +91,7 @@ def test_too_little_data(plain: Server, values: int, moved: bool) -> None:
 
 
 def test_a_row_too_few_is_a_fault(plain: Server) -> None:
-    """The bounds that the ops check are the bounds that the kernel needs."""
+    """The kernel needs exactly the bounds that the ops check."""
     given = [("rows", "in", torch.zeros(2, 9, dtype=torch.float64))]
     given += [(name, "out", torch.empty(4)) for name in ("mean", "invstd")]
     given.append(("count", "out", torch.empty(1, dtype=torch.float64)))

@@ -1,9 +1,9 @@
-"""Which x a ReLU behind BatchNorm lets through, to the last number (csrc/core/relu_bounds.h), run on the host
+"""The exact range of x that a ReLU after BatchNorm passes (csrc/core/relu_bounds.h), run on the host
 (tests/support/simt).
 
-A normalisation by running statistics does not hang on x, so a first call tells the intervals of hundreds of channels,
-and a second one has the numbers around their ends for x: for each, the forward's own y says whether the interval is
-right.
+Normalization by running statistics does not depend on x. A first call therefore computes the bounds of hundreds of
+channels, and a second one takes the numbers around these bounds as x: for each of them, the forward's own y shows
+whether the bounds are right.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ def inputs_of(x: Tensor, parameters: Tensor) -> Inputs:
 
 
 def around(edges: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Numbers of `dtype` next to each edge and on it (rows), then some that are far from any."""
-    # Half a unit in the last place, or a whole one: no step leaves a number out.
+    """Numbers of `dtype` at each edge and next to it (rows), then some far from any edge."""
+    # Steps of half a unit in the last place and of a whole one, so that no number is skipped.
     step = edges.double().abs() * torch.finfo(dtype).eps / 2
     near = [edges.double() + k * step for k in range(-4, 5)]
     tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-    # Times a weight of 0, what overflows on the way would be no number.
+    # With a weight of 0, an overflow on the way would give NaN.
     largest = torch.full_like(weight, torch.finfo(dtype).max, dtype=torch.float64).masked_fill(weight == 0, 1.0)
     far = [value * torch.ones_like(largest) for value in (0.0, tiny, -tiny, 1.0, -1.0, math.nan)]
     x = torch.stack([*near, *far, largest, -largest])
@@ -57,8 +57,8 @@ def around(edges: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair.values[0][1] in ("float32", "float64")])
-def test_interval_is_exact(plain: Server, pair: tuple[str, str]) -> None:
-    """Weights of both signs and of 0, statistics and biases from nothing to overflow."""
+def test_bounds_are_exact(plain: Server, pair: tuple[str, str]) -> None:
+    """Weights of both signs and 0, statistics and biases from zero to overflow."""
     dtype, held = DTYPES[pair[0]], DTYPES[pair[1]]
     table = list(itertools.product(MEANS, VARIANCES, WEIGHTS, BIASES))
     parameters = torch.tensor(table, dtype=torch.float64).T.to(held).contiguous()
@@ -79,6 +79,6 @@ def test_interval_is_exact(plain: Server, pair: tuple[str, str]) -> None:
     assert bool((run.results["relu_low"] == low).all()) and bool((run.results["relu_high"] == high).all())
     assert run.outputs.y is not None
     assert_bounds_are_exact(inputs, run.outputs.y, low, high, pair)
-    # Beside the largest numbers there is no finite sum of x.
+    # Next to the largest numbers, x has no finite sum.
     gradients = Outputs(dx=run.outputs.dx, dbias=run.outputs.dbias)
     assert_within(judge_call(behind_relu(inputs, run.outputs.y), gradients), str(pair))

@@ -1,6 +1,7 @@
-"""Training in several gloo processes, as one trains: DDP, FSDP2, checkpoints, and SyncBatchNorm under them.
+"""Training in several gloo processes: DDP, FSDP2, checkpoints, and SyncBatchNorm with them.
 
-SyncBatchNorm by itself is tested in test_sync.py.
+test_sync.py tests SyncBatchNorm alone.
+
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def resnet18() -> nn.Module:
 
 
 def full(model: nn.Module) -> dict[str, Tensor]:
-    """The state of a model whatever it is wrapped in, whole on each rank."""
+    """The full state of a model on each rank, whatever wraps it."""
     return {
         name.removeprefix("module."): t.full_tensor() if isinstance(t, DTensor) else t.clone()
         for name, t in model.state_dict().items()
@@ -83,8 +84,9 @@ def curve(name: str, broadcast: bool, converted_before: bool) -> tuple[list[floa
 @row(PROCESSES, "DistributedDataParallel with SyncBatchNorm, buffers broadcast or not", TRAINING)
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(("broadcast", "converted_before"), [(True, True), (False, False)])
-def test_the_curve_of_one_process(pair: Pool, name: str, broadcast: bool, converted_before: bool) -> None:
-    """The ranks' losses are on average those of one process on the whole batch, step after step; so is the state."""
+def test_loss_curve_of_one_process(pair: Pool, name: str, broadcast: bool, converted_before: bool) -> None:
+    """The mean of the ranks' losses equals the loss of one process on the whole batch at every step; so does the
+    state."""
     if name == "resnet18" and (importlib.util.find_spec("torchvision") is None or not broadcast):
         pytest.skip("torchvision is not installed" if broadcast else "once is enough for a large model")
     torch.manual_seed(0)  # as each process does
@@ -97,8 +99,8 @@ def test_the_curve_of_one_process(pair: Pool, name: str, broadcast: bool, conver
     assert expected[-1] != expected[0] and one != two
 
 
-def refused() -> str:
-    """What DDP says of a SyncBatchNorm on the CPU: torch's class of torch's layer, and this package's of the same."""
+def sync_error() -> str:
+    """DDP's error for a SyncBatchNorm on the CPU: torch's DDP for both layers, and this package's DDP for torch's."""
     said = []
     for layer, wrapper in (
         (bnk.SyncBatchNorm(3), DistributedDataParallel),
@@ -114,16 +116,16 @@ def refused() -> str:
     return message
 
 
-def test_what_ddp_refuses(pair: Pool) -> None:
-    """Why there is a bnkernels.DistributedDataParallel; it lets this package's layer pass and no other."""
-    assert pair.run(refused) == ["SyncBatchNorm layers only work with GPU modules"] * 2
+def test_ddp_rejects_sync_batch_norm_on_cpu(pair: Pool) -> None:
+    """The reason for bnkernels.DistributedDataParallel, which accepts this package's layer only."""
+    assert pair.run(sync_error) == ["SyncBatchNorm layers only work with GPU modules"] * 2
 
 
 # BatchNorm under DDP and FSDP2: as torch.nn's
 
 
 def two_forwards(broadcast: bool, converted: bool, backward: bool) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Gradients of two forwards and one backward, between which DDP may have overwritten the buffers; and the state."""
+    """Gradients of two forwards and one backward, while DDP may overwrite the buffers between them; and the state."""
     model = small().double()
     if converted:
         bnk.convert(model)
@@ -139,16 +141,16 @@ def two_forwards(broadcast: bool, converted: bool, backward: bool) -> tuple[list
 @row(PROCESSES, "DistributedDataParallel with BatchNorm, two forwards before one backward", TRAINING)
 @pytest.mark.parametrize("broadcast", [True, False], ids=["broadcast", "own buffers"])
 def test_two_forwards_before_one_backward(pool: Pool, broadcast: bool) -> None:
-    """The gradients do not depend on the buffers, whoever writes to them; the buffers are as torch's layers have them.
+    """Gradients do not depend on the buffers, even if DDP overwrites them; the buffers match those of torch's layers.
 
-    torch's own layers cannot always do it (2.11 raises): they tell the gradients where nobody writes.
+    torch's layers cannot always do this (2.11 raises), so their gradients without broadcast are the reference.
     """
     found = pool.run(two_forwards, broadcast, True, True)
     grads = pool.run(two_forwards, False, False, True)
     states = pool.run(two_forwards, broadcast, False, False)
     for rank in range(pool.size):
         torch.testing.assert_close(found[rank], (grads[rank][0], states[rank][1]), rtol=1e-9, atol=1e-9)
-        # The last forward is the rank's own, after the last broadcast.
+        # The last forward updates each rank's own buffers, after the last broadcast.
         assert rank == 0 or not same_bits(found[rank][1]["1.running_mean"], found[0][1]["1.running_mean"])
 
 
@@ -174,9 +176,9 @@ def train_sharded(kind: str) -> tuple[list[float], dict[str, Tensor]]:
 
 @row(PROCESSES, "FSDP2 (fully_shard), with BatchNorm and with SyncBatchNorm", TRAINING)
 def test_fsdp(pool: Pool) -> None:
-    """fully_shard: BatchNorm as torch's under the same; and with SyncBatchNorm as one process on the whole batch."""
-    ours, native_value, synchronised = (pool.run(train_sharded, kind) for kind in ("ours", "torch", "synchronised"))
-    for found, expected in zip(ours, native_value):
+    """BatchNorm matches torch's under fully_shard; SyncBatchNorm matches one process on the whole batch."""
+    ours, torch_runs, synchronised = (pool.run(train_sharded, kind) for kind in ("ours", "torch", "synchronised"))
+    for found, expected in zip(ours, torch_runs):
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)
     torch.manual_seed(0)
     model = small().double()
@@ -191,7 +193,7 @@ def test_fsdp(pool: Pool) -> None:
 
 
 def train_fused(which: str, norm: str, broadcast: bool) -> tuple[list[float], dict[str, Tensor], int]:
-    """Losses, state, and how many layers were fused; `which` is fused: the model, the DDP around it, or none."""
+    """Losses, state, and the number of fused layers. `which`: fuse the model, the DDP module around it, or neither."""
     torch.compiler.reset()
     model = small().double()
     if norm == "synchronised":
@@ -209,9 +211,9 @@ def train_fused(which: str, norm: str, broadcast: bool) -> tuple[list[float], di
 
 
 @row(PROCESSES, "DistributedDataParallel of a fused model, and fused itself", TRAINING)
-@pytest.mark.parametrize("norm", ["torch's", "converted", "synchronised"])
+@pytest.mark.parametrize("norm", ["torch", "converted", "synchronised"])
 def test_fused_models(pair: Pool, norm: str) -> None:
-    """fuse() changes neither losses nor state of a training by DDP, on whichever side of DDP it is called."""
+    """fuse(), called on the model or on the DDP module, changes neither losses nor state."""
     for which, broadcast in (("model", True), ("ddp", False)):
         plain = pair.run(train_fused, "none", norm, broadcast)
         for found, expected in zip(pair.run(train_fused, which, norm, broadcast), plain):
@@ -231,7 +233,7 @@ def save(path: str) -> dict[str, Tensor]:
 
 
 def load(path: str) -> tuple[dict[str, Tensor], list[float]]:
-    """Into DDP with torch's layers, by DDP's own names, and two steps on."""
+    """Loads into DDP with torch's layers, by DDP's names, and trains two more steps."""
     torch.manual_seed(5)
     model = small().double()
     state: dict[str, Any] = get_model_state_dict(model)
@@ -244,7 +246,7 @@ def load(path: str) -> tuple[dict[str, Tensor], list[float]]:
 
 @row(PROCESSES, "torch.distributed.checkpoint, from FSDP2 to DDP", TRAINING)
 def test_checkpoint(pool: Pool, tmp_path: Path) -> None:
-    """torch.distributed.checkpoint: saved from FSDP2, loaded whole; parameters, buffers and counter to the bit."""
+    """Saved from FSDP2 and loaded whole: parameters, buffers and counter are bitwise equal."""
     saved = pool.run(save, str(tmp_path))
     for (loaded, losses), expected in zip(pool.run(load, str(tmp_path)), saved):
         assert list(loaded) == list(expected)

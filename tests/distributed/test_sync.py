@@ -1,7 +1,8 @@
-"""SyncBatchNorm in four gloo processes: the same as one process's BatchNorm on the whole batch, and what goes wrong.
+"""SyncBatchNorm in four gloo processes equals BatchNorm in one process on the whole batch; and its failures.
 
-The ops that it is made of are tested in test_sync_ops.py, higher derivatives in test_sync_derivatives.py, training with
-it in test_distributed.py.
+Its ops are tested in test_sync_ops.py, higher derivatives in test_sync_derivatives.py, training in
+test_distributed.py.
+
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def to(values: Any, device: str) -> Any:
 
 
 def call(inputs: Inputs, bounds: tuple[int, ...], device: str = "cpu") -> Outputs:
-    """One forward and backward of this rank's part."""
+    """Forward and backward of this rank's part."""
     inputs = to(inputs, device)
     layer = layer_of(inputs)
     x = part_of(inputs.x, bounds).detach().requires_grad_()
@@ -95,7 +96,7 @@ def call(inputs: Inputs, bounds: tuple[int, ...], device: str = "cpu") -> Output
 
 
 def combined(parts: list[Outputs]) -> Outputs:
-    """The ranks' outputs as one process's: results one after the other, gradients of the parameters summed."""
+    """The ranks' outputs as those of one process: y and dx concatenated, parameter gradients summed."""
 
     def total(name: str) -> Tensor | None:
         vectors = [getattr(part, name) for part in parts]
@@ -128,15 +129,15 @@ LAYOUTS = {"2-D": ("12x5", "contiguous"), "4-D": ("12x5x3x7", "contiguous"), "nh
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize("split", SPLITS)
-def test_as_one_process(pool: Pool, split: str, pair: str, layout: str) -> None:
-    """Outputs, gradients and buffers to the tolerance, from one collective each way, with the same buffers on each
-    rank; the mean far from zero, so that a statistic that is rounded on its way would show."""
+def test_matches_one_process(pool: Pool, split: str, pair: str, layout: str) -> None:
+    """Outputs, gradients and buffers are within tolerance, with one collective per direction and the same buffers on
+    all ranks. The mean is far from zero, so that a statistic rounded for the exchange would show."""
     shape, memory = LAYOUTS[layout]
     inputs = Case.parse(f"offset_1e2/{shape}/{pair}/{memory}/normal/normal/train").inputs()
     assert_within(judge_call(inputs, combined(pool.run(call, inputs, SPLITS[split]))), f"{split} {pair} {layout}")
 
 
-# What else a layer may be
+# Options
 
 
 VARIANTS = {
@@ -153,8 +154,8 @@ def test_variants(pool: Pool, changes: dict[str, Any]) -> None:
     assert_within(judge_call(inputs, combined(pool.run(call, inputs, UNEVEN))), str(changes))
 
 
-def tracking_no_more(inputs: Inputs) -> tuple[Tensor, list[bool]]:
-    """y, and whether each buffer is what it was."""
+def stops_tracking(inputs: Inputs) -> tuple[Tensor, list[bool]]:
+    """y, and whether each buffer is unchanged."""
     layer = layer_of(inputs)
     layer.track_running_stats = False
     before = [buffer.clone() for buffer in layer.buffers()]
@@ -163,16 +164,16 @@ def tracking_no_more(inputs: Inputs) -> tuple[Tensor, list[bool]]:
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_a_layer_that_tracks_no_more(pool: Pool, momentum: float | None) -> None:
-    """track_running_stats decides, as in torch: the buffers that are still there stay, and the batch is normalised."""
+def test_track_running_stats_turned_off(pool: Pool, momentum: float | None) -> None:
+    """track_running_stats decides, as in torch: existing buffers are not updated, and the batch is normalized."""
     inputs = Case.parse("offset_1e2/12x5x3/float32/contiguous/normal/normal/train").inputs()
-    parts = pool.run(tracking_no_more, replace(inputs, momentum=momentum))
+    parts = pool.run(stops_tracking, replace(inputs, momentum=momentum))
     assert all(stayed == [True] * 3 for _, stayed in parts)
     assert_within(judge_call(inputs, Outputs(y=torch.cat([y for y, _ in parts]))), str(momentum))
 
 
-def needed(inputs: Inputs, needs: tuple[bool, bool, bool]) -> tuple[int, list[Tensor | None]]:
-    """The collectives of a backward, and the gradients of x, weight and bias."""
+def gradients_for(inputs: Inputs, needs: tuple[bool, bool, bool]) -> tuple[int, list[Tensor | None]]:
+    """The number of collectives of a backward, and the gradients of x, weight and bias."""
     layer = layer_of(inputs)
     tensors = [part_of(inputs.x, UNEVEN).detach(), layer.weight, layer.bias]
     for tensor, need in zip(tensors, needs):
@@ -187,18 +188,18 @@ def needed(inputs: Inputs, needs: tuple[bool, bool, bool]) -> tuple[int, list[Te
 
 
 @pytest.mark.parametrize("needs", [(a, b, c) for a in (True, False) for b in (True, False) for c in (True, False)])
-def test_what_is_not_needed(pool: Pool, needs: tuple[bool, bool, bool]) -> None:
-    """Each subset of gradients has the bits of the whole; the ranks talk if x's is among them."""
+def test_unneeded_gradients(pool: Pool, needs: tuple[bool, bool, bool]) -> None:
+    """Each subset of gradients has the same bits as all; ranks communicate only if x's is gradients_for."""
     inputs = Case.parse("normal/12x5x3/float32/contiguous/normal/normal/train").inputs()
-    whole = pool.run(needed, inputs, (True, True, True))
-    for (_, grads), (collectives, some) in zip(whole, pool.run(needed, inputs, needs)):
+    whole = pool.run(gradients_for, inputs, (True, True, True))
+    for (_, grads), (collectives, some) in zip(whole, pool.run(gradients_for, inputs, needs)):
         assert collectives == needs[0]
         assert [grad is not None for grad in some] == list(needs)
         assert all(other is None or same_bits(grad, other) for grad, other in zip(grads, some))
 
 
 def one_value(values: int) -> tuple[Tensor, ...]:
-    """Rank 1 has `values` of the batch, the others none."""
+    """Rank 1 has `values` of the batch, the others have none."""
     layer = bnk.SyncBatchNorm(3)
     layer.running_mean.fill_(7.0)
     layer.running_var.fill_(8.0)
@@ -211,7 +212,8 @@ def one_value(values: int) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("values", [0, 1])
 def test_too_little_data(pool: Pool, values: int) -> None:
-    """Nobody knows beforehand that there are fewer than two values in all: the batch counts and moves no statistic."""
+    """No rank knows in advance that there are fewer than two values in total: the batch is counted, and no statistic
+    is updated."""
     for y, dx, dweight, mean, var, count in pool.run(one_value, values):
         assert torch.equal(y, torch.zeros_like(y)) and torch.equal(dx, torch.zeros_like(dx))
         assert torch.equal(dweight, torch.zeros(3))
@@ -219,7 +221,7 @@ def test_too_little_data(pool: Pool, values: int) -> None:
 
 
 MANY = ((1 << 24) + 1, (1 << 24) + 1, 1, 1)
-"""Values of one channel on each rank: neither the counts nor their sum is a float32."""
+"""Values per channel on each rank: neither the counts nor their sum is representable in float32."""
 
 
 def many_values() -> tuple[Tensor, Tensor]:
@@ -236,11 +238,11 @@ def test_large_counts(pool: Pool) -> None:
         assert mean.item() == var.item() == torch.tensor(1 / sum(MANY)).item()
 
 
-# Where statistics are not shared
+# Groups
 
 
 def alone(training: bool) -> tuple[int, bool, bool]:
-    """The collectives of a layer in eval mode, or in a group of one; whether its results are BatchNorm's own."""
+    """The number of collectives in eval mode or in a group of one, and whether results equal BatchNorm's."""
     rank = dist.get_rank()
     groups = [dist.new_group([other]) for other in range(dist.get_world_size())]
     layer, plain = bnk.SyncBatchNorm(3, process_group=groups[rank]), bnk.BatchNorm2d(3)
@@ -259,7 +261,7 @@ def test_alone(pool: Pool, training: bool) -> None:
 
 
 def in_pairs(inputs: Inputs) -> Outputs:
-    """Ranks 0 and 1 share one batch, 2 and 3 another, which is the first one's negative."""
+    """Ranks 0 and 1 share a batch; 2 and 3 share its negative."""
     rank = dist.get_rank()
     groups = [dist.new_group(pair) for pair in ([0, 1], [2, 3])]
     layer = layer_of(inputs, groups[rank // 2])
@@ -290,16 +292,16 @@ class Net(nn.Module):
         return y
 
 
-def desert(when: str) -> tuple[str, str]:
-    """What the others hear where the last rank skips the forward, or the backward."""
+def skip_on_last_rank(when: str) -> tuple[str, str]:
+    """The error on the other ranks if the last rank skips the forward or the backward."""
     group = dist.new_group(timeout=timedelta(seconds=4))
     net = bnk.SyncBatchNorm.convert_sync_batchnorm(Net(), group)
-    deserter = dist.get_rank() == RANKS - 1
-    if deserter and when == "forward":
+    absent = dist.get_rank() == RANKS - 1
+    if absent and when == "forward":
         return "", ""
     try:
         y = net(torch.randn(2, 3, 4, 4, requires_grad=True))
-        if not deserter:
+        if not absent:
             y.sum().backward()
     except RuntimeError as error:
         return str(error), str(error.__cause__)
@@ -307,13 +309,14 @@ def desert(when: str) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("when", ["forward", "backward"])
-def test_a_missing_rank_ends_in_an_error(pool: Pool, when: str) -> None:
-    """The backend's time-out, in words that say which layer, of what, where, and what to do."""
-    *heard, _ = pool.run(desert, when, deadline=60)
-    for rank, (said, cause) in enumerate(heard):
-        assert f"SyncBatchNorm(3) 'stem.1': the {when} of an input of shape (2, 3, 4, 4)" in said
-        assert f"rank {rank} of the {RANKS}" in said and "on a batch of 0" in said
-        assert cause and cause in said
+def test_missing_rank_raises(pool: Pool, when: str) -> None:
+    """The backend's timeout, in a message with the layer, the input, the rank, and what to do."""
+    *heard, _ = pool.run(skip_on_last_rank, when, deadline=60)
+    for rank, (message, cause) in enumerate(heard):
+        assert f"SyncBatchNorm(3) 'stem.1': the collective of the {when} failed or timed out" in message
+        assert "for an input of shape (2, 3, 4, 4)" in message
+        assert f"rank {rank} of {RANKS}" in message and "passes an empty batch" in message
+        assert cause and cause in message
 
 
 def fail() -> None:
@@ -326,30 +329,30 @@ def hang() -> None:
         dist.barrier()
 
 
-@pytest.mark.parametrize(("function", "said"), [(fail, "rank 1: .*on purpose"), (hang, "rank 1: no answer in 3 s")])
-def test_the_pool_tells_and_goes_on(function: Any, said: str) -> None:
-    """What these tests stand on: a process that raises or hangs fails its test and no other."""
+@pytest.mark.parametrize(("function", "message"), [(fail, "rank 1: .*on purpose"), (hang, "rank 1: no answer in 3 s")])
+def test_pool_reports_failures_and_recovers(function: Any, message: str) -> None:
+    """A process that raises or hangs fails its own test only."""
     pool = Pool(2, "gloo")
     try:
-        pool.run(dist.get_rank)  # to start takes time of its own
-        with pytest.raises(Broken, match=f"(?s){said}"):
+        pool.run(dist.get_rank)  # starting takes longer than the deadline below
+        with pytest.raises(Broken, match=f"(?s){message}"):
             pool.run(function, deadline=3)
         assert pool.run(dist.get_rank) == [0, 1]
     finally:
         pool.close()
 
 
-# As a class
+# Interface
 
 
-def test_it_is_torchs() -> None:
+def test_interface_matches_torch() -> None:
     """Constructor, repr and state are torch.nn.SyncBatchNorm's."""
     for arguments in ((4,), (4, 1e-3, None, False, False), (4, 1e-5, 0.2, True, False)):
-        ours, native_value = bnk.SyncBatchNorm(*arguments), nn.SyncBatchNorm(*arguments)
-        assert isinstance(ours, nn.SyncBatchNorm) and repr(ours) == repr(native_value)
-        assert list(ours.state_dict()) == list(native_value.state_dict())
-        assert ours.state_dict()._metadata == native_value.state_dict()._metadata
-        native_value.load_state_dict(ours.state_dict())
+        ours, torch_layer = bnk.SyncBatchNorm(*arguments), nn.SyncBatchNorm(*arguments)
+        assert isinstance(ours, nn.SyncBatchNorm) and repr(ours) == repr(torch_layer)
+        assert list(ours.state_dict()) == list(torch_layer.state_dict())
+        assert ours.state_dict()._metadata == torch_layer.state_dict()._metadata
+        torch_layer.load_state_dict(ours.state_dict())
         assert ours.process_group is None
     marker = object()
     assert bnk.SyncBatchNorm(4, process_group=marker).process_group is marker
@@ -362,21 +365,21 @@ def test_it_is_torchs() -> None:
 
 
 def test_without_processes() -> None:
-    """torch.distributed is not initialised here: it is BatchNorm."""
+    """Without an initialized process group it is BatchNorm."""
     x = torch.randn(4, 3, 5, 2)
     assert same_bits(bnk.SyncBatchNorm(3)(x), bnk.BatchNorm2d(3)(x))
 
 
 def test_fx_records_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where there are processes to exchange with: what is traced once runs on each of them."""
+    """Also with a process group of several ranks: a program traced once runs on each of them."""
     for name, value in (("is_initialized", True), ("get_world_size", 2)):
         monkeypatch.setattr(dist, name, lambda *_, value=value: value)
     graph = torch.fx.symbolic_trace(nn.Sequential(bnk.SyncBatchNorm(3, process_group=object())))
     assert [node.op for node in graph.graph.nodes] == ["placeholder", "call_module", "output"]
 
 
-def test_converting() -> None:
-    """Every kind of layer, with its parameters, buffers and flags; each layer knows its name."""
+def test_convert() -> None:
+    """Every class, with parameters, buffers and flags; each layer stores its qualified name."""
     group = object()
     model = nn.ModuleDict(
         {
@@ -410,7 +413,7 @@ def test_converting() -> None:
 
 
 def compiled(inputs: Inputs) -> tuple[Outputs, list[Outputs], int]:
-    """On ranks 0 and 1: eager's outputs, those of two steps compiled as one graph, and the gathers of the second."""
+    """On ranks 0 and 1: eager's outputs, those of two compiled steps, and the number of gathers in the second."""
     group = dist.new_group([0, 1])
     rank = dist.get_rank()
     if rank > 1:
@@ -442,7 +445,7 @@ def compiled(inputs: Inputs) -> tuple[Outputs, list[Outputs], int]:
     PROCESSES, "SyncBatchNorm, torch.compile(fullgraph=True)", cells((True,), compiled=(True,), channels_last=(False,))
 )
 def test_compiled(pool: Pool) -> None:
-    """torch.compile(fullgraph=True): the bits of eager, in the results, the gradients and the buffers; two gathers."""
+    """One graph; outputs, gradients and buffers equal eager's bit for bit; two gathers."""
     inputs = Case.parse("offset_1e2/12x5x3/float32/contiguous/normal/normal/train").inputs()
     for eager, found, gathers in pool.run(compiled, inputs, deadline=180)[:2]:
         assert gathers == 2

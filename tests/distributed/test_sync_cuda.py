@@ -1,4 +1,4 @@
-"""SyncBatchNorm on GPUs: over NCCL, and over gloo where there is but one. The cases are test_sync.py's."""
+"""SyncBatchNorm on GPUs: over NCCL, or over gloo with one GPU. The cases are those of test_sync.py."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def judge(pool: Pool, split: tuple[int, ...], pair: str, layout: str) -> None:
 
 @pytest.mark.parametrize("pair", PAIRS)
 def test_gloo_on_one_gpu(pair: str) -> None:
-    """Two processes on the same GPU: gloo carries CUDA tensors too."""
+    """Two processes on one GPU: gloo supports CUDA tensors."""
     judge(Pool(2, "gloo"), (0, 5, 12), pair, "4-D")
 
 
@@ -48,7 +48,7 @@ def test_nccl(layout: str) -> None:
 
 
 def alone(inputs: Inputs) -> Outputs:
-    """The whole way of several ranks, in a group of one; a wait of the host for the device is an error."""
+    """The multi-rank code path in a group of one. Any host-device synchronization is an error."""
     inputs = to(inputs, "cuda")
     x = inputs.x.detach().requires_grad_()
     buffers = (inputs.running_mean, inputs.running_var, inputs.num_batches_tracked)
@@ -66,7 +66,7 @@ def alone(inputs: Inputs) -> Outputs:
 
 
 def test_nccl_on_one_gpu() -> None:
-    """With momentum=None: the count of the batches is read on the device, as the count of values is."""
+    """With momentum=None: the batch count, like the number of values, is read on the device only."""
     inputs = Case.parse("offset_1e2/12x5x3x7/bfloat16+float32/contiguous/normal/normal/train").inputs()
     inputs = replace(inputs, momentum=None)
     pool = Pool(1, "nccl")
@@ -77,7 +77,7 @@ def test_nccl_on_one_gpu() -> None:
 
 
 def curve_on_gpus(before: bool) -> tuple[list[float], dict[str, Tensor]]:
-    """Torch's DistributedDataParallel over NCCL, each rank on a GPU of its own; converted before or after wrapping."""
+    """torch's DistributedDataParallel over NCCL, one GPU per rank; converted before or after wrapping."""
     model = small().double().cuda()
     if before:
         model = bnk.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -89,8 +89,8 @@ def curve_on_gpus(before: bool) -> tuple[list[float], dict[str, Tensor]]:
 
 @row("Several processes", "DistributedDataParallel with SyncBatchNorm, over NCCL", TRAINING)
 @pytest.mark.parametrize("before", [True, False], ids=["converted before", "converted after"])
-def test_the_curve_of_one_process(before: bool) -> None:
-    """As in test_distributed.py: losses are on average those of one process on the whole batch, and so is the state."""
+def test_loss_curve_of_one_process(before: bool) -> None:
+    """As in test_distributed.py: mean losses and state equal those of one process on the whole batch."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA GPUs: NCCL has one rank on each")
     torch.manual_seed(0)  # as each process does
@@ -108,7 +108,7 @@ def test_the_curve_of_one_process(before: bool) -> None:
 
 
 def launches_of_a_step(inputs: Inputs) -> tuple[list[str], list[str]]:
-    """What forward and backward give the device, once all is prepared."""
+    """The launches of forward and backward, after a warm-up step."""
     layer = bnk.SyncBatchNorm(inputs.x.shape[1]).cuda()
     x, grad = inputs.x.cuda().requires_grad_(), inputs.grad.cuda()
     torch.autograd.grad(layer(x), x, grad)
@@ -118,8 +118,8 @@ def launches_of_a_step(inputs: Inputs) -> tuple[list[str], list[str]]:
 
 
 @pytest.mark.fake_cuda
-def test_one_collective_each_way() -> None:
-    """And nothing but kernels around it: no copy, to the host or elsewhere. The counter is torch's to add to."""
+def test_one_collective_per_direction() -> None:
+    """Only kernels besides the collective: no copies. torch itself increments the counter."""
     inputs = Case.parse("offset_1e2/12x5x3x7/bfloat16+float32/contiguous/normal/normal/train").inputs()
     pool = Pool(2, "nccl")
     try:

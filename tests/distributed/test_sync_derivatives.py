@@ -1,4 +1,4 @@
-"""Derivatives of SyncBatchNorm in four gloo processes: one process's BatchNorm's on the whole batch, to any order."""
+"""Derivatives of SyncBatchNorm in four gloo processes equal BatchNorm's in one process, to any order."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def pool() -> Iterator[Pool]:
 
 
 def function_of_gradients(x: Tensor, dx: Tensor, dweights: list[Tensor], dbias: Tensor) -> Tensor:
-    """`dweights`: the ranks' parts of the weight's gradient; each matters in another way."""
+    """A scalar of the gradients. `dweights`: each rank's part of the weight's gradient, with a different weight."""
     numbers = torch.linspace(-1, 2, len(dbias), dtype=x.dtype)
     weighted = sum((rank + 1) * (dweight * numbers).sum() for rank, dweight in enumerate(dweights))
     return (dx.pow(3) + dx * x).sum() + weighted + dbias.sum()
 
 
-def twice(x: Tensor, grad: Tensor, bounds: tuple[int, ...]) -> list[Tensor]:
-    """The gradients of the function above with respect to this rank's x and grad, and its part of the weight's."""
+def second_derivatives(x: Tensor, grad: Tensor, bounds: tuple[int, ...]) -> list[Tensor]:
+    """Gradients of function_of_gradients() with respect to this rank's x and grad, and its part of the weight's."""
     layer = bnk.SyncBatchNorm(x.shape[1]).double()
     x, grad = (part_of(t, bounds).clone().requires_grad_() for t in (x, grad))
     dx, dweight, dbias = torch.autograd.grad(layer(x), (x, layer.weight, layer.bias), grad, create_graph=True)
@@ -42,9 +42,9 @@ def twice(x: Tensor, grad: Tensor, bounds: tuple[int, ...]) -> list[Tensor]:
 
 @pytest.mark.parametrize("bounds", [EVEN, ONE_EMPTY], ids=["even", "one empty"])
 def test_double_backward(pool: Pool, bounds: tuple[int, ...]) -> None:
-    """As one process's, by torch's own formulas."""
+    """As in one process, by torch's formulas."""
     x, grad = torch.randn(2, 12, 3, 5, dtype=torch.float64)
-    parts = pool.run(twice, x, grad, bounds)
+    parts = pool.run(second_derivatives, x, grad, bounds)
     layer = nn.BatchNorm1d(3).double()
     x.requires_grad_()
     grad.requires_grad_()
@@ -63,14 +63,14 @@ def third_derivative(call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return y.detach()
 
 
-def thrice(x: Tensor, bounds: tuple[int, ...]) -> Tensor:
+def third_derivatives(x: Tensor, bounds: tuple[int, ...]) -> Tensor:
     return third_derivative(bnk.SyncBatchNorm(x.shape[1]).double(), part_of(x, bounds).clone())
 
 
 def test_third_derivative(pool: Pool) -> None:
-    """What the double backward sums over the ranks has a derivative over the ranks in its turn."""
+    """The sums over ranks in the double backward are themselves differentiated over ranks."""
     x = torch.randn(12, 3, 5, dtype=torch.float64)
-    parts = pool.run(thrice, x, UNEVEN)
+    parts = pool.run(third_derivatives, x, UNEVEN)
     expected = third_derivative(lambda x: reference.forward(x, *(None,) * 5, True, 0.1, 1e-5).y, x)
     torch.testing.assert_close(torch.cat(parts), expected)
 
@@ -91,6 +91,6 @@ def transformed(which: str) -> str:
 
 
 @pytest.mark.parametrize("which", ["vmap", "grad", "jvp"])
-def test_transforms_are_refused(pool: Pool, which: str) -> None:
-    for said in pool.run(transformed, which):
-        assert said.startswith("SyncBatchNorm(3): transforms of torch.func and forward-mode AD are not supported")
+def test_transforms_raise(pool: Pool, which: str) -> None:
+    for message in pool.run(transformed, which):
+        assert message.startswith("SyncBatchNorm(3): transforms of torch.func and forward-mode AD are not supported")

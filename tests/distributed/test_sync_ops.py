@@ -1,6 +1,6 @@
-"""The ops that SyncBatchNorm is made of, in one process: the rows of several ranks are made one after the other.
+"""The ops of SyncBatchNorm in one process, which computes the rows of simulate_ranks ranks in a loop.
 
-Numbers, over the same inputs as one process's BatchNorm; registration, fakes and mutation; argument checks.
+Values, over the same inputs as BatchNorm in one process; registration, fakes and mutation; argument checks.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from op_arguments import (
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from bnkernels import ops, testing
+from bnkernels import _ops as ops
+from bnkernels import testing
 from bnkernels.check.ranks import call_in_ranks
 from bnkernels.testing import Case, Inputs, Outputs, assert_within, cases, judge_call, same_bits
 
 
-def several(inputs: Inputs, bounds: list[int]) -> Outputs:
-    """call_in_ranks(), where the ranks' own gradients are what they exchange, rounded to the parameters' dtype."""
+def simulate_ranks(inputs: Inputs, bounds: list[int]) -> Outputs:
+    """call_in_ranks(). Each rank's parameter gradients are its exchanged sums, rounded to the parameters' dtype."""
     outputs = call_in_ranks(inputs, bounds)
     assert outputs.mean is not None and outputs.invstd is not None
     for start, end in pairwise(bounds):
@@ -39,26 +40,26 @@ def several(inputs: Inputs, bounds: list[int]) -> Outputs:
         for rounded, exact in zip(of_rank, (of_weight, of_bias)):
             limits = torch.finfo(rounded.dtype)
             assert rounded.numel() == (exact.numel() if inputs.weight is not None or rounded is of_rank[1] else 0)
-            if rounded.numel() > 0:  # once or twice
+            if rounded.numel() > 0:  # rounded once or twice
                 exact = exact.to(rounded.dtype)
                 torch.testing.assert_close(rounded, exact, rtol=limits.eps, atol=limits.tiny, equal_nan=True)
     return outputs
 
 
 def splits(n: int) -> list[list[int]]:
-    """One rank; three uneven ones; an empty one before, between and after."""
+    """One rank; three ranks with uneven batches; ranks without data first, in the middle and last."""
     return [[0, n], [0, n // 3, n - 1, n], [0, 0, n // 2, n // 2, n, n]]
 
 
 def test_adversarial_inputs(device: str) -> None:
-    """The quick grid of training cases, split three ways, each output to the tolerance."""
+    """The quick grid of training cases, split in three ways, each output within tolerance."""
     judged = 0
     for case in cases("quick"):
         if not case.training or math.prod(case.shape) > 20_000:
             continue
         inputs = case.inputs(device)
         bounds = splits(case.shape[0])[judged % 3]
-        assert_within(judge_call(inputs, several(inputs, bounds)), f"{case} {bounds}")
+        assert_within(judge_call(inputs, simulate_ranks(inputs, bounds)), f"{case} {bounds}")
         judged += 1
     assert judged > 200
 
@@ -67,18 +68,18 @@ def test_adversarial_inputs(device: str) -> None:
 def test_settings(changes: Arguments, device: str) -> None:
     inputs = replace(Case.parse("scale_1e-20/9x5x7/float32/contiguous/normal/normal/train").inputs(device), **changes)
     for bounds in splits(9):
-        assert_within(judge_call(inputs, several(inputs, bounds)), str(changes))
+        assert_within(judge_call(inputs, simulate_ranks(inputs, bounds)), str(changes))
 
 
 @LARGE
 def test_many_ranks(device: str) -> None:
-    """A rank for each of 600 samples, of two values a channel, in more channels than one block joins."""
+    """600 ranks with one sample each, two values per channel, and more channels than one CTA combines."""
     inputs = Case.parse("offset_1e4/600x300x2/float32/contiguous/normal/normal/train").inputs(device)
-    assert_within(judge_call(inputs, several(inputs, list(range(601)))), "many")
+    assert_within(judge_call(inputs, simulate_ranks(inputs, list(range(601)))), "many")
 
 
-def test_the_order_of_ranks_is_kept(device: str) -> None:
-    """The join is a chain in the order of the rows, by Chan's formula in double: its bits, and not another order's."""
+def test_combine_follows_the_order_of_ranks(device: str) -> None:
+    """Rows are combined sequentially by Chan's formula in double: another order would give other bits."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.rand(9, 7, generator=generator, dtype=torch.float64) + 0.5
     rows[:, -1] = torch.randint(0, 50, (9,), generator=generator)
@@ -86,22 +87,23 @@ def test_the_order_of_ranks_is_kept(device: str) -> None:
     for row in rows:
         count = row[-1].item()
         if count:
-            delta, share = row[:3] - mean, count / (n + count)
-            mean, m2 = (mean + delta * share, m2 + (row[3:6] + delta * delta * n * share)) if n else (row[:3], row[3:6])
+            delta, fraction = row[:3] - mean, count / (n + count)
+            update = (mean + delta * fraction, m2 + (row[3:6] + delta * delta * n * fraction))
+            mean, m2 = update if n else (row[:3], row[3:6])
             n += count
     combined = ops.sync_combine(rows.to(device), None, None, None, 0.1, 1e-5, torch.float64)
-    exact = 0 if device == "cpu" else 4 * 2.0**-53  # CUDA's multiply and add are one operation
+    exact = 0 if device == "cpu" else 4 * 2.0**-53  # CUDA contracts multiply and add to FMA
     torch.testing.assert_close(combined[0].cpu(), mean, rtol=exact, atol=0)
     torch.testing.assert_close(combined[1].cpu(), (m2 / n + 1e-5).sqrt().reciprocal(), rtol=4 * 2.0**-53, atol=0)
     assert combined[2].item() == n
 
 
-def test_nothing_is_written_elsewhere(device: str) -> None:
-    """Every result is written whole, whatever the memory held."""
+def test_results_are_written_completely(device: str) -> None:
+    """Results do not depend on what the allocated memory held before."""
     inputs = Case.parse("normal/6x33x3/float32/contiguous/normal/normal/train").inputs(device)
-    expected = several(inputs, [0, 2, 6])
+    expected = simulate_ranks(inputs, [0, 2, 6])
     with testing.poisoned_allocations():
-        poisoned = several(inputs, [0, 2, 6])
+        poisoned = simulate_ranks(inputs, [0, 2, 6])
     for name in vars(expected):
         assert same_bits(getattr(expected, name), getattr(poisoned, name)), name
 
@@ -124,7 +126,7 @@ INPUTS = {
 def test_opcheck(
     op: Any, arguments: Callable[..., Arguments], shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: str
 ) -> None:
-    """Schema (what is mutated, what aliases), fake tensors, and tracing with static and dynamic shapes."""
+    """Schema (mutation, aliasing), fake tensors, and tracing with static and dynamic shapes."""
     x = testing.lay_out(torch.randn(shape, device=device).to(dtype), layout)
     torch.library.opcheck(op, tuple(arguments(x).values()))
 
@@ -139,14 +141,14 @@ OPTIONAL: dict[str, Arguments] = {
 
 
 @pytest.mark.parametrize("name", OPTIONAL)
-def test_opcheck_of_what_may_be_missing(name: str, device: str) -> None:
+def test_opcheck_without_optional_arguments(name: str, device: str) -> None:
     op, arguments = OPS[name]
     x = torch.randn(4, 3, 5, device=device)
     torch.library.opcheck(op, tuple(arguments(x, **OPTIONAL[name]).values()))
 
 
 @each_op
-def test_fakes_have_the_strides_of_the_real(op: Any, arguments: Callable[..., Arguments], device: str) -> None:
+def test_fakes_have_the_strides_of_real_outputs(op: Any, arguments: Callable[..., Arguments], device: str) -> None:
     for shape in ((4, 3), (4, 3, 5, 2), (4, 1, 5, 2), (4, 3, 1, 1), (2, 3, 4, 3, 2)):
         for name, layout in testing.LAYOUTS.items():
             if not layout.applies(shape):
@@ -159,8 +161,8 @@ def test_fakes_have_the_strides_of_the_real(op: Any, arguments: Callable[..., Ar
                 assert (r.shape, r.stride(), r.dtype, r.device) == (f.shape, f.stride(), f.dtype, f.device), name
 
 
-def test_the_functional_twin(device: str) -> None:
-    """The same bits, returned instead of written."""
+def test_functional_op(device: str) -> None:
+    """It returns the bits that the in-place op writes."""
     given = combine_arguments(torch.randn(4, 3, device=device), momentum=None)
     before = {name: t.clone() for name, t in given.items() if isinstance(t, Tensor)}
     *found, mean, var, count = ops.sync_combine_functional(*given.values())
@@ -172,7 +174,7 @@ def test_the_functional_twin(device: str) -> None:
         assert given[name]._version == 1
 
 
-# Argument checks: each raises, and nothing is read or written
+# Argument errors: each raises, and no argument is written
 
 
 def bad(op: str, match: str, error: type[Exception] = RuntimeError, **changes: Callable[[Tensor], Any]) -> Any:

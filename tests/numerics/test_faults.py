@@ -1,4 +1,4 @@
-"""What goes wrong around a call: no memory, many threads, many calls, processes that start together."""
+"""Failures around a call: out of memory, many threads, many calls, processes that start together."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ import bnkernels as bnk
 from bnkernels.check.runner import call
 from bnkernels.testing import Case, make_epilogue, same_bits
 
-linux = pytest.mark.skipif(sys.platform != "linux", reason="by means that Linux has")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="uses LD_PRELOAD or /proc, needs Linux")
 
 
 @linux
-def test_every_allocation_fails_in_turn() -> None:
-    """A call without memory raises, has changed nothing, and works right afterwards; freeing never fails."""
+def test_every_allocation_failure() -> None:
+    """A call whose allocation fails raises, changes nothing, and works when repeated; freeing never fails."""
     done = in_subprocess(
         "from faults import allocations; raise SystemExit(allocations.main())",
         LD_PRELOAD=str(allocations.library()),
@@ -31,7 +31,7 @@ def test_every_allocation_fails_in_turn() -> None:
     )
     assert done.returncode == 0, done.stderr
     made, raised = (sum(map(int, re.findall(rf"(\d+) {what}", done.stdout))) for what in ("allocations", "exceptions"))
-    # Some that fail are made up for: a result that cannot be on kept memory is on torch's.
+    # Some failures raise no exception: a result that the result cache cannot hold is allocated by torch.
     assert made > raised > 800
     assert int(re.findall(r"(\d+) allocations, +0 exceptions  freeing", done.stdout)[0]) > 0
 
@@ -45,9 +45,9 @@ CASES = [
 ]
 
 
-def test_threads_that_call_at_once_have_the_bits_of_one() -> None:
-    """Forward and backward of eight threads, in other orders, over shared inputs; large ones use several threads
-    of OpenMP, and leave memory to one another."""
+def test_concurrent_calls_give_the_bits_of_one_thread() -> None:
+    """Eight threads run forward and backward in different orders over shared inputs. Large inputs use several OpenMP
+    threads and share the result cache."""
     inputs = [(case.inputs(), case.epilogue) for case in CASES]
     given = [(i, make_epilogue(name, i)) for i, name in inputs]
     expected = [call(bnk.batch_norm, *pair) for pair in given]
@@ -69,13 +69,13 @@ def test_threads_that_call_at_once_have_the_bits_of_one() -> None:
 
 
 @linux
-def test_many_calls_grow_nothing() -> None:
-    """Resident memory after 20,000 calls more: of forwards, backwards, refused calls, and results that are kept."""
+def test_memory_does_not_grow() -> None:
+    """Resident memory after 20,000 further calls: forwards, backwards, calls that raise, and cached results."""
     done = in_subprocess("""
 import os, torch, bnkernels as bnk
 torch.set_num_threads(1)
 plain, fused = bnk.BatchNorm2d(8), bnk.BatchNormAct2d(8)
-small, large = (torch.randn(n, 8, 6, 6, requires_grad=True) for n in (4, 300))  # the large one's results are kept
+small, large = (torch.randn(n, 8, 6, 6, requires_grad=True) for n in (4, 300))  # results of the large are cached
 ones = {x: torch.ones_like(x) for x in (small, large)}
 
 def step(x):
@@ -85,7 +85,7 @@ def step(x):
         bnk.batch_norm(x, plain.running_mean[:3], plain.running_var, training=True)
     except RuntimeError:
         return
-    raise SystemExit("not refused")
+        raise SystemExit("did not raise")
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGESIZE")
@@ -100,11 +100,11 @@ steps(4000)  # five calls each
 print(resident() - before)
 """)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 1 << 20, f"grown by {int(done.stdout) / 20_000:.0f} bytes a call"
+    assert int(done.stdout) < 1 << 20, f"grew by {int(done.stdout) / 20_000:.0f} bytes per call"
 
 
-def test_groups_of_processes_start() -> None:
-    """Groups of gloo processes, each started anew, all come up and train (faults/gloo_starts.py starts hundreds)."""
+def test_process_groups_start() -> None:
+    """Newly started groups of gloo processes initialize and train (faults/gloo_starts.py starts hundreds)."""
     assert gloo_starts.start(2) == []
 
 
@@ -113,8 +113,8 @@ def hang() -> None:
 
 
 @linux
-def test_a_group_that_hangs_says_where() -> None:
-    """The failure of one that does not answer names the line, and what the threads wait for in the system."""
+def test_hanging_group_reports_stacks() -> None:
+    """The error names the line where a process hangs, and what its threads wait for in the kernel."""
     pool = Pool(1, "gloo")
     pool.run(abs, 0)
     with pytest.raises(Broken, match=r"no answer in 1 s(.|\n)*test_faults.py\", line \d+ in hang") as raised:

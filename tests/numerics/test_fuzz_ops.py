@@ -1,5 +1,4 @@
-"""A share of the random calls of tests/support/fuzz_ops.py with fixed seeds, and that the fuzzer sees what it is to
-see."""
+"""A part of the random calls of tests/support/fuzz_ops.py with fixed seeds, and tests of the fuzzer's own checks."""
 
 from __future__ import annotations
 
@@ -13,19 +12,19 @@ import torch
 from fuzz_ops import ENTRY_POINTS, Caller, Tally
 from torch import Tensor
 
-from bnkernels import ops
+from bnkernels import _ops as ops
 
-# Rounds of each share, and elements of an input: on the fake CUDA device a kernel takes its time.
-SHARES = 3
+# Rounds per part, and elements of an input. Kernels are slow on the fake CUDA device.
+PARTS = 3
 SIZES = {"cpu": (400, 2000), "cuda": (30, 300)}
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("share", range(SHARES))
-def test_random_calls(device: str, share: int) -> None:
-    """Calls that are right are within the tolerance, calls that are wrong are refused and change nothing."""
+@pytest.mark.parametrize("part", range(PARTS))
+def test_random_calls(device: str, part: int) -> None:
+    """Valid calls are within tolerance; invalid calls raise and change nothing."""
     rounds, most = SIZES[device]
-    tally = fuzz_ops.run(share * rounds, rounds, device, most=most)
+    tally = fuzz_ops.run(part * rounds, rounds, device, most=most)
     if device == "cpu":
         assert tally.calls > 1700 and len(tally.spoiled) > 100
         assert set(tally.allowed) == set(tally.refused) == set(ENTRY_POINTS)
@@ -46,7 +45,7 @@ def writes_the_input(x: Tensor, *rest: Any) -> Any:
     return results
 
 
-def tells_nobody(*arguments: Any) -> Any:
+def does_not_bump_version(*arguments: Any) -> Any:
     copies = [None if t is None else t.clone() for t in arguments[3:6]]
     results = ops.forward_train(*arguments[:3], *copies, *arguments[6:])
     for t, copy in zip(arguments[3:6], copies):
@@ -56,10 +55,14 @@ def tells_nobody(*arguments: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("entry", "match"),
-    [(writes_beyond, "wrote elsewhere"), (writes_the_input, "version of x"), (tells_nobody, "version of running_mean")],
+    [
+        (writes_beyond, "wrote elsewhere"),
+        (writes_the_input, "version of x"),
+        (does_not_bump_version, "version of running_mean"),
+    ],
 )
-def test_what_a_call_must_not_do_is_seen(entry: Entry, match: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A byte next to the statistics, the input, and a change without a version bump."""
+def test_forbidden_writes_are_detected(entry: Entry, match: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write next to the statistics, a write to the input, and a write without a version bump."""
     monkeypatch.setitem(ENTRY_POINTS, "train", (entry,))
     monkeypatch.setattr(fuzz_ops, "REFUSED_SHARE", 0.0)
     call = Caller(random.Random(0), Tally())
@@ -69,25 +72,29 @@ def test_what_a_call_must_not_do_is_seen(entry: Entry, match: str, monkeypatch: 
         call("train", x=torch.randn(4, 3), weight=None, bias=None, **buffers, **counted)
 
 
-def takes_it(*arguments: Any) -> Any:
+def accepts(*arguments: Any) -> Any:
     return None
 
 
-def asserts(*arguments: Any) -> Any:
+def fails_assertion(*arguments: Any) -> Any:
     raise RuntimeError('INTERNAL ASSERT FAILED at "file":7')
 
 
-def writes_first(*arguments: Any) -> Any:
+def writes_before_raising(*arguments: Any) -> Any:
     arguments[0].data.add_(1)
     raise ValueError("eps")
 
 
 @pytest.mark.parametrize(
     ("entry", "match"),
-    [(takes_it, "not refused"), (asserts, "INTERNAL ASSERT"), (writes_first, "was refused, but has written")],
+    [
+        (accepts, "did not raise"),
+        (fails_assertion, "INTERNAL ASSERT"),
+        (writes_before_raising, "raised, but has written"),
+    ],
 )
-def test_a_bad_refusal_is_seen(entry: Entry, match: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """None at all, one by an assertion, and one that comes too late."""
+def test_bad_errors_are_detected(entry: Entry, match: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No error, an internal assertion, and an error raised after a write."""
     monkeypatch.setitem(ENTRY_POINTS, "sync_statistics", (entry,))
     call = Caller(random.Random(0), Tally())
     with pytest.raises(AssertionError, match=match):
@@ -95,8 +102,8 @@ def test_a_bad_refusal_is_seen(entry: Entry, match: str, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("name", ["train", "eval", "backward", "sync_grad_input"])
-def test_wrong_numbers_are_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A first result that is off by a hundredth fails within some rounds, of whichever op."""
+def test_wrong_values_are_detected(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first result that is off by 1 % fails within some rounds, for each op."""
     real = ENTRY_POINTS[name][0]
 
     def off(*arguments: Any) -> Any:

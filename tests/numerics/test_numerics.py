@@ -1,4 +1,4 @@
-"""The public API against the float64 gate: every family of inputs, and what must hold for any input at all."""
+"""The public API within tolerance of float64 for every distribution, and properties that hold for any input."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import bnkernels
-from bnkernels import ops
+from bnkernels import _ops as ops
 from bnkernels.check.runner import call, run_case
 from bnkernels.testing import (
     DTYPE_PAIRS,
@@ -56,8 +56,8 @@ def assert_same(a: Outputs, b: Outputs, context: object, names: tuple[str, ...] 
 
 @pytest.mark.parametrize("distribution", list(FAMILIES))
 @PAIRS
-def test_gate(device: str, distribution: str, dtype: str, parameters: str) -> None:
-    """The quick grid, family by family: gate, guard bands, poisoned memory, inputs untouched, bits that repeat."""
+def test_within_tolerance(device: str, distribution: str, dtype: str, parameters: str) -> None:
+    """The quick grid by distribution: tolerance, guard bands, poisoned memory, unmodified inputs, repeatable bits."""
     chosen = [c for c in QUICK if (c.distribution, c.dtype, c.parameters) == (distribution, dtype, parameters)]
     assert chosen or not FAMILIES[distribution].fits(DTYPES[dtype])
     for case in chosen:
@@ -66,7 +66,7 @@ def test_gate(device: str, distribution: str, dtype: str, parameters: str) -> No
 
 @st.composite
 def any_case(draw: st.DrawFn) -> Case:
-    """A case of any shape up to some thousand elements: sizes near vector widths and tiles are as likely as others."""
+    """A case of any shape with at most 8192 elements; sizes near vector widths and tiles are as likely as others."""
     dtype, parameters = draw(st.sampled_from(DTYPE_PAIRS))
     extent = st.one_of(st.integers(1, 9), st.sampled_from((15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129)))
     shape = tuple(draw(st.lists(extent, min_size=2, max_size=5)))
@@ -89,11 +89,11 @@ def any_case(draw: st.DrawFn) -> Case:
     )
 
 
-# A parameter and not the fixture `device`: one run of hypothesis may not share a function's fixture.
+# A parameter instead of the fixture `device`: hypothesis does not reset function-scoped fixtures between examples.
 @pytest.mark.parametrize("where", DEVICES)
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(case=any_case())
-def test_gate_for_any_case(where: str, case: Case) -> None:
+def test_any_case_within_tolerance(where: str, case: Case) -> None:
     check(case, where)
 
 
@@ -101,8 +101,8 @@ def test_gate_for_any_case(where: str, case: Case) -> None:
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(case=any_case(), order=st.integers(0, 999))
 def test_channels_are_independent(where: str, case: Case, order: int) -> None:
-    """Channels in another order give the same channels in that order, bit by bit: none sees a neighbour, and none is
-    summed otherwise for where it stands."""
+    """Permuting the channels permutes the results bit for bit: no channel reads a neighbor, and the order of sums does
+    not depend on a channel's position."""
     inputs = case.inputs(where)
     permutation = torch.randperm(case.shape[1], generator=torch.Generator().manual_seed(order))
     index = permutation.to(where)
@@ -110,7 +110,7 @@ def test_channels_are_independent(where: str, case: Case, order: int) -> None:
     def moved(t: Tensor | None, dim: int) -> Tensor | None:
         return None if t is None else t.index_select(dim, index)
 
-    # The copies have the memory format that a call would give its own copies: contiguous or channels_last.
+    # The copies have the memory format that a call gives its own copies: contiguous or channels_last.
     x = torch.empty_like(call_format(inputs.x)).copy_(inputs.x.index_select(1, index))
     grad = inputs.grad.index_select(1, index)
     shuffled = replace(
@@ -127,17 +127,18 @@ def test_channels_are_independent(where: str, case: Case, order: int) -> None:
 
 
 def call_format(x: Tensor) -> Tensor:
-    """An x of the same shape in the memory format that x suggests, dense."""
+    """x, dense in its suggested memory format."""
     return x.contiguous(memory_format=torch._prims_common.suggest_memory_format(x))
 
 
 @pytest.mark.parametrize("shape", shapes.QUICK, ids=str)
 @PAIRS
 def test_layouts_agree(device: str, shape: tuple[int, ...], dtype: str, parameters: str) -> None:
-    """Strides that lead to the same memory format give the same bits; on the CPU whatever the alignment.
+    """Strides with the same suggested memory format give the same bits; on the CPU with any alignment.
 
-    Between the two memory formats the order of the sums may differ, and on CUDA between alignments, as windows are of
-    16 aligned bytes: each is within the tolerance (test_gate).
+    The order of sums may differ between the two memory formats, and on CUDA between alignments, as vectors are 16
+    aligned bytes; all are within tolerance (test_within_tolerance).
+
     """
     for training in (True, False):
         base = Case("offset_1e2", shape, dtype, parameters, training=training)
@@ -158,8 +159,8 @@ def is_aligned(tensor: torch.Tensor) -> bool:
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "channels_last_offset", "offset", "sliced"])
-def test_gradient_layouts_do_not_matter(device: str, layout: str) -> None:
-    """x in one memory format and its gradient in any other: the bits are those of a gradient in x's own."""
+def test_bits_do_not_depend_on_gradient_layout(device: str, layout: str) -> None:
+    """For x in one memory format, a gradient in any layout gives the bits of a gradient in x's format."""
     base = Case("normal", (3, 20, 5, 7), "bfloat16", "float32", layout)
     expected = outputs_of(base.inputs(device))
     for grad_layout, arrangement in LAYOUTS.items():
@@ -196,7 +197,7 @@ def test_bits_do_not_depend_on_threads(case: Case) -> None:
 @pytest.mark.cuda
 @pytest.mark.parametrize("case", BITS, ids=str)
 def test_bits_do_not_depend_on_streams(case: Case) -> None:
-    """Also while other streams keep the GPU busy with the same call."""
+    """Also while other streams run the same call."""
     inputs = case.inputs("cuda")
     expected = outputs_of(inputs)
     torch.cuda.synchronize()
@@ -217,19 +218,19 @@ def scaled(inputs: Inputs, x: float = 1.0, grad: float = 1.0) -> Inputs:
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", list(DTYPES))
-def test_powers_of_two_pass_through(device: str, layout: str, dtype: str) -> None:
-    """Exact whatever the rounding: x and sqrt(eps) times 2^k leave y as it is, and a gradient times 2^k is one."""
+def test_powers_of_two_are_exact(device: str, layout: str, dtype: str) -> None:
+    """Scaling x and sqrt(eps) by 2^k leaves y unchanged; scaling the gradient by 2^k scales dx by 2^k. No rounding."""
     inputs = Case("lognormal", (5, 33, 7, 3), dtype, layout=layout, weight="normal").inputs(device)
     plain, small, steep = (outputs_of(i) for i in (inputs, scaled(inputs, x=0.25), scaled(inputs, grad=0.5)))
     assert_same(plain, small, "x / 4", ("y", "dweight", "dbias"))
     assert plain.dx is not None and small.dx is not None and steep.dx is not None
-    if dtype != "float16":  # its subnormals round
+    if dtype != "float16":  # float16's subnormals round
         assert same_bits(small.dx, plain.dx * 4) and same_bits(steep.dx, plain.dx / 2)
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES))
-def test_signs_pass_through(device: str, dtype: str) -> None:
-    """-x gives -y, without a bias; a gradient of the other sign gives gradients of the other sign."""
+def test_negation_is_exact(device: str, dtype: str) -> None:
+    """Without a bias, -x gives -y; a negated gradient gives negated gradients."""
     inputs = Case("cauchy", (5, 33, 7, 3), dtype, weight="weight_only").inputs(device)
     plain = outputs_of(inputs)
     turned = outputs_of(replace(inputs, x=-inputs.x))
@@ -241,24 +242,24 @@ def test_signs_pass_through(device: str, dtype: str) -> None:
 
 
 def statistics(name: str, inputs: Inputs) -> Outputs:
-    """The ops themselves, which also give the statistics that they saved."""
+    """Calls the ops, which also return the saved statistics."""
     i = inputs
     if i.training:
         running = [t if t is None else t.clone() for t in (i.running_mean, i.running_var, i.num_batches_tracked)]
         y, mean, invstd, _ = ops.forward_train(i.x, i.weight, i.bias, *running, i.momentum, i.eps)
-        kept = Outputs(running_mean=running[0], running_var=running[1], num_batches_tracked=running[2])
+        buffers = Outputs(running_mean=running[0], running_var=running[1], num_batches_tracked=running[2])
     else:
         assert i.running_mean is not None and i.running_var is not None
         y, mean, invstd, _ = ops.forward_eval(i.x, i.weight, i.bias, i.running_mean, i.running_var, i.eps)
-        kept = Outputs()
+        buffers = Outputs()
     dx, dweight, dbias = ops.backward(i.grad, i.x, i.weight, mean, invstd, i.training, True, True, True)
-    return replace(kept, y=y, mean=mean, invstd=invstd, dx=dx, dweight=dweight, dbias=dbias)
+    return replace(buffers, y=y, mean=mean, invstd=invstd, dx=dx, dweight=dweight, dbias=dbias)
 
 
 @pytest.mark.parametrize("distribution", list(FAMILIES))
 @pytest.mark.parametrize("momentum", [0.1, None, 1.0, 0.0], ids=str)
 def test_ops_and_saved_statistics(device: str, distribution: str, momentum: float | None) -> None:
-    """mean and invstd, which autograd keeps; every momentum, the cumulative average among them."""
+    """The saved mean and invstd, with every momentum, the cumulative average included."""
     for dtype, parameters, layout in (
         ("float64", "float64", "contiguous"),
         ("float32", "float32", "contiguous"),
@@ -277,8 +278,8 @@ def test_ops_and_saved_statistics(device: str, distribution: str, momentum: floa
 
 @pytest.mark.parametrize("distribution", ["one_nan", "one_inf"])
 @PAIRS
-def test_one_nan_or_infinity_is_in_every_statistic(device: str, distribution: str, dtype: str, parameters: str) -> None:
-    """Also where a channel is one tile, which no other tile is merged with; and in no other channel."""
+def test_one_nan_or_inf_reaches_every_statistic(device: str, distribution: str, dtype: str, parameters: str) -> None:
+    """Of its channel only, also if a channel is a single tile, which is combined with no other."""
     for shape in ((2, 3, 40), (2, 3, 3000), (70, 3, 35), (2, 3, 5), (5, 3), (70, 40), (40, 3, 3)):
         for layout in ("contiguous", "channels_last"):
             if not LAYOUTS[layout].applies(shape):
@@ -295,11 +296,11 @@ def test_one_nan_or_infinity_is_in_every_statistic(device: str, distribution: st
 
 @pytest.mark.parametrize("needs", [(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)], ids=str)
 @pytest.mark.parametrize("training", [True, False])
-def test_gradients_asked_for_alone(device: str, needs: tuple[int, int, int], training: bool) -> None:
-    """Each gradient has the same bits whether or not the others are wanted, and what is not wanted is not made.
+def test_subsets_of_gradients(device: str, needs: tuple[int, int, int], training: bool) -> None:
+    """Each gradient has the same bits whether or not others are needed, and unneeded gradients are None.
 
-    On CUDA the gradients of the parameters alone are sums of the streaming path, as nothing has to stay on chip for
-    them; where that of the input is wanted too, they are the resident path's, in another order.
+    On CUDA parameter gradients alone are sums of the two-pass path, as nothing has to stay on chip for them. With the
+    input's gradient they come from the persistent kernel, in another order.
     """
     for layout in ("contiguous", "channels_last"):
         i = Case("offset_1e2", (6, 20, 5, 7), layout=layout, training=training).inputs(device)
@@ -326,7 +327,7 @@ Module = Callable[..., torch.nn.Module]
 )
 @pytest.mark.parametrize("momentum", [0.3, None])
 def test_modules_over_batches(device: str, module: Module, shape: tuple[int, ...], momentum: float | None) -> None:
-    """Running statistics over several batches, each step judged from where the last one left them; then inference."""
+    """Running statistics over several batches, each step compared from the state before it; then inference."""
     layer = module(20, momentum=momentum).to(device)
     for seed in range(4):
         inputs = Case("offset_1e2", shape, seed=seed, weight="none").inputs(device)
@@ -356,7 +357,7 @@ def test_modules_over_batches(device: str, module: Module, shape: tuple[int, ...
 @LARGE
 @pytest.mark.parametrize("shape", shapes.LARGE, ids=str)
 def test_large_shapes(device: str, shape: tuple[int, ...]) -> None:
-    """N and C beyond every grid dimension, and shapes of real networks; both memory formats."""
+    """N and C beyond every grid dimension, and shapes of real networks, in both memory formats."""
     for layout in ("contiguous", "channels_last"):
         if LAYOUTS[layout].applies(shape):
             check(Case("offset_1e2", shape, "bfloat16", "float32", layout, grad="near_one"), device)

@@ -1,4 +1,4 @@
-"""The reference against what does not share its code: hand computation, exact arithmetic, differences, torch."""
+"""The reference against independent results: by hand, exact arithmetic, finite differences, torch."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ def test_inference_by_hand() -> None:
 
 
 def test_cumulative_average_is_the_average() -> None:
-    """momentum None: after any number of batches the running statistics are the mean of the batches' own."""
+    """momentum=None: after any number of batches the running statistics are the mean of the batches' statistics."""
     batches = [rand(4, 3, 5, seed=s) for s in range(4)]
-    mean, var, count = torch.zeros(3), torch.ones(3), 0  # the start must not matter
+    mean, var, count = torch.zeros(3), torch.ones(3), 0  # initial values must not matter
     for x in batches:
         out = reference.forward(x, None, None, mean, var, count, momentum=None)
         mean, var, count = out.running_mean, out.running_var, out.num_batches_tracked
@@ -73,7 +73,7 @@ def test_cumulative_average_is_the_average() -> None:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("affine", ["none", "weight", "bias", "both"])
 def test_against_torch(shape: tuple[int, ...], training: bool, affine: str) -> None:
-    """torch in float64: another implementation, right where nothing is adversarial."""
+    """torch in float64 is an independent implementation, accurate for inputs that are not adversarial."""
     channels = shape[1]
     x = rand(*shape).requires_grad_()
     weight = rand(channels, seed=1).requires_grad_() if affine in ("weight", "both") else None
@@ -89,7 +89,7 @@ def test_against_torch(shape: tuple[int, ...], training: bool, affine: str) -> N
     expected = dict(zip(present, torch.autograd.grad(y, list(present.values()), grad)))
     close = {"rtol": 1e-12, "atol": 1e-12}
     torch.testing.assert_close(out.y, y, **close)
-    torch.testing.assert_close(out.running_mean, mean, **close)  # torch moved these in place, or left them
+    torch.testing.assert_close(out.running_mean, mean, **close)  # torch updates these in place in training
     torch.testing.assert_close(out.running_var, var, **close)
     for name, value in expected.items():
         torch.testing.assert_close(getattr(grads, name), value, **close)
@@ -98,7 +98,7 @@ def test_against_torch(shape: tuple[int, ...], training: bool, affine: str) -> N
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("training", [True, False])
 def test_gradients_against_differences(shape: tuple[int, ...], training: bool) -> None:
-    """backward() is the derivative of forward(): central differences, every element of x, weight and bias."""
+    """backward() is the derivative of forward(): central differences for every element of x, weight and bias."""
     channels = shape[1]
     leaves = [rand(*shape), rand(channels, seed=1), rand(channels, seed=2)]
     mean, var = rand(channels, seed=3), rand(channels, seed=4).square() + 0.1
@@ -124,7 +124,7 @@ def test_gradients_against_differences(shape: tuple[int, ...], training: bool) -
 
 
 def test_differentiable() -> None:
-    """autograd through forward() is backward(): the plain formula is torch code, for tests of higher derivatives."""
+    """autograd through forward() equals backward(): forward() is plain torch code, as higher derivatives need."""
     x, weight = rand(4, 3, 5).requires_grad_(), rand(3, seed=1).requires_grad_()
     out = reference.forward(x, weight)
     grad = rand(4, 3, 5, seed=2)
@@ -135,7 +135,7 @@ def test_differentiable() -> None:
 
 
 def exact(values: list[float], eps: float) -> tuple[Decimal, Decimal, list[Decimal]]:
-    """mean, variance and xhat in 80 digits: a float is a finite decimal, so only the divisions and the root round."""
+    """mean, variance and xhat in 80 digits: floats are finite decimals, so only divisions and the root round."""
     numbers = [Decimal(v) for v in values]
     mean = sum(numbers, Decimal(0)) / len(numbers)
     var = sum(((v - mean) ** 2 for v in numbers), Decimal(0)) / len(numbers)
@@ -146,7 +146,7 @@ def exact(values: list[float], eps: float) -> tuple[Decimal, Decimal, list[Decim
 @pytest.mark.parametrize(
     ("name", "x", "tolerance"),
     [
-        # The condition number k = rms/std multiplies float64's 1e-16; the figure leaves a factor of 10.
+        # The condition number k = rms/std amplifies float64's 1e-16; the tolerance leaves a factor of 10.
         ("normal", lambda z: z, 1e-14),
         ("mean/std 1e6", lambda z: 1e6 + z, 1e-9),
         ("mean/std 3e5, negative", lambda z: -300 + 1e-3 * z, 1e-9),
@@ -171,7 +171,7 @@ def test_accuracy_against_exact_arithmetic(name: str, x: object, tolerance: floa
             assert abs(Decimal(got) - expected) <= Decimal(tolerance) * largest
 
 
-def test_rounded_inputs_are_taken_as_they_are() -> None:
+def test_low_precision_inputs_are_exact() -> None:
     x = rand(5, 3, 4)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         rounded = x.to(dtype)
@@ -191,16 +191,16 @@ def test_strides_do_not_matter(shape: tuple[int, ...]) -> None:
     assert torch.equal(again.dx, grads.dx) and torch.equal(again.dweight, grads.dweight)
 
 
-def test_arguments_are_left_alone() -> None:
+def test_arguments_are_not_modified() -> None:
     x, mean, var = rand(4, 3), rand(3, seed=1), torch.ones(3, dtype=torch.float64)
     count = torch.tensor(4)
-    kept = [t.clone() for t in (x, mean, var, count)]
+    copies = [t.clone() for t in (x, mean, var, count)]
     out = reference.forward(x, None, None, mean, var, count)
     assert out.num_batches_tracked == 5
-    assert all(torch.equal(a, b) for a, b in zip((x, mean, var, count), kept))
+    assert all(torch.equal(a, b) for a, b in zip((x, mean, var, count), copies))
 
 
-def test_what_is_not_defined_raises() -> None:
+def test_undefined_results_raise() -> None:
     with pytest.raises(ValueError, match="2 values per channel"):
         reference.forward(rand(1, 3))
     with pytest.raises(ValueError, match="num_batches_tracked"):

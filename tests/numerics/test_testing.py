@@ -1,4 +1,4 @@
-"""The generators give what their names say, cover what they claim, and give it again."""
+"""Generators of test inputs: they produce what their names say, cover what they claim, and are deterministic."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from bnkernels.testing import (
 )
 from bnkernels.testing.calls import Inputs
 
-testing_cases = sys.modules["bnkernels.testing.cases"]  # the package gives this name to the function
+testing_cases = sys.modules["bnkernels.testing.cases"]  # `cases` in the package is the function
 ROOT = Path(__file__).resolve().parents[2]
 QUICK, FULL = list(cases("quick")), list(cases("full"))
 SHAPE = (4, 5, 1031)
@@ -57,8 +57,8 @@ def constant(*values: float) -> Callable[[Tensor], bool]:
     return lambda x: torch.equal(x, torch.tensor(values).double()[:, None].expand_as(x))
 
 
-# What design and name promise of each family's float32 rows (5, 4124).
-PROMISES: dict[str, Callable[[Tensor], bool]] = {
+# Properties of each distribution's float32 rows (5, 4124).
+PROPERTIES: dict[str, Callable[[Tensor], bool]] = {
     "normal": around(0, 1),
     "offset_1e2": around(1e2, 1),
     "offset_1e4": around(1e4, 1),
@@ -88,12 +88,12 @@ PROMISES: dict[str, Callable[[Tensor], bool]] = {
 
 
 @pytest.mark.parametrize("distribution", list(FAMILIES))
-def test_families_are_what_they_say(distribution: str) -> None:
-    assert PROMISES[distribution](x_of(distribution)), x_of(distribution)[:, :4]
+def test_distributions_have_their_properties(distribution: str) -> None:
+    assert PROPERTIES[distribution](x_of(distribution)), x_of(distribution)[:, :4]
 
 
-def test_families_fit_where_they_can_be_held() -> None:
-    """What does not fit is left out by its magnitude, and nothing that fits overflows or vanishes in rounding."""
+def test_distributions_fit_their_dtypes() -> None:
+    """Distributions out of a dtype's range are left out; the others neither overflow nor vanish in rounding."""
     fitting = {dtype: {n for n, f in FAMILIES.items() if f.fits(DTYPES[dtype])} for dtype in DTYPES}
     assert fitting["float32"] == fitting["float64"] == fitting["bfloat16"] == set(FAMILIES)
     too_large = {"offset_1e6", "constant_1e7", "first_1e5", "last_1e6", "scale_1e18", "scale_1e30"}
@@ -104,7 +104,7 @@ def test_families_fit_where_they_can_be_held() -> None:
             assert x.isfinite().all() and (name == "zeros" or (x != 0).any()), (name, dtype)
 
 
-def test_design_values_in_float16() -> None:
+def test_extreme_values_in_float16() -> None:
     assert x_of("float16_limits", "float16").abs().unique().item() == torch.finfo(torch.float16).max
     assert 0 < x_of("subnormal", "float16").abs().max() < torch.finfo(torch.float16).smallest_normal
 
@@ -113,7 +113,7 @@ def grad_of(grad: str, shape: tuple[int, ...] = (4, 5, 31, 3)) -> Inputs:
     return Case("normal", shape, "float64", grad=grad).inputs()
 
 
-def test_gradients_are_what_they_say() -> None:
+def test_gradients_have_their_properties() -> None:
     g = {name: rows(grad_of(name).grad) for name in GRADS}
     x = rows(grad_of("normal").x)
     xhat = (x - x.mean(1, keepdim=True)) / (x.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
@@ -126,14 +126,14 @@ def test_gradients_are_what_they_say() -> None:
     assert grad_of("expanded").grad.stride() == (0, 0, 0, 0)
     pooled = grad_of("pooled").grad
     assert pooled.stride()[2:] == (0, 0) and pooled.unique().numel() == 20
-    assert not torch.equal(g["normal"], x), "x and its gradient are drawn apart"
+    assert not torch.equal(g["normal"], x), "x and its gradient are independent"
 
 
-def test_weights_are_what_they_say() -> None:
+def test_weights_have_their_properties() -> None:
     w = {name: Case("normal", (2, 100), "float64", weight=name).inputs() for name in WEIGHTS}
-    there = {name: (i.weight is not None, i.bias is not None) for name, i in w.items()}
+    present = {name: (i.weight is not None, i.bias is not None) for name, i in w.items()}
     partial = {"none": (False, False), "weight_only": (True, False), "bias_only": (False, True)}
-    assert there == {name: partial.get(name, (True, True)) for name in WEIGHTS}
+    assert present == {name: partial.get(name, (True, True)) for name in WEIGHTS}
     for name, value in (("zero", 0.0), ("minus_one", -1.0), ("w_1e-20", 1e-20), ("w_1e4", 1e4)):
         weight = w[name].weight
         assert weight is not None and (weight == value).all()
@@ -141,8 +141,8 @@ def test_weights_are_what_they_say() -> None:
     assert mixed is not None and {0.0, -1.0, 1e-20, 1e4} < set(mixed.tolist())
 
 
-def test_running_statistics_suit_their_mode() -> None:
-    """Training starts from anything; inference from statistics near the data's, finite whatever the data are."""
+def test_running_statistics_by_mode() -> None:
+    """Training starts from arbitrary statistics; inference has statistics near the data's, finite for any data."""
     for distribution in FAMILIES:
         inputs = Case(distribution, (4, 5, 31), training=False).inputs()
         assert inputs.running_mean is not None and inputs.running_var is not None
@@ -165,19 +165,19 @@ def digest(chosen: list[Case]) -> str:
     return found.hexdigest()
 
 
-SAMPLE = "from tests.test_testing import QUICK, digest; print(digest(QUICK[::7]), len(QUICK))"
+SAMPLE = "from tests.numerics.test_testing import QUICK, digest; print(digest(QUICK[::7]), len(QUICK))"
 
 
 def test_deterministic_across_processes() -> None:
-    """Names, bits, strides and offsets; whatever Python's hash seed and the number of threads."""
-    said = set()
+    """Names, bits, strides and offsets do not depend on Python's hash seed and the number of threads."""
+    printed = set()
     for seed, threads in (("1", "1"), ("2", "2")):
         environment = {**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": threads, "PYTHONPATH": str(ROOT)}
         run = subprocess.run(
             [sys.executable, "-c", SAMPLE], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
         )
-        said.add(run.stdout.strip())
-    assert said == {f"{digest(QUICK[::7])} {len(QUICK)}"}
+        printed.add(run.stdout.strip())
+    assert printed == {f"{digest(QUICK[::7])} {len(QUICK)}"}
 
 
 def test_names_reproduce_cases() -> None:
@@ -191,8 +191,8 @@ def test_names_reproduce_cases() -> None:
 
 
 @pytest.mark.parametrize("tier", ["quick", "full"])
-def test_every_epilogue_meets_every_dtype(tier: str) -> None:
-    """In training and inference; in the full tier each family too. Plain cases have none, and are what they were."""
+def test_every_epilogue_with_every_dtype(tier: str) -> None:
+    """In training and inference; in the full tier with each distribution too. Plain cases have no epilogue."""
     fused = list(fused_cases(tier))
     met = {(c.epilogue, c.dtype, c.parameters, c.training) for c in fused}
     assert met == {(e, *pair, t) for e in EPILOGUES[1:] for pair in DTYPE_PAIRS for t in (True, False)}
@@ -204,7 +204,7 @@ def test_every_epilogue_meets_every_dtype(tier: str) -> None:
 
 
 def test_seeds_dtypes_and_layouts() -> None:
-    """Another seed gives other values; another dtype rounds the same ones, and another layout moves them."""
+    """Another seed gives other values; another dtype rounds the same values, and another layout rearranges them."""
     base = Case("normal", (4, 3, 5, 7), "float64")
     x = base.inputs().x
     assert not torch.equal(Case("normal", (4, 3, 5, 7), "float64", seed=1).inputs().x, x)
@@ -214,7 +214,7 @@ def test_seeds_dtypes_and_layouts() -> None:
 
 
 def test_long_rows_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that cases beyond 2^31 elements are made in seconds; shorter ones do not."""
+    """Rows repeat beyond a period, so that cases of over 2^31 elements are made in seconds; shorter rows do not."""
     assert max(case.elements_per_channel for case in FULL) <= testing_cases._PERIOD
     monkeypatch.setattr(testing_cases, "_PERIOD", 101)
     x = rows(Case("normal", (4, 3, 59)).inputs().x)
@@ -225,23 +225,29 @@ def test_long_rows_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("normal/2x4/float32/contiguous/normal/normal", "6 fields, not 7 or 8"),
-        ("nope/2x4/float32/contiguous/normal/normal/train", "no distribution 'nope'; there are: normal,"),
-        ("normal/2x4/int8/contiguous/normal/normal/train", "no dtype"),
-        ("normal/2x4/float32+float16/contiguous/normal/normal/train", "float16 parameters do not go with float32"),
-        ("normal/2x4/float32/sideways/normal/normal/train", "no layout"),
-        ("normal/2x4/float32/channels_last/normal/normal/train", "means nothing for shape"),
-        ("normal/2x4/float32/contiguous/nope/normal/train", "no gradient"),
-        ("normal/2x4/float32/contiguous/normal/nope/train", "no weight"),
+        ("normal/2x4/float32/contiguous/normal/normal", "of 7 or 8 fields, but .* has 6"),
+        ("nope/2x4/float32/contiguous/normal/normal/train", "unknown distribution 'nope': expected one of normal,"),
+        ("normal/2x4/int8/contiguous/normal/normal/train", "unknown dtype"),
+        (
+            "normal/2x4/float32+float16/contiguous/normal/normal/train",
+            "float32 inputs do not support float16 parameters",
+        ),
+        ("normal/2x4/float32/sideways/normal/normal/train", "unknown layout"),
+        ("normal/2x4/float32/channels_last/normal/normal/train", "does not apply to shape"),
+        ("normal/2x4/float32/contiguous/nope/normal/train", "unknown gradient"),
+        ("normal/2x4/float32/contiguous/normal/nope/train", "unknown weight"),
         ("normal/2x4/float32/contiguous/normal/normal/test", "train or eval"),
-        ("normal/2x4/float32/contiguous/normal/normal/train/gelu", "no epilogue 'gelu'; there are: relu, add, add"),
-        ("normal/2xfour/float32/contiguous/normal/normal/train", "no number"),
-        ("normal/1x4/float32/contiguous/normal/normal/train", "2 or more values"),
+        (
+            "normal/2x4/float32/contiguous/normal/normal/train/gelu",
+            "unknown epilogue 'gelu': expected one of relu, add, add",
+        ),
+        ("normal/2xfour/float32/contiguous/normal/normal/train", "expected integers"),
+        ("normal/1x4/float32/contiguous/normal/normal/train", "at least 2 values"),
         ("normal/4/float32/contiguous/normal/normal/train", "expected"),
-        ("offset_1e6/2x4/float16/contiguous/normal/normal/train", "cannot hold"),
+        ("offset_1e6/2x4/float16/contiguous/normal/normal/train", "cannot represent"),
     ],
 )
-def test_bad_names_say_what_is_wrong(name: str, message: str) -> None:
+def test_invalid_names_raise(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Case.parse(name)
 
@@ -252,7 +258,7 @@ def pairs_that_fit() -> set[tuple[str, str, str]]:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_quick_covers(training: bool) -> None:
-    """Each of these in training and in inference."""
+    """Each of these sets, in training and in inference."""
     met = [c for c in QUICK if c.training == training]
     assert {(c.distribution, c.dtype, c.parameters) for c in met} == pairs_that_fit()
     assert {(c.grad, c.dtype, c.parameters) for c in met} == {(g, d, p) for g in GRADS for d, p in DTYPE_PAIRS}
@@ -261,8 +267,8 @@ def test_quick_covers(training: bool) -> None:
     assert layouts <= {(c.shape, c.layout) for c in met}
 
 
-def test_quick_mixes() -> None:
-    """What is dealt and not crossed: gradients in layouts of their own, distributions on every kind of shape."""
+def test_quick_samples() -> None:
+    """Sampled combinations: gradients in layouts other than x's, distributions on every kind of shape."""
     assert {c.grad_layout for c in QUICK if c.grad_layout != c.layout} == set(LAYOUTS)
     assert {(a.layout, a.grad_layout) for a in QUICK} >= {
         ("contiguous", "channels_last"),
@@ -282,7 +288,7 @@ def test_full_covers() -> None:
     assert large >= {(s, d, p) for s in shapes.LARGE for d, p in DTYPE_PAIRS}
 
 
-def test_shapes_are_what_they_say() -> None:
+def test_shapes_have_their_properties() -> None:
     small = shapes.QUICK
     assert {len(s) for s in small} == {2, 3, 4, 5}
     assert {1, 3, 100} <= {s[1] for s in small}, "channels"
@@ -294,7 +300,7 @@ def test_shapes_are_what_they_say() -> None:
 
 
 def test_unknown_tier_raises() -> None:
-    with pytest.raises(ValueError, match="no tier 'some'; there are: quick, full, huge"):
+    with pytest.raises(ValueError, match="unknown tier 'some': expected one of quick, full, huge"):
         list(cases("some"))
 
 
@@ -347,7 +353,7 @@ def test_guarded(dtype: torch.dtype, channels_last: bool) -> None:
     assert tensor.isnan().all() and tensor.shape == (2, 3, 4) and tensor.data_ptr() % 16 != 0
     assert (tensor.movedim(1, -1) if channels_last else tensor).is_contiguous()
     tensor.fill_(1.0)
-    assert intact(), "the tensor itself is there to be written"
+    assert intact(), "writes to the tensor itself are allowed"
     start = tensor.storage_offset()
     for position in (0, start - 1, start + 24, storage.numel() - 1):
         for value in (1.0, math.nan):

@@ -1,4 +1,4 @@
-"""The gate can fail: wrong algorithms and wrong constants are found, right ones pass, in plain float32 arithmetic."""
+"""The tolerance detects wrong algorithms and wrong constants, and accepts right ones in plain float32 arithmetic."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from bnkernels.testing import (
     judge_call,
 )
 
-Moments = Callable[[Tensor], tuple[Tensor, Tensor]]
+Statistics = Callable[[Tensor], tuple[Tensor, Tensor]]
 SHAPE = (4, 5, 1031)  # n = 4124 = 4 * 1031 per channel
 
 
 def tree(rows: Tensor) -> Tensor:
-    """The sum of each row, pairwise, in the rows' own dtype."""
+    """Pairwise sum of each row, in the rows' dtype."""
     while rows.shape[1] > 1:
         if rows.shape[1] % 2:
             rows = torch.nn.functional.pad(rows, (0, 1))
@@ -49,7 +49,7 @@ def two_pass(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def welford(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Welford in chains of at most 64, merged in pairs by Chan's formula."""
+    """Welford in chains of at most 64, combined in pairs by Chan's formula."""
     chains = math.ceil(rows.shape[1] / 64)
     count = torch.zeros(chains, dtype=rows.dtype)
     mean, m2 = (
@@ -76,38 +76,38 @@ def welford(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def one_pass(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """E[x^2] - E[x]^2: what must never pass."""
+    """E[x^2] - E[x]^2, which must fail."""
     mean = tree(rows) / rows.shape[1]
     return mean, (tree(rows.square()) / rows.shape[1] - mean.square()).clamp_min(0)
 
 
 def first_as_pivot(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """One pass over x - x[0]: well where x[0] is near the mean."""
+    """One pass over x - x[0]: accurate if x[0] is near the mean."""
     mean, var = one_pass(rows - rows[:, :1])
     return mean + rows[:, 0], var
 
 
-def in_float64(moments: Moments) -> Moments:
+def in_float64(statistics: Statistics) -> Statistics:
     def wide(rows: Tensor) -> tuple[Tensor, Tensor]:
-        return moments(rows.double())
+        return statistics(rows.double())
 
     return wide
 
 
 def backend(
     inputs: Inputs,
-    moments: Moments,
+    statistics: Statistics,
     *,
     biased_by: int = 0,
     eps: float | None = None,
     momentum: float | None = None,
     divisor: int = 0,
 ) -> Outputs:
-    """A whole call in float32 with a choice of the statistics, and with the faults that are asked for."""
+    """A whole call in float32 with the given statistics and faults."""
     i = inputs
     rows, grad = (t.float().movedim(1, 0).reshape(t.shape[1], -1) for t in (i.x, i.grad))
     n = rows.shape[1]
-    mean, var = moments(rows)
+    mean, var = statistics(rows)
     invstd = (1 / torch.sqrt(var * (n / (n - biased_by)) + (i.eps if eps is None else eps))).float()
     mean, var32 = mean.float(), var.float()
     w = torch.ones(rows.shape[0]) if i.weight is None else i.weight.float()
@@ -139,13 +139,13 @@ def backend(
     )
 
 
-def worst(case: Case, moments: Moments, **faults: float) -> dict[str, float]:
+def worst(case: Case, statistics: Statistics, **faults: float) -> dict[str, float]:
     inputs = case.inputs()
-    error_reports = judge_call(inputs, backend(inputs, moments, **faults))  # type: ignore[arg-type]
+    error_reports = judge_call(inputs, backend(inputs, statistics, **faults))  # type: ignore[arg-type]
     return {v.quantity: v.ratio for v in error_reports}
 
 
-# float32 sums of squares and variances overflow there: see test_overflow_of_the_arithmetic.
+# float32 sums of squares and variances of these overflow: see test_overflow_of_the_arithmetic.
 OVERFLOWING = ("scale_1e18", "scale_1e30")
 FITTING = [
     name for name, distribution in FAMILIES.items() if distribution.fits(torch.float32) and name not in OVERFLOWING
@@ -153,38 +153,40 @@ FITTING = [
 
 
 @pytest.mark.parametrize("distribution", FITTING)
-@pytest.mark.parametrize("moments", [welford, two_pass, in_float64(two_pass)], ids=["welford", "two_pass", "float64"])
-def test_stable_algorithms_pass(distribution: str, moments: Moments) -> None:
-    """With room to spare: K is for long chains and rare inputs, not for every day."""
+@pytest.mark.parametrize(
+    "statistics", [welford, two_pass, in_float64(two_pass)], ids=["welford", "two_pass", "float64"]
+)
+def test_stable_algorithms_pass(distribution: str, statistics: Statistics) -> None:
+    """With room to spare: K covers long chains and rare inputs."""
     for grad, weight, dtype in (
         ("normal", "normal", "float32"),
         ("xhat", "w_1e4", "float32"),
         ("ones", "none", "bfloat16"),
     ):
-        ratios = worst(Case(distribution, SHAPE, dtype, "float32", grad=grad, weight=weight), moments)
+        ratios = worst(Case(distribution, SHAPE, dtype, "float32", grad=grad, weight=weight), statistics)
         assert max(ratios.values()) < REPORT_FROM / K, ratios
 
 
 @pytest.mark.parametrize("distribution", ["normal", "offset_1e4", "first_1e5", "constant_tenths", "ramp_1e3", "cauchy"])
 def test_stable_algorithms_pass_at_length(distribution: str) -> None:
-    """At n = 250,007, where the design calibrated K."""
-    for moments in (welford, two_pass):
-        assert max(worst(Case(distribution, (1, 3, 250_007)), moments).values()) < REPORT_FROM / K
+    """At n = 250,007, the size K was calibrated for."""
+    for statistics in (welford, two_pass):
+        assert max(worst(Case(distribution, (1, 3, 250_007)), statistics).values()) < REPORT_FROM / K
 
 
 @pytest.mark.parametrize("distribution", ["offset_1e4", "offset_1e6", "offset_neg300", "offset_1e4_signs"])
 def test_one_pass_variance_fails(distribution: str) -> None:
     ratios = worst(Case(distribution, SHAPE), one_pass)
     assert min(ratios[name] for name in ("y", "dx", "invstd")) > 1 and ratios["running_var"] > 100, ratios
-    assert ratios["mean"] < 1, "its mean is good: the tolerance tells them apart"
+    assert ratios["mean"] < 1, "its mean is accurate: the tolerance distinguishes the outputs"
 
 
-def test_one_pass_variance_passes_where_it_is_good() -> None:
-    """So it is the cancellation that fails above, not the harness."""
+def test_one_pass_variance_passes_without_cancellation() -> None:
+    """So the failures above come from cancellation, not from the harness."""
     assert max(worst(Case("normal", SHAPE), one_pass).values()) < 1
 
 
-def test_pivot_fails_where_the_pivot_is_the_outlier() -> None:
+def test_pivot_fails_if_it_is_an_outlier() -> None:
     assert worst(Case("first_1e5", SHAPE), first_as_pivot)["y"] > 10
     assert max(worst(Case("offset_1e4", SHAPE), first_as_pivot).values()) < 1
 
@@ -192,15 +194,15 @@ def test_pivot_fails_where_the_pivot_is_the_outlier() -> None:
 @pytest.mark.parametrize(
     ("fault", "quantities"),
     [
-        ({"biased_by": 1}, ("y", "invstd", "dx")),  # n - 1 for n
+        ({"biased_by": 1}, ("y", "invstd", "dx")),  # n - 1 instead of n
         ({"eps": 2e-5}, ("y", "invstd", "dx")),
         ({"momentum": 0.1001}, ("running_mean", "running_var")),
         ({"divisor": 1}, ("dx",)),
     ],
     ids=str,
 )
-def test_off_by_one_constants_fail(fault: dict[str, float], quantities: tuple[str, ...]) -> None:
-    """Each constant of the formula, off by little; and no other output is blamed."""
+def test_wrong_constants_fail(fault: dict[str, float], quantities: tuple[str, ...]) -> None:
+    """Each constant of the formula, slightly off, fails its own outputs and no others."""
     ratios = worst(Case("normal", (4, 5, 31)), two_pass, **fault)
     beyond = {name for name, ratio in ratios.items() if ratio > 1}
     assert beyond.issuperset(quantities), ratios
@@ -213,11 +215,11 @@ def spoil(outputs: Outputs, name: str, change: Callable[[Tensor], Tensor]) -> Ou
 
 @pytest.mark.parametrize("name", ["y", "dx", "mean", "invstd", "running_mean", "running_var", "dweight", "dbias"])
 @pytest.mark.parametrize("wrong", [1.001, math.nan, math.inf])
-def test_one_wrong_element_is_found(name: str, wrong: float) -> None:
-    """In any output, wherever it lies: and the error report names it."""
+def test_one_wrong_element_fails(name: str, wrong: float) -> None:
+    """In any output and at any position; the error report names it."""
     inputs = Case("normal", (4, 5, 31)).inputs()
     good = backend(inputs, two_pass)
-    assert_within(judge_call(inputs, good), "unspoiled")
+    assert_within(judge_call(inputs, good), "unchanged")
     index = (2, 3, 17) if name in ("y", "dx") else (3,)
 
     def change(t: Tensor) -> Tensor:
@@ -231,7 +233,7 @@ def test_one_wrong_element_is_found(name: str, wrong: float) -> None:
         assert_within(judge_call(inputs, spoil(good, name, change)), "the-case")
 
 
-def test_wrong_count_is_found() -> None:
+def test_wrong_count_fails() -> None:
     inputs = Case("normal", (4, 5, 31)).inputs()
     good = backend(inputs, two_pass)
     first = judge_call(inputs, spoil(good, "num_batches_tracked", lambda t: t + 1))[0]
@@ -239,7 +241,7 @@ def test_wrong_count_is_found() -> None:
 
 
 @pytest.mark.parametrize("distribution", ["one_nan", "one_inf"])
-def test_nan_belongs_to_its_channel(distribution: str) -> None:
+def test_nan_must_stay_in_its_channel(distribution: str) -> None:
     inputs = Case(distribution, (4, 5, 31)).inputs()
     good = backend(inputs, two_pass)
     assert_within(judge_call(inputs, good), distribution)
@@ -272,9 +274,9 @@ def error_report_of(got: float, expected: float, dtype: torch.dtype, scale: floa
         (-math.inf, 1e6, False),
         (math.inf, 65000.0, False),  # does not
         (65504.0, 65504.0, True),
-        (65504.0, 1e6, False),  # saturating is not rounding
+        (65504.0, 1e6, False),  # saturation is not rounding
         (math.nan, 1e6, False),
-        (math.inf, math.nan, True),  # not finite where the reference is not
+        (math.inf, math.nan, True),  # not finite, like the reference
         (math.nan, -math.inf, True),
         (1.0, math.nan, False),
         (1.0, math.inf, False),
@@ -285,16 +287,15 @@ def test_overflow_of_the_output(got: float, expected: float, ok: bool) -> None:
 
 
 def test_overflow_of_the_arithmetic() -> None:
-    """At 1e30 z the variance is 1e60: float32 statistics give invstd 0, which the tolerance does not take for an
-    answer."""
+    """At 1e30 z the variance is 1e60: float32 statistics give invstd 0, which the tolerance rejects."""
     case = Case("scale_1e30", SHAPE, weight="none")
     assert worst(case, two_pass)["y"] > 1
     assert max(worst(case, in_float64(two_pass)).values()) < 1
 
 
 def test_gradual_underflow() -> None:
-    """The mean of subnormal data rounds to a multiple of 2^-149, which sums of large gradients show and which no
-    algorithm can avoid; flushing the data to zero is another matter."""
+    """The mean of subnormal data rounds to a multiple of 2^-149. Sums with large gradients show that error, which no
+    algorithm can avoid; flushing the data to zero must fail."""
     case = Case("subnormal", (4, 5, 31), grad="float16_max", weight="none")
     inputs = case.inputs()
     assert max(worst(case, in_float64(two_pass)).values()) < 1
@@ -304,8 +305,8 @@ def test_gradual_underflow() -> None:
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES))
-def test_the_rounded_reference_passes(dtype: str) -> None:
-    """A perfect result is within the rounding of its dtype, with nothing of K spent, for every family and weight."""
+def test_rounded_reference_passes(dtype: str) -> None:
+    """A perfect result passes by the rounding of its dtype alone, without K, for every distribution and weight."""
     for name, distribution in FAMILIES.items():
         if not distribution.fits(DTYPES[dtype]):
             continue
@@ -332,16 +333,16 @@ def test_the_rounded_reference_passes(dtype: str) -> None:
                 assert len(error_reports) == 8 and error_reports[0].ratio == 0, (name, weight, str(error_reports[0]))
 
 
-def test_one_unit_too_many_fails() -> None:
-    """Where nothing accumulates (scale 0), an output may be rounded and no more."""
+def test_one_ulp_too_many_fails() -> None:
+    """If nothing accumulates (scale 0), an output may be rounded once."""
     for dtype in DTYPES.values():
         eps = torch.finfo(dtype).eps
         assert error_report_of(1.5, 1.5 + 0.5 * eps, dtype, scale=0.0).ok
         assert not error_report_of(1.5, 1.5 + 1.7 * eps, dtype, scale=0.0).ok
 
 
-def test_bound_is_the_formula() -> None:
-    """K u_acc scale + 1.05 u_out |ref| + tiny, by the numbers."""
+def test_bound_formula() -> None:
+    """K u_acc scale + 1.05 u_out |ref| + tiny, evaluated."""
     v = error_report_of(3.0, 2.0, torch.bfloat16, scale=5.0)
     assert v.bound == pytest.approx(32 * 2.0**-24 * 5 + 1.05 * 2.0**-8 * 2 + torch.finfo(torch.bfloat16).tiny)
     assert v.ratio == pytest.approx((1 - 1.05 * 2.0**-8 * 2) / (32 * 2.0**-24 * 5))
@@ -352,7 +353,7 @@ def test_wrong_shape_raises() -> None:
         judge(torch.zeros(1), Expectation("y", torch.zeros(2).double(), torch.zeros(2).double(), 2.0**-24))
 
 
-def test_blocks_of_channels_do_not_change_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_of_channels_do_not_change_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = Case("normal", (4, 5, 31)).inputs()
     outputs = spoil(backend(inputs, two_pass), "dx", lambda t: t.index_fill(1, torch.tensor(3), 0.0))
     whole = judge_call(inputs, outputs)

@@ -1,4 +1,4 @@
-"""bnkernels.explain and python -m bnkernels.explain: what they say is what the plan says, on any machine."""
+"""bnkernels.explain and python -m bnkernels.explain report the launch plan, on machines with and without a GPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 
 import bnkernels as bnk
 from bench import shapes
-from bnkernels import ops
+from bnkernels import _ops as ops
 from bnkernels.explain import cli, devices
 from bnkernels.explain.devices import NAMED
 from bnkernels.explain.spec import spec_of
@@ -35,18 +35,18 @@ def raw(outer: int, channels: int, inner: int, dtype: str, pass_: str, device: s
     return ops.plan(outer, channels, inner, dtype, pass_, True, **NAMED[device].limits.arguments())
 
 
-# What it says is the plan
+# The report agrees with the plan
 
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("training", [True, False])
-def test_values_are_the_plans(layout: str, training: bool) -> None:
+def test_values_match_the_plan(layout: str, training: bool) -> None:
     explanation = bnk.explain(SHAPE, dtype="bf16", layout=layout, device="h200", training=training)
     outer, inner = (256, 112 * 112) if layout == "nchw" else (256 * 112 * 112, 1)
     for direction, plan in zip(("forward", "backward"), explanation.passes):
         expected = raw(outer, 64, inner, "bfloat16", f"{direction}_{'train' if training else 'eval'}", "h200")
-        told = json.loads(json.dumps(plan.as_json()))
-        assert {name: told[name] for name in expected} == expected
+        report = json.loads(json.dumps(plan.as_json()))
+        assert {name: report[name] for name in expected} == expected
         assert plan.ratio == sum(expected["predicted"].values()) / sum(expected["floor"].values())
         assert plan.seconds == sum(expected["predicted"].values()) / 4.8e12
         if expected["persistent"] is not None:
@@ -57,7 +57,7 @@ def test_values_are_the_plans(layout: str, training: bool) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(NAMED))
-def test_every_named_device_answers_for_resnet50(name: str) -> None:
+def test_every_named_device_has_plans_for_resnet50(name: str) -> None:
     limits = NAMED[name].limits
     assert limits.shared_per_block <= limits.shared_per_multiprocessor
     for layer in shapes.resnet50():
@@ -89,33 +89,33 @@ def test_slices_have_a_part_of_their_gpu() -> None:
             assert device.bandwidth <= whole.bandwidth
 
 
-def test_words() -> None:
+def test_summary_text() -> None:
     text = str(bnk.explain(SHAPE, dtype="bf16", device="H200"))
     for part in (
-        "BatchNorm in training of 256x64x112x112 bfloat16 contiguous: 411 MB a tensor",
+        "BatchNorm in training of 256x64x112x112 bfloat16 contiguous: 411 MB per tensor",
         "h200 (NVIDIA H200): 132 multiprocessors, 227 KiB of shared memory",
         "forward in training: persistent kernel, 1 launch\n",
         "floor 822.1 MB, predicted 822.1 MB: 1.00 x the floor",
-        "no less than 171.3 us at 4.8 TB/s: bandwidth alone, not a measurement",
+        "at least 171.3 us at 4.8 TB/s: a bandwidth bound, not a measurement",
     ):
         assert part in text
     partly = str(bnk.explain((256, 256, 56, 56), dtype="bf16", layout="nhwc", device="h200"))
-    assert "persistent kernel, 1 launch" in partly and "the rest is read again, last first" in partly
+    assert "persistent kernel, 1 launch" in partly and "the rest is reloaded, in reverse order" in partly
     two_pass = str(bnk.explain(SHAPE, dtype="bf16", layout="nhwc", device="t4"))
-    assert "two-pass path, 3 launches" in two_pass and "too little of a channel tile would stay on chip" in two_pass
+    assert "two-pass path, 3 launches" in two_pass and "too little of a channel tile fits in shared memory" in two_pass
 
 
-def test_streaming_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_pass_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BNKERNELS_PLAN", "two_pass")
     explanation = bnk.explain(SHAPE, dtype="bf16", device="h200")
     assert [plan.reason for plan in explanation.passes] == ["forced", "forced"]
-    assert "BNKERNELS_PLAN=two_pass asks for it" in str(explanation)
+    assert "requested by BNKERNELS_PLAN=two_pass" in str(explanation)
     monkeypatch.setenv("BNKERNELS_PLAN", "sideways")
-    with pytest.raises(ValueError, match="BNKERNELS_PLAN=sideways: expected auto or streaming"):
+    with pytest.raises(ValueError, match="BNKERNELS_PLAN=sideways: expected auto or two_pass"):
         bnk.explain(SHAPE, device="h200")
 
 
-# What is explained
+# Inputs of explain()
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_streaming_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda: torch.empty(6, 5, 3, 7).to(memory_format=torch.channels_last), (126, 5, 1, "float32", True)),
         (lambda: torch.empty(2, 5, 3, 7, 4).to(memory_format=torch.channels_last_3d), (168, 5, 1, "float32", True)),
         (lambda: torch.empty(61)[1:].view(6, 10), (6, 10, 1, "float32", False)),
-        (lambda: torch.empty(10, 6).t(), (6, 10, 1, "float32", True)),  # copied to memory of its own
+        (lambda: torch.empty(10, 6).t(), (6, 10, 1, "float32", True)),  # explain() plans for a contiguous copy
         (lambda: torch.empty(61)[1:].view(10, 6).t(), (6, 10, 1, "float32", True)),
         (lambda: torch.empty(6, 5, 3, 8)[..., 1:], (6, 5, 21, "float32", True)),
         (lambda: torch.empty(6, 5, 2**40, device="meta"), (6, 5, 2**40, "float32", True)),
@@ -138,7 +138,7 @@ def test_tensors(make: Callable[[], torch.Tensor], expected: tuple[Any, ...]) ->
     assert (spec.outer, spec.channels, spec.inner, spec.dtype, spec.aligned) == expected
 
 
-def test_dtype_and_layout_in_any_words() -> None:
+def test_dtype_and_layout_names() -> None:
     for dtype in ("bf16", "bfloat16", "torch.bfloat16", "BF16", torch.bfloat16):
         for layout in ("nhwc", "NHWC", "channels_last", "channels-last", torch.channels_last):
             spec = spec_of((2, 3, 4, 5), dtype, layout)
@@ -157,27 +157,31 @@ def test_dtype_and_layout_in_any_words() -> None:
         ({"x": (8, 2.5)}, TypeError, r"expected a tensor or a shape .* but got \(8, 2.5\)"),
         ({"x": 8}, TypeError, "expected a tensor or a shape"),
         ({"x": (1, 8)}, ValueError, r"more than 1 value per channel when training, but got a shape of \(1, 8\)"),
-        ({"x": (8, 8), "dtype": "int8"}, ValueError, r"expected a dtype of float64 .* but got 'int8'"),
-        ({"x": torch.ones(8, 8, dtype=torch.int32)}, ValueError, r"expected a dtype of .* but got torch.int32"),
-        ({"x": (8, 8), "layout": "nhcw"}, ValueError, r"expected a layout of contiguous .* but got 'nhcw'"),
+        ({"x": (8, 8), "dtype": "int8"}, ValueError, r"expected dtype to be one of float64 .* but got 'int8'"),
+        ({"x": torch.ones(8, 8, dtype=torch.int32)}, ValueError, r"expected dtype to be one of .* but got torch.int32"),
+        ({"x": (8, 8), "layout": "nhcw"}, ValueError, r"expected layout to be one of contiguous .* but got 'nhcw'"),
         ({"x": (8, 8, 3), "layout": "nhwc"}, ValueError, r"4 or 5 dimensions for channels_last, but got \(8, 8, 3\)"),
-        ({"x": (8, 8), "device": "h300"}, ValueError, r"expected a device of t4, .*cuda:N or cpu, but got 'h300'"),
+        (
+            {"x": (8, 8), "device": "h300"},
+            ValueError,
+            r"expected device to be one of t4, .*cuda:N or cpu, but got 'h300'",
+        ),
         ({"x": (8, 8), "device": "cuda:x"}, ValueError, r"expected cuda or cuda:N with N a number, but got 'cuda:x'"),
-        ({"x": (8, 8), "device": "cuda:99"}, ValueError, r"cuda:99: .*Named devices need no GPU: device='h200'"),
+        ({"x": (8, 8), "device": "cuda:99"}, ValueError, r"cuda:99: .*Named devices need no GPU, e.g. device='h200'"),
         ({"x": (2**40, 2**40), "device": "h200"}, ValueError, "2\\^57 bytes"),
         ({"x": (8, 8), "activation": "gelu"}, ValueError, "activation must be None or 'relu', but got 'gelu'"),
     ],
 )
-def test_what_is_wrong_is_said(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_errors(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     given = {"device": "h200", **arguments}
     with pytest.raises(error, match=message):
         bnk.explain(given.pop("x"), **given)
 
 
-# What follows in the same kernels
+# Epilogues
 
 EPILOGUES = [
-    # residual, activation: tensors that each pass moves, and its launches, where BatchNorm itself is at the floor
+    # residual, activation: tensors that each pass moves and its launches, with BatchNorm itself at the floor
     (False, "relu", (2, 1), (3, 1), "BatchNorm and ReLU"),
     (True, None, (3, 1), (3, 1), "BatchNorm and an addition"),
     (True, "relu", (3, 1), (6, 2), "BatchNorm, an addition and ReLU"),
@@ -188,7 +192,7 @@ EPILOGUES = [
 def test_epilogues(
     residual: bool, activation: str | None, forward: tuple[int, int], backward: tuple[int, int], title: str
 ) -> None:
-    """BatchNorm's own plan stays; what is read and written beside it is in the bytes, the ratio and the time."""
+    """BatchNorm's own plan does not change; the bytes, ratio and time include the epilogue's tensors."""
     plain = bnk.explain(SHAPE, dtype="bf16", device="h200")
     fused = bnk.explain(SHAPE, dtype="bf16", device="h200", residual=residual, activation=activation)
     tensor = fused.spec.bytes
@@ -196,7 +200,7 @@ def test_epilogues(
         assert (own.persistent, own.floor, own.predicted) == (whole.persistent, whole.floor, whole.predicted)
         assert whole.whole.total == tensors * tensor and whole.launches == launches
         assert whole.seconds == pytest.approx(tensors * tensor / 4.8e12)
-    # Of the six tensors of the last backward four would do: x and grad in, their gradients out.
+    # The last backward moves six tensors; the floor is four: x and grad in, their gradients out.
     floors = (forward[0], 4 if backward[1] == 2 else 3)
     assert [plan.whole_floor.total // tensor for plan in fused.passes] == list(floors)
     assert str(fused).startswith(f"{title} in training of ")
@@ -213,14 +217,14 @@ def test_default_device_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     explanation = bnk.explain(SHAPE)
     assert explanation.assumed and explanation.device is NAMED["h200"]
-    assert "no GPU to use, and no device was named" in str(explanation)
+    assert "default device: none was given, and this installation has no usable GPU" in str(explanation)
     assert not bnk.explain(SHAPE, device="h200").assumed
 
 
 def test_cpu_has_no_plan() -> None:
     explanation = bnk.explain(SHAPE, device="cpu")
     assert explanation.device is None and explanation.passes == ()
-    assert "plans concern CUDA; the CPU backend" in str(explanation) and str(bnk.build_info()["simd"]) in str(
+    assert "plans exist for CUDA only; the CPU backend" in str(explanation) and str(bnk.build_info()["simd"]) in str(
         explanation
     )
 
@@ -232,24 +236,24 @@ def test_cpu_has_no_plan() -> None:
         ({"name": "NVIDIA H100 80GB HBM3 MIG 1g.10gb"}, 3.35e12 / 8, "datasheet, 1/8 of the GPU's"),
         ({"name": "Other", "memory_clock_rate": 1_000_000, "memory_bus_width": 256}, 64e9, "memory clock x bus width"),
         ({"name": "Other MIG 1g.1gb", "memory_clock_rate": 1_000_000, "memory_bus_width": 256}, None, "unknown"),
-        ({"name": "Other"}, None, "unknown"),  # a torch that does not tell
+        ({"name": "Other"}, None, "unknown"),  # a torch version without these properties
     ],
 )
-def test_device_at_hand(
+def test_current_device(
     properties: dict[str, Any], bandwidth: float | None, source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ops, "device_limits", lambda index: NAMED["l4"].limits.arguments())
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(**properties))
-    device = devices.at_hand(3)
+    device = devices.cuda_device(3)
     assert (device.name, device.title, device.limits) == ("cuda:3", properties["name"], NAMED["l4"].limits)
     assert (device.bandwidth, device.bandwidth_source) == (bandwidth, source)
     explanation = bnk.explain(SHAPE, device="cuda:3")
     assert all((plan.seconds is None) == (bandwidth is None) for plan in explanation.passes)
-    assert ("time     unknown" in str(explanation)) == (bandwidth is None)
+    assert ("time       unknown" in str(explanation)) == (bandwidth is None)
 
 
 @pytest.mark.cuda
-def test_the_gpu_here_is_the_default() -> None:
+def test_the_current_gpu_is_the_default() -> None:
     x = torch.empty(8, 64, 14, 14, device="cuda")
     for explanation in (bnk.explain(x), bnk.explain((8, 64, 14, 14)), bnk.explain(x, device="cuda")):
         assert explanation.device is not None and explanation.device.title == torch.cuda.get_device_name()
@@ -265,9 +269,9 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     explanation = bnk.explain(SHAPE, dtype="bf16", layout="nhwc", device="h200")
     assert capsys.readouterr().out == f"{explanation}\n"
     assert cli.main([*arguments, "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told == json.loads(json.dumps(explanation.as_json()))
-    assert told["passes"]["forward_train"]["ratio"] == explanation.passes[0].ratio
+    report = json.loads(capsys.readouterr().out)
+    assert report == json.loads(json.dumps(explanation.as_json()))
+    assert report["passes"]["forward_train"]["ratio"] == explanation.passes[0].ratio
     assert cli.main(["--shape", "8x4", "--inference", "--device", "t4", "--json"]) == 0
     assert set(json.loads(capsys.readouterr().out)["passes"]) == {"forward_eval", "backward_eval"}
     assert cli.main([*arguments, "--residual", "--activation", "relu"]) == 0
@@ -276,22 +280,24 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("arguments", [["--shape", "8"], ["--shape", "8,4", "--device", "h300"]])
-def test_command_line_says_what_is_wrong(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line_errors(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith("bnkernels.explain: expected")
 
 
 @pytest.mark.parametrize("arguments", [[], ["--shape", "8,a"]])
-def test_command_line_misspelt(arguments: list[str]) -> None:
+def test_command_line_usage_errors(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
     assert stop.value.code == 2
 
 
-def test_the_readme_shows_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_documentation_shows_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     shown = re.search(
-        r"^\$ python -m bnkernels\.explain (.+)\n((?:.+\n)+)```", (ROOT / "README.md").read_text(), re.MULTILINE
+        r"^\$ python -m bnkernels\.explain (.+)\n((?:.+\n)+)```",
+        (ROOT / "docs" / "explain.md").read_text(),
+        re.MULTILINE,
     )
     assert shown is not None
     assert cli.main(shown[1].split()) == 0

@@ -1,4 +1,4 @@
-"""bnkernels.explain_model: every BatchNorm of a model, found without computing anything and without changing it."""
+"""bnkernels.explain_model reports every BatchNorm call of a model without computing or changing anything."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bnkernels.modules import ForwardMixin
 
 
 class Residual(nn.Module):
-    """Two calls of one layer, and one layer of another kind."""
+    """Calls one layer twice, and a layer of another kind once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,14 +62,14 @@ def test_every_call_in_order_and_nothing_changes(model: nn.Module) -> None:
     for layer in explanation.layers:
         assert layer.explanation == bnk.explain(layer.explanation.spec.shape, device="h200")
     plans = [plan for layer in explanation.layers for plan in layer.explanation.passes]
-    told = explanation.as_json()
-    assert told["floor_bytes"] == sum(plan.floor.total for plan in plans)
-    assert told["predicted_bytes"] == sum(plan.predicted.total for plan in plans)
-    assert told["launches"] == sum(plan.launches for plan in plans)
+    report = explanation.as_json()
+    assert report["floor_bytes"] == sum(plan.floor.total for plan in plans)
+    assert report["predicted_bytes"] == sum(plan.predicted.total for plan in plans)
+    assert report["launches"] == sum(plan.launches for plan in plans)
     assert explanation.seconds == pytest.approx(sum(plan.seconds or 0 for plan in plans))
     text = str(explanation)
     assert text.startswith("3 calls of BatchNorm layers in training\non h200")
-    for part in ("head.2", "4x8x6x6", "all", "not measurements"):
+    for part in ("head.2", "4x8x6x6", "total", "not measurements"):
         assert part in text
 
 
@@ -88,7 +88,7 @@ def test_inputs_in_every_form(model: nn.Module) -> None:
 
 def test_lazy_layers_need_an_input_first() -> None:
     model = nn.Sequential(nn.LazyConv2d(8, 3), nn.LazyBatchNorm2d(), nn.ReLU(), bnk.LazyBatchNorm2d())
-    with pytest.raises(ValueError, match="lazy layers know their sizes: run it once"):
+    with pytest.raises(ValueError, match="without uninitialised lazy layers: run a forward pass"):
         bnk.explain_model(model, (2, 3, 8, 8), device="t4")
     model(torch.randn(2, 3, 8, 8))
     explanation = bnk.explain_model(model, (2, 3, 8, 8), device="t4")
@@ -97,12 +97,12 @@ def test_lazy_layers_need_an_input_first() -> None:
 
 def test_a_layer_itself_and_the_cpu() -> None:
     explanation = bnk.explain_model(nn.BatchNorm2d(4), (2, 4, 3, 3), device="cpu")
-    assert "(model)" in str(explanation) and "plans concern CUDA" in str(explanation)
+    assert "(model)" in str(explanation) and "plans exist for CUDA only" in str(explanation)
     assert explanation.seconds is None and explanation.as_json()["launches"] == 0
 
 
 def test_what_is_fused_counts() -> None:
-    """The additions and the ReLUs that layers are given; their bytes are in the sums."""
+    """Fused additions and ReLUs are reported, and the totals include their bytes."""
 
     class Block(nn.Module):
         def __init__(self, relu: bool) -> None:
@@ -122,22 +122,22 @@ def test_what_is_fused_counts() -> None:
     assert first == bnk.explain(shape, device="h200", activation="relu")
     assert second == bnk.explain(shape, device="h200", residual=True, activation="relu")
     more = fused.as_json()["predicted_bytes"] - plain.as_json()["predicted_bytes"]
-    assert more == 4 * first.spec.bytes  # the residual; and threshold_backward's three
+    assert more == 4 * first.spec.bytes  # the residual, and the three tensors of threshold_backward
     assert "second.bn + an addition + ReLU" in str(fused) and "first.bn + ReLU" in str(fused)
 
 
 class Doubled(nn.BatchNorm2d):
-    """A subclass, whose forward is its own."""
+    """A subclass of nn.BatchNorm2d with its own forward."""
 
     def forward(self, input: Tensor) -> Tensor:
         return 2 * super().forward(input)
 
 
-class OursInHalves(bnk.BatchNorm2d):
-    """A subclass of this package's, which calls the kernels twice."""
+class TwoKernelCalls(bnk.BatchNorm2d):
+    """A subclass of bnkernels.BatchNorm2d that calls the kernels twice."""
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        return torch.cat([super(OursInHalves, self).forward(half) for half in input.chunk(2)])
+        return torch.cat([super(TwoKernelCalls, self).forward(half) for half in input.chunk(2)])
 
 
 def shared() -> nn.Module:
@@ -171,7 +171,7 @@ def replace_forward(norm: Any) -> None:
 
 
 SHAPE = (4, 4, 5, 5)
-FAMILY: dict[str, Callable[[], nn.Module]] = {
+CONVERTIBLE: dict[str, Callable[[], nn.Module]] = {
     "torch's": lambda: nn.BatchNorm2d(4),
     "ours": lambda: bnk.BatchNorm2d(4),
     "nested": lambda: nn.Sequential(nn.Sequential(nn.Sequential(nn.BatchNorm2d(4))), bnk.BatchNorm2d(4)),
@@ -181,7 +181,7 @@ FAMILY: dict[str, Callable[[], nn.Module]] = {
     "no parameters, no statistics": lambda: nn.BatchNorm2d(4, affine=False, track_running_stats=False),
     "subclass": lambda: nn.Sequential(Doubled(4), nn.BatchNorm2d(4)),
     "subclasses alone": lambda: nn.Sequential(Doubled(4), Doubled(4)),
-    "subclass of ours": lambda: OursInHalves(4),
+    "subclass of ours": lambda: TwoKernelCalls(4),
     "synchronised": lambda: nn.Sequential(nn.SyncBatchNorm(4), nn.BatchNorm2d(4)).eval(),
     "synchronised, ours": lambda: nn.Sequential(bnk.SyncBatchNorm(4), nn.BatchNorm2d(4)),
     "lazy": lambda: lazy(nn.LazyBatchNorm2d),
@@ -206,9 +206,11 @@ FAMILY: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.filterwarnings("ignore:convert.* changed no BatchNorm")
-@pytest.mark.parametrize("make", FAMILY.values(), ids=FAMILY)
+@pytest.mark.parametrize("make", CONVERTIBLE.values(), ids=CONVERTIBLE)
 def test_agrees_with_convert(make: Callable[[], nn.Module]) -> None:
-    """It explains the layers that convert() makes this package's or that are already, as it does once they are."""
+    """explain_model reports the layers that convert() replaces or that belong to this package, as after the
+    conversion.
+    """
     model = make()
     converted = bnk.convert(copy.deepcopy(model))
     ours = {
@@ -226,8 +228,8 @@ def test_agrees_with_convert(make: Callable[[], nn.Module]) -> None:
 
 
 def test_counts_each_call_of_a_subclass_and_what_follows_it() -> None:
-    """As the kernels see them: with their own sizes, and with the ReLU that a BatchNormAct2d adds in them alone."""
-    halves = bnk.explain_model(OursInHalves(4), SHAPE, device="h200").layers
+    """Each kernel call is reported with its own sizes, and with the ReLU that a BatchNormAct2d fuses into it."""
+    halves = bnk.explain_model(TwoKernelCalls(4), SHAPE, device="h200").layers
     assert [layer.explanation for layer in halves] == [bnk.explain((2, *SHAPE[1:]), device="h200")] * 2
     watched = bnk.BatchNormAct2d(4)
     watched.bn.register_forward_hook(lambda m, x, y: None)
@@ -243,7 +245,7 @@ def test_sync_batch_norm_is_left_out() -> None:
     assert [layer.name for layer in bnk.explain_model(model, (2, 4, 3, 3), device="t4").layers] == ["1"]
 
 
-class LooksAtValues(nn.Module):
+class DataDependent(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x if x.sum() > 0 else -x
 
@@ -253,23 +255,23 @@ class LooksAtValues(nn.Module):
     [
         (nn.ReLU(), (2, 3), ValueError, "expected a model with BatchNorm layers, but ReLU called none"),
         (
-            LooksAtValues(),
+            DataDependent(),
             (2, 3),
             RuntimeError,
-            r"(?s)LooksAtValues cannot run without data .*explain\(\) takes single shapes",
+            r"(?s)DataDependent cannot run without data .*call explain\(\) for the shape",
         ),
         (
             nn.BatchNorm2d(4),
             (2, 5, 3, 3),
             RuntimeError,
-            r"BatchNorm2d cannot run without data on inputs of \[\(2, 5, 3, 3\)\]",
+            r"BatchNorm2d cannot run without data on inputs of shapes \[\(2, 5, 3, 3\)\]",
         ),
         (nn.BatchNorm2d(4), "2x4", TypeError, "expected a tensor, a tuple of tensors or a shape, but got '2x4'"),
         (nn.BatchNorm2d(4), (2, torch.ones(1)), TypeError, "expected a tensor, a tuple of tensors or a shape"),
         ("resnet50", (2, 4), TypeError, "expected a torch.nn.Module, but got str"),
     ],
 )
-def test_what_is_wrong_is_said(model: Any, given: Any, error: type[Exception], message: str) -> None:
+def test_errors(model: Any, given: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         bnk.explain_model(model, given, device="h200")
 

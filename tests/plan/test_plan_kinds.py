@@ -1,6 +1,7 @@
-"""Every kind of plan on a GPU, at the size of real layers: within the tolerance, and one launch each way.
+"""Every kind of plan on a GPU at realistic layer sizes: results within the tolerance, one launch per direction.
 
-In CUDA graphs: test_cuda_graphs.py. That the cases below are of these kinds is known without a GPU, for an H200.
+test_cuda_graphs.py runs the same cases in CUDA graphs. test_kinds_on_an_h200 checks without a GPU that they select
+these kinds on an H200.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def test_kinds_on_an_h200(case: Case) -> None:
 @pytest.mark.cuda
 @LARGE
 @cases
-def test_gate_and_bits(case: Case) -> None:
+def test_tolerance_and_bits(case: Case) -> None:
     inputs = case.inputs("cuda")
     first = call(bnkernels.batch_norm, inputs)
     assert_within(judge_call(inputs, first, "cuda"), str(case))
@@ -37,7 +38,7 @@ def test_gate_and_bits(case: Case) -> None:
 
 
 def kernels_of(profile: torch.profiler.profile) -> list[str]:
-    """What ran on the GPU: kernels, copies, fills."""
+    """The kernels, copies and fills that ran on the GPU."""
     device = torch.autograd.DeviceType.CUDA
     return [event.name for event in profile.events() if event.device_type == device]
 
@@ -47,7 +48,7 @@ def kernels_of(profile: torch.profiler.profile) -> list[str]:
 @cases
 def test_one_launch_each_way(case: Case) -> None:
     step = Step(case.inputs("cuda"))
-    step()  # what is done once, is done
+    step()  # one-time initialization happens here
     torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as forward:
@@ -58,4 +59,4 @@ def test_one_launch_each_way(case: Case) -> None:
         torch.cuda.synchronize()
     for direction, profile in (("forward", forward), ("backward", backward)):
         ran = kernels_of(profile)
-        assert len(ran) == 1 and f"resident_{direction}_kernel" in ran[0], ran
+        assert len(ran) == 1 and f"persistent_{direction}_kernel" in ran[0], ran

@@ -1,6 +1,6 @@
-"""The bytes that every BatchNorm layer of ResNet-50 moves: counted, as the plan predicted, and next to the floor.
+"""Bytes that every BatchNorm layer of ResNet-50 moves: the counted bytes match the plan and stay near the floor.
 
-The table of docs/traffic.md is what tests/support/simt/traffic.py prints; here is what it must say.
+tests/support/simt/traffic.py prints the table of docs/traffic.md; these tests check its figures.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def cells(servers: Servers) -> list[Cell]:
     return list(traffic.cells(servers("plain")))
 
 
-def test_every_layer_is_there(cells: list[Cell]) -> None:
+def test_every_layer_is_listed(cells: list[Cell]) -> None:
     assert len(cells) == 12 * 2 * 2 * 2
     for batch in traffic.BATCHES:
         for layout in traffic.LAYOUTS:
@@ -34,8 +34,8 @@ def test_every_layer_is_there(cells: list[Cell]) -> None:
                 assert sum(one.layer.count for one in here) == 53
 
 
-def test_what_moves_is_what_the_plan_predicted(cells: list[Cell]) -> None:
-    """To the byte: of the layer's tensors, and of what blocks tell each other."""
+def test_counted_bytes_match_what_the_plan_predicted(cells: list[Cell]) -> None:
+    """Counted bytes equal the prediction exactly, for the layer's tensors and for the exchange between blocks."""
     for one in cells:
         read, written = one.small_plan.predicted
         assert one.counted == (read + one.asked_twice, written), one
@@ -43,7 +43,7 @@ def test_what_moves_is_what_the_plan_predicted(cells: list[Cell]) -> None:
             assert one.exchanged == one.small_plan.exchanged, one
 
 
-def test_resident_layers_are_one_launch(cells: list[Cell]) -> None:
+def test_persistent_layers_are_one_launch(cells: list[Cell]) -> None:
     for one in cells:
         assert one.launches == (1 if one.small_plan.path == "persistent" else 3), one
         if one.layout == "channels_first":
@@ -51,22 +51,22 @@ def test_resident_layers_are_one_launch(cells: list[Cell]) -> None:
 
 
 def test_channels_first_is_at_the_floor(cells: list[Cell]) -> None:
-    """Read once, written once: as planned on the H200, and as counted with all that is moved besides."""
+    """Each tensor is read once or written once, as planned for the H200 and as counted, all other traffic included."""
     for one in cells:
         if one.layout != "channels_first":
             continue
         assert one.plan.predicted == one.plan.floor, one
         assert sum(one.counted) + sum(one.exchanged) <= NEAR * sum(one.small_plan.floor), one
         if one.plan.layout != "packed":
-            # Of vectors that two rows share.
+            # The excess comes from vectors that two rows share.
             inputs = traffic.inputs_of(one.layer, 1)
             tensor = inputs.x.numel() * inputs.x.element_size()
             reads = one.plan.floor[0] // one.plan.floor[1]
             assert reads * requested(inputs, False, 0, 0) + tensor <= NEAR * (reads + 1) * tensor, one
 
 
-def test_channels_last_is_at_the_floor_where_a_slab_fits(cells: list[Cell]) -> None:
-    """And never worse than the two-pass path."""
+def test_channels_last_is_at_the_floor_where_a_channel_tile_fits(cells: list[Cell]) -> None:
+    """And traffic never exceeds the two-pass path's."""
     fit = 0
     for one in cells:
         if one.layout != "channels_last":
@@ -74,7 +74,8 @@ def test_channels_last_is_at_the_floor_where_a_slab_fits(cells: list[Cell]) -> N
         for plan in (one.plan, one.small_plan):
             tensors = plan.floor[0] // plan.floor[1]
             assert sum(plan.floor) <= sum(plan.predicted) <= sum(plan.floor) + plan.floor[0], one
-            # All is kept, if as many blocks as there are can keep a channel tile of 64 channels, eight vectors.
+            # Everything is cached if all blocks together can hold a channel tile of 64 channels, which is eight vectors
+            # wide.
             rows = one.batch * one.layer.height * one.layer.width // (1 if plan is one.plan else traffic.SCALE)
             limits = traffic.H200 if plan is one.plan else traffic.SMALL
             blocks = 2 * (limits.multiprocessors - limits.multiprocessors // 16)
@@ -90,9 +91,9 @@ def test_channels_last_is_at_the_floor_where_a_slab_fits(cells: list[Cell]) -> N
 
 
 def test_scratch_memory_is_small(cells: list[Cell]) -> None:
-    """As the page says."""
+    """The bound is the one that docs/traffic.md states."""
     assert max(one.plan.exchanged[1] for one in cells) < 3.1e6
 
 
-def test_the_page_is_what_is_computed(cells: list[Cell]) -> None:
+def test_the_page_matches_the_computation(cells: list[Cell]) -> None:
     assert DOCUMENT.read_text() == traffic.page(cells), "run: python tests/support/simt/traffic.py > docs/traffic.md"

@@ -1,13 +1,12 @@
-"""docs/compatibility.md and the tests that it is made of: `python tests/support/compatibility.py >
-docs/compatibility.md`.
+"""Generates docs/compatibility.md from the tests: `python tests/support/compatibility.py > docs/compatibility.md`.
 
-A test becomes a row by its decorator:
+The decorator `row` makes a test a row of the page:
 
     @row("Automatic mixed precision", "autocast, 16-bit inputs", cells(compiled=(False, True)))
     def test_autocast(cell: Cell) -> None: ...
 
-It then runs once for each cell, and the cells that it runs for are what the page says. A test that has its cases by
-other means takes no `cell`; it then has to cover what it names.
+The test then runs once per cell, and the page shows those cells. A test that takes no `cell` has its own parameters and
+must cover the cells it names.
 """
 
 from __future__ import annotations
@@ -26,12 +25,15 @@ import torch
 from torch import Tensor, nn
 
 TESTS = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(TESTS.parent))  # for `bench`, when this file is run as a script
+from bench.markdown import table  # noqa: E402
+
 DOCUMENT = TESTS.parent / "docs" / "compatibility.md"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One way of using a layer."""
+    """One way to run a layer."""
 
     training: bool
     compiled: bool
@@ -47,7 +49,7 @@ class Cell:
 
     @property
     def eager(self) -> Cell:
-        """The same without a compiler."""
+        """The same cell, not compiled."""
         return replace(self, compiled=False)
 
     def laid_out(self, x: Tensor) -> Tensor:
@@ -55,10 +57,10 @@ class Cell:
         return x.contiguous(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
 
     def prepared(self, model: nn.Module, backend: str = "aot_eager") -> Callable[..., Any]:
-        """The model in the cell's mode and memory format, and compiled without a graph break if the cell says so.
+        """The model in the cell's mode and memory format, compiled without graph breaks if the cell is compiled.
 
-        aot_eager traces, functionalises and partitions as torch.compile always does, and leaves out the generation of
-        code, which takes seconds a model.
+        aot_eager traces, functionalizes and partitions like torch.compile's default backend, and skips code generation,
+        which takes seconds per model.
         """
         if self.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -83,7 +85,7 @@ def cells(
 
 
 def row(section: str, feature: str, cells: tuple[Cell, ...], note: str = "") -> Callable[[Any], Any]:
-    """Makes a test a row of the page, and runs it for each of the cells."""
+    """Marks a test as a row of the page and parametrizes it with the cells."""
 
     def decorate(test: Any) -> Any:
         test = pytest.mark.compatibility(section=section, feature=feature, cells=cells, note=note)(test)
@@ -104,7 +106,7 @@ class Row:
 
 
 def rows_of(module: Any) -> Iterator[Row]:
-    """In the order of the file."""
+    """Rows of a module, in the order of the file."""
     for name, test in vars(module).items():
         for mark in getattr(test, "pytestmark", ()):
             if mark.name == "compatibility":
@@ -112,7 +114,7 @@ def rows_of(module: Any) -> Iterator[Row]:
 
 
 def rows() -> list[Row]:
-    """Of every file of tests that says `from compatibility import`."""
+    """Rows of every test file that has `from compatibility import`."""
     files = sorted(TESTS.rglob("test_*.py"), key=lambda path: path.name)
     files = [path for path in files if "\nfrom compatibility import" in path.read_text()]
     sys.path += [folder for folder in dict.fromkeys(str(path.parent) for path in files) if folder not in sys.path]
@@ -133,17 +135,15 @@ def page(rows: Iterable[Row]) -> str:
         sections.setdefault(each.section, []).append(each)
     lines = [_INTRODUCTION]
     for section, its in sections.items():
-        lines += [f"\n## {section}\n"]
-        lines += [
-            "| | train, eager | train, compiled | eval, eager | eval, compiled | test |",
-            "|---|---|---|---|---|---|",
-        ]
+        cells = []
         for each in its:
             marks = (
                 _LAYOUTS[frozenset(c.channels_last for c in each.cells if (c.training, c.compiled) == which)]
                 for which in ((True, False), (True, True), (False, False), (False, True))
             )
-            lines.append(f"| {each.feature} | {' | '.join(marks)} | `{each.test}` |")
+            cells.append([each.feature, *marks, f"`{each.test}`"])
+        header = ["", "train, eager", "train, compiled", "eval, eager", "eval, compiled", "test"]
+        lines += [f"\n## {section}\n", table(header, cells, left=len(header))]
         notes = [f"- {each.feature}: {each.note}" for each in its if each.note]
         lines += ["", *notes] if notes else []
     return "\n".join(lines) + "\n"
@@ -152,19 +152,18 @@ def page(rows: Iterable[Row]) -> str:
 _INTRODUCTION = """\
 # What bnkernels works with
 
-Each row is a test of that name in `tests/`, run by `make test`, or `make test-slow`, for exactly the cells that are
-filled. This page is made from the tests, `python tests/support/compatibility.py > docs/compatibility.md`, and a test
-compares the two.
+Each row is a test in `tests/`, which `make test` or `make test-slow` runs for exactly the filled cells. This page is
+generated from the tests by `python tests/support/compatibility.py > docs/compatibility.md`, and a test compares
+the two.
 
-- **yes**: contiguous and channels_last tensors. Otherwise the one that is named. An empty cell is not tested, or has no
-  meaning.
-- **compiled** is `torch.compile(fullgraph=True)`. Rows that name inductor run it, and so does AOTInductor; the others
-  use the backend `aot_eager`, which traces and differentiates in the same way and generates no code.
-- **CUDA graphs**, and every other row with CUDA tensors, run on the fake CUDA device (`tests/support/fake_cuda`) where
-there is no
-  GPU. On a GPU they have not run yet.
-- What needs a package that is not installed (torchvision, timm, transformers, torchao, onnx, onnxscript, onnxruntime)
-  is skipped, with the reason."""
+- **yes**: contiguous and channels_last tensors. A cell that names a memory format is tested in that one. An empty cell
+  is not tested, or has no meaning.
+- **compiled** is `torch.compile(fullgraph=True)`. Rows that name inductor use it, as does AOTInductor. The others use
+  the backend `aot_eager`, which traces and differentiates in the same way but generates no code.
+- **CUDA graphs**, and every other row with CUDA tensors, run on the fake CUDA device (`tests/support/fake_cuda`) if no
+  GPU is present. They have not run on a GPU yet.
+- A test that needs a missing package (torchvision, timm, transformers, torchao, onnx, onnxscript, onnxruntime) is
+  skipped, with the reason."""
 
 
 def main() -> None:
@@ -172,5 +171,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(TESTS.parent))  # the package of this repository, installed or not
+    sys.path.insert(0, str(TESTS.parent))  # import this repository's package, installed or not
     main()

@@ -1,4 +1,4 @@
-"""What the tests of CUDA streams and graphs share: a step on tensors that stay where they are, and its capture."""
+"""Shared by tests of CUDA streams and graphs: a training step on fixed tensors, and its capture."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Result = TypeVar("Result")
 
 
 class Step:
-    """Forward and backward of an input."""
+    """Forward and backward on fixed inputs."""
 
     def __init__(self, inputs: Inputs) -> None:
         assert inputs.running_mean is not None and inputs.running_var is not None
@@ -40,7 +40,7 @@ class Step:
 
 
 def captured(step: Callable[[], Result], warm_up: int = 1) -> tuple[torch.cuda.CUDAGraph, Result]:
-    """A graph of the step and what it returns, which replays write; torch's rules: run on another stream before."""
+    """A CUDA graph of the step, and its results, which replays overwrite. Warms up on a side stream."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

@@ -1,4 +1,4 @@
-"""What tests of derivatives share: a pair of modules, images, and the arguments of a function."""
+"""Shared by tests of derivatives: a pair of modules, images, and function arguments."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ trainings = pytest.mark.parametrize("training", [True, False], ids=["train", "ev
 
 
 def pair(device: str, dtype: torch.dtype = torch.float64) -> tuple[nn.BatchNorm2d, nn.BatchNorm2d]:
-    """torch's module and ours with the same, not trivial, parameters and statistics."""
-    native = nn.BatchNorm2d(3, device=device, dtype=dtype)
+    """torch's module and this package's, with equal nontrivial parameters and statistics."""
+    torch_layer = nn.BatchNorm2d(3, device=device, dtype=dtype)
     with torch.no_grad():
-        for tensor in [*native.parameters(), *native.buffers()]:
+        for tensor in [*torch_layer.parameters(), *torch_layer.buffers()]:
             if tensor.is_floating_point():
                 tensor.uniform_(0.5, 1.5)
     ours = bnk.BatchNorm2d(3, device=device, dtype=dtype)
-    ours.load_state_dict(native.state_dict())
-    return native, ours
+    ours.load_state_dict(torch_layer.state_dict())
+    return torch_layer, ours
 
 
 def images(device: str, dtype: torch.dtype = torch.float64, *, requires_grad: bool = True) -> Tensor:
@@ -42,7 +42,7 @@ def arguments(shape: str, names: list[str], device: str) -> tuple[Tensor, ...]:
 
 
 def assert_gradients_have_tangents(y: Tensor, leaves: Sequence[Tensor]) -> None:
-    """A backward is linear in the gradient of y, so the tangents of its results are its results of the tangent."""
+    """A backward is linear in the gradient of y, so its results' tangents equal its results for the tangent."""
     direction, change = torch.randn_like(y), torch.randn_like(y)
     expected = torch.autograd.grad(y, leaves, change, retain_graph=True)
     with forward_ad.dual_level():

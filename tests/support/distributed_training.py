@@ -1,4 +1,4 @@
-"""A small network, its data and its training, as one process of several."""
+"""A small network, its data and its training loop, for one of several ranks."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def batches(steps: int, n: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def train(model: nn.Module, data: list[tuple[Tensor, Tensor]], rank: int = 0, ranks: int = 1) -> list[float]:
-    """Losses of this rank's share of each batch."""
+    """Losses on this rank's part of each batch."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     losses = []
     for x, target in data:
-        share = slice(rank * len(x) // ranks, (rank + 1) * len(x) // ranks)
-        loss = F.cross_entropy(model(x[share]), target[share])
+        part = slice(rank * len(x) // ranks, (rank + 1) * len(x) // ranks)
+        loss = F.cross_entropy(model(x[part]), target[part])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -1,4 +1,4 @@
-"""What tests of fuse() share: models to fuse, and the comparison of the result with the model."""
+"""Shared by tests of fuse(): models, and the comparison of a fused model with the original."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 import bnkernels as bnk
 
 CHANNELS = 4
-# A step of a few layers in float64: sums of some hundred terms, taken in another order.
+# One step of a few layers in float64: sums of some hundred terms, in another order.
 CLOSE = {"rtol": 2.0**-38, "atol": 2.0**-38}
 
-Behind = Callable[[Any, Tensor, Tensor], Any]
+After = Callable[[Any, Tensor, Tensor], Any]
 
 
 def with_hook(module: nn.Module) -> nn.Module:
@@ -25,9 +25,9 @@ def with_hook(module: nn.Module) -> nn.Module:
 
 
 class Model(nn.Module):
-    """A BatchNorm, and what a test puts behind it: behind(model, its result, another value of that shape)."""
+    """A BatchNorm followed by what a test puts after it: after(model, its output, another tensor of that shape)."""
 
-    def __init__(self, behind: Behind, norm: nn.Module | None = None) -> None:
+    def __init__(self, after: After, norm: nn.Module | None = None) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, CHANNELS, 1)
         self.bn = norm or nn.BatchNorm2d(CHANNELS)
@@ -38,14 +38,14 @@ class Model(nn.Module):
         self.skip = nn.Conv2d(3, CHANNELS, 1)
         self.other_bn = nn.BatchNorm2d(CHANNELS)
         self.offset = nn.Parameter(torch.randn(CHANNELS, 1, 1))
-        self.behind = behind
+        self.after = after
 
     def forward(self, x: Tensor) -> Any:
-        return self.behind(self, self.bn(self.conv(x)), self.skip(x))
+        return self.after(self, self.bn(self.conv(x)), self.skip(x))
 
 
 def prepared(model: nn.Module) -> nn.Module:
-    """In float64, with parameters and statistics that are not a fresh layer's."""
+    """The model in float64, with nontrivial parameters and statistics."""
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point():
             tensor.copy_(torch.rand_like(tensor) + 0.5 if name.endswith("var") else torch.randn_like(tensor) / 2)
@@ -64,7 +64,7 @@ def tensors(value: Any) -> list[Tensor]:
 
 
 def step(model: nn.Module, x: Tensor, differentiates: bool = True) -> list[Any]:
-    """Results, gradients of the input and of all parameters, and buffers, of one call."""
+    """Outputs, gradients of the input and of all parameters, and buffers of one call."""
     model.zero_grad()
     input = x.clone().requires_grad_(differentiates)
     torch.manual_seed(0)  # for dropout
@@ -76,7 +76,7 @@ def step(model: nn.Module, x: Tensor, differentiates: bool = True) -> list[Any]:
 
 
 def assert_computes_the_same(result: nn.Module, model: nn.Module, x: Tensor, differentiates: bool = True) -> None:
-    """Through train, eval, train and a batch of another size. The two must share no state."""
+    """In train, eval, and train mode with another batch size. The two models must share no state."""
     for training, size in ((True, len(x)), (False, len(x)), (True, len(x) - 1)):
         with torch.set_grad_enabled(differentiates):
             seen = [step(each.train(training), x[:size], differentiates) for each in (result, model)]
@@ -84,7 +84,7 @@ def assert_computes_the_same(result: nn.Module, model: nn.Module, x: Tensor, dif
 
 
 def fused(model: nn.Module, **options: Any) -> tuple[nn.Module, bnk.FusionReport]:
-    """The fused model, which shares nothing with the model, and its report, which fills as it runs."""
+    """A fused copy of the model, which shares no state with it, and its report, which fills as the model runs."""
     torch.compiler.reset()
     report = bnk.FusionReport()
     return bnk.fuse(copy.deepcopy(prepared(model)), report=report, **options), report
@@ -98,7 +98,7 @@ def reasons(report: bnk.FusionReport) -> dict[str, str]:
     return {each.name: each.reason for each in report.left}
 
 
-RELUS: dict[str, Behind] = {
+RELUS: dict[str, After] = {
     "nn.ReLU": lambda m, y, _: m.relu(y),
     "nn.ReLU(inplace=True)": lambda m, y, _: m.relu_in_place(y),
     "F.relu": lambda m, y, _: F.relu(y),
@@ -114,7 +114,7 @@ RELUS: dict[str, Behind] = {
 
 
 class Branches(nn.Module):
-    """Two BatchNorms that are added: the block of a residual network that changes the shape."""
+    """The sum of two BatchNorms: the residual block that changes the shape."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""Arguments for random calls (tests/support/fuzz_ops.py): the same values in other arrangements, and wrong arguments.
+"""Arguments for random calls (tests/support/fuzz_ops.py): other arrangements of the same values, and invalid arguments.
 
 arrange_*    a tensor of the same values with other strides, offset, shape, sign bit or autograd state
-spoil        one argument of a legal call replaced by one that no op may accept
-Memory       every byte that a call can reach through its arguments, to be compared afterwards
+spoil        replaces one argument of a valid call by one that no op may accept
+Memory       every byte that a call can reach through its arguments, for comparison afterwards
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ _READ: tuple[Callable[[Tensor], Tensor], ...] = (
     lambda t: _strided(t).view(-1, 1),
     lambda t: t.clone().requires_grad_(),
 )
-# An op that writes two negative views has no kernel in torch.
+# torch has no kernel for an op that writes to two negative views.
 _WRITTEN = tuple(arrange for arrange in _READ if arrange is not _negative)
 
 
@@ -73,7 +73,7 @@ def arrange_read(rng: random.Random, t: Tensor | None) -> Tensor | None:
 
 
 def arrange_running(rng: random.Random, mean: Tensor | None, var: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The running statistics, each at its own place: in a fresh tensor, or both in one buffer side by side."""
+    """The running statistics: each in a fresh tensor, or both in one buffer."""
     if mean is None or var is None:
         return mean, var
     if mean.dtype == var.dtype and rng.random() < 0.2:
@@ -85,7 +85,7 @@ def arrange_running(rng: random.Random, mean: Tensor | None, var: Tensor | None)
 
 
 def arrange_data(rng: random.Random, t: Tensor) -> Tensor:
-    """x, a gradient or a residual: beyond its layout, a negative view, a leaf of autograd, or an inference tensor."""
+    """x, a gradient or a residual: as it is, a negative view, a leaf of autograd, or an inference tensor."""
     choice = rng.random()
     if choice < 0.06:
         return _negative(t)
@@ -94,15 +94,15 @@ def arrange_data(rng: random.Random, t: Tensor) -> Tensor:
     return _inference(t) if choice < 0.15 else t
 
 
-# Arguments that must be refused
+# Invalid arguments
 
 
 def spoil(rng: random.Random, arguments: Arguments, in_place: bool) -> tuple[str, Arguments]:
-    """What was done, and the call with it. Every argument of this call is as likely to be spoiled as any other.
+    """What was changed, and the changed call. All arguments are equally likely to be changed.
 
-    in_place: the op writes to the running statistics. Where it returns new ones, they may lie anywhere.
+    in_place: the op writes to the running statistics. If it returns new ones, they may overlap.
     """
-    groups = _ways(rng, arguments, in_place)
+    groups = _invalid_values(rng, arguments, in_place)
     while True:
         group = rng.choice(list(groups))
         ways = list(groups.pop(group))
@@ -111,8 +111,8 @@ def spoil(rng: random.Random, arguments: Arguments, in_place: bool) -> tuple[str
             return f"{group}: {what}", arguments | changes
 
 
-def _ways(rng: random.Random, a: Arguments, in_place: bool) -> dict[str, Iterable[tuple[str, Arguments]]]:
-    """Of each argument, or of a group of them, the ways to spoil it. What is not asked for is not made."""
+def _invalid_values(rng: random.Random, a: Arguments, in_place: bool) -> dict[str, Iterable[tuple[str, Arguments]]]:
+    """Invalid values of each argument or group of arguments, generated lazily."""
     x = a.get("x")
     training = "momentum" in a
     channels = x.shape[1] if x is not None else (a["rows"].shape[1] - 1) // 2
@@ -218,7 +218,7 @@ def _wrong_pairs(
 
 
 def _overlaps(a: Arguments, channels: int, dtype: torch.dtype, device: torch.device) -> Iterable[tuple[str, Arguments]]:
-    """Statistics that are written where another element of them, or an argument that is read, lies."""
+    """Running statistics that overlap themselves, each other, or an argument that is read."""
     mean, var = RUNNING
     on: Arguments = {"dtype": dtype, "device": device}
     one = torch.ones(channels, **on)
@@ -296,7 +296,7 @@ class Memory:
                     self._held.setdefault(storage.data_ptr(), (now, now.clone()))
 
     def changed(self, tensor: Tensor | None = None) -> bool:
-        """Whether any byte has changed: of all, or of one tensor's storage."""
+        """Whether any byte has changed, in all storages or in one tensor's."""
         held = self._held.values()
         if tensor is not None:
             storage = tensor.untyped_storage()
@@ -304,7 +304,7 @@ class Memory:
         return any(not torch.equal(now, before) for now, before in held)
 
     def changed_outside(self, written: Iterable[Tensor]) -> bool:
-        """Whether a byte changed that belongs to no element of these."""
+        """Whether a byte outside of these tensors' elements has changed."""
         tensors = [t for t in written if t.untyped_storage().nbytes() > 0]
         now = [t.detach().clone() for t in tensors]
         for t in tensors:

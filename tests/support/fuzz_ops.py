@@ -1,17 +1,17 @@
 """Random calls of every op of the extension, through both entry points: torch.ops.bnkernels.* and the pybind functions.
 
-A round draws an input (shape, dtypes, layouts, values, eps, momentum, which optional tensors there are) and makes a
-chain of calls with it: a forward and its backward, in training or evaluation, with or without an epilogue; or the steps
-of a batch on several ranks. Before some calls, the same is made with one argument spoiled.
+A round draws an input (shape, dtypes, layouts, values, eps, momentum, optional tensors) and makes a chain of calls with
+it: a forward and its backward, in training or inference, with or without an epilogue; or the steps of a batch on
+several ranks. Some calls are preceded by the same call with one invalid argument.
 
-    allowed    does not raise; results are within the tolerance of the float64 reference; only the running statistics and the
-               counter are written, and their versions are bumped
-    spoiled    raises an error about the arguments, not an internal assertion; nothing has changed
+    valid      does not raise; results are within tolerance of the float64 reference; only the running statistics and
+               the counter are written, and their versions are bumped
+    invalid    raises an error about the arguments, not an internal assertion; nothing has changed
 
     PYTHONPATH=.:tests/support python tests/support/fuzz_ops.py --first 0 --count 5000
     PYTHONPATH=.:tests/support python -m fake_cuda tests/support/fuzz_ops.py --device cuda --count 50
 
-Under AddressSanitizer, in a clone of its own, as the library in this one is built otherwise:
+Under AddressSanitizer, in a separate clone, as this clone's library is built without it:
 
     CFLAGS="-fsanitize=address -fno-omit-frame-pointer" LDFLAGS=-fsanitize=address FORCE_CUDA=0 \
         python setup.py -q build_ext --inplace
@@ -19,7 +19,7 @@ Under AddressSanitizer, in a clone of its own, as the library in this one is bui
         ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 PYTHONPATH=.:tests/support \
         python tests/support/fuzz_ops.py --calls 100000 --threads 2
 
-Prints how many calls of each op were allowed and refused. Exit code 1: a check failed; the round's seed is printed.
+Prints how many calls of each op were valid and invalid. Exit code 1: a check failed; the round's seed is printed.
 """
 
 from __future__ import annotations
@@ -40,21 +40,22 @@ import torch
 from fuzz_arguments import Arguments, Memory, arrange_data, arrange_read, arrange_running, parameter_dtypes, spoil
 from torch import Tensor
 
-from bnkernels import ops, testing
+from bnkernels import _ops as ops
+from bnkernels import testing
 from bnkernels.testing import Case, Inputs, Outputs, assert_within, same_bits
 
 EXTENTS = (*range(1, 10), 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 300)
-# Those of which float32 holds the root's reciprocal, or none does.
+# Some of these have a reciprocal root in float32, some do not.
 EPS = (1e-5, 1e-5, 1e-5, 1e-3, 1e-12, 1e-30, 1.0, 1e10, 1e60, math.inf)
 LEAST_EPS_OF_FLOAT64 = 1e-12
-"""Under it the rounding of the reference's own mean counts: of a constant channel its variance is not 0."""
+"""Below it the rounding of the reference's own mean dominates: the variance of a constant channel is not 0."""
 MOMENTA = (0.1, 0.1, None, None, 0.0, 1.0, 0.3, 1e-30, 1e30, math.nan, math.inf)
 COUNTS = (0, 4, 1 << 40)
 REFUSED_SHARE = 0.3
 LARGER_SHARE, LARGER = 0.02, 25  # inputs that several threads share
 REFUSALS = (RuntimeError, ValueError, TypeError)
 
-# By the names that the ops have in the schema: the registered op, and its pybind function where there is one.
+# By the names of the ops in the schema: the registered op, and its pybind function if there is one.
 ENTRY_POINTS: dict[str, tuple[Callable[..., Any], ...]] = {
     "train": (ops.train_op, ops.forward_train),
     "train_functional": (ops.train_functional,),
@@ -73,7 +74,7 @@ BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 @dataclass
 class Tally:
-    """What was called how often."""
+    """Counts of calls."""
 
     allowed: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
@@ -85,7 +86,7 @@ class Tally:
 
 
 class Caller:
-    """Makes calls of one round, and checks of each what does not need its numbers."""
+    """Makes the calls of one round, and checks everything except their values."""
 
     def __init__(self, rng: random.Random, tally: Tally) -> None:
         self._rng, self._tally = rng, tally
@@ -106,9 +107,9 @@ class Caller:
             message = str(error)
             assert message and "INTERNAL ASSERT" not in message, f"{name}, {what}: {type(error).__name__}: {message}"
         else:
-            raise AssertionError(f"{name}, {what}: not refused")
-        assert not memory.changed(), f"{name}, {what}: was refused, but has written"
-        assert versions == _versions(arguments), f"{name}, {what}: was refused, but has counted a version"
+            raise AssertionError(f"{name}, {what}: did not raise")
+        assert not memory.changed(), f"{name}, {what}: raised, but has written"
+        assert versions == _versions(arguments), f"{name}, {what}: raised, but has bumped a version"
         self._tally.refused[name] += 1
 
     def _allowed(self, name: str, arguments: Arguments) -> tuple[Tensor | None, ...]:
@@ -142,7 +143,7 @@ def draw_shape(rng: random.Random, most: int) -> tuple[int, ...]:
     shape = [rng.choice(EXTENTS) for _ in range(rng.randint(2, 5))]
     if rng.random() < 0.05:
         shape[-1] = rng.randint(1000, 5000)
-    elif rng.random() < 0.05:  # vectors by channel that are on the heap
+    elif rng.random() < 0.05:  # channel vectors large enough for the heap
         shape = [rng.randint(2, 3), rng.randint(500, 1000)]
     while math.prod(shape) > most:
         largest = max(range(len(shape)), key=lambda d: shape[d])
@@ -174,7 +175,7 @@ def draw_case(rng: random.Random, most: int) -> Case:
 
 
 def draw_inputs(rng: random.Random, case: Case, device: str) -> Inputs:
-    """The inputs of a case, with other settings, and some of the optional tensors left out."""
+    """The inputs of a case, with other settings, and without some of the optional tensors."""
     i = case.inputs(device)
     x = i.x
     if rng.random() < 0.05 and case.elements_per_channel > x.shape[0] > 1:
@@ -207,7 +208,7 @@ def on_cpu(record: Any) -> Any:
     if fields.get("num_batches_tracked") is not None:
         fields["num_batches_tracked"] = fields["num_batches_tracked"].reshape(())
     elif "momentum" in fields and fields["momentum"] is None:
-        fields["momentum"] = 0.0  # of no running statistics
+        fields["momentum"] = 0.0  # without running statistics
     return replace(record, **fields)
 
 
@@ -229,7 +230,7 @@ def arranged(rng: random.Random, i: Inputs) -> Inputs:
 
 
 def fuzz_call(rng: random.Random, call: Caller, case: Case, given: Inputs) -> None:
-    """A forward and its backward, in training or evaluation, with or without an epilogue."""
+    """A forward and its backward, in training or inference, with or without an epilogue."""
     i = arranged(rng, given)
     epilogue = testing.make_epilogue(case.epilogue, given)
     residual = None if epilogue.residual is None else arrange_data(rng, epilogue.residual)
@@ -258,7 +259,7 @@ def fuzz_call(rng: random.Random, call: Caller, case: Case, given: Inputs) -> No
     else:
         grads = call("backward", **gradient, training=i.training, **needs)
     wanted = (needs["need_input"], needs["need_weight"] and i.weight is not None, needs["need_bias"])
-    assert all(want or g is None or g.numel() == 0 for g, want in zip(grads, wanted)), f"{case}: not asked for"
+    assert all(want or g is None or g.numel() == 0 for g, want in zip(grads, wanted)), f"{case}: not requested"
     made = [g if want else None for g, want in zip(grads, wanted)]
     outputs = Outputs(y=y, mean=mean, invstd=invstd, **after, **dict(zip(("dx", "dweight", "dbias"), made)))
     if epilogue.is_empty:
@@ -269,17 +270,17 @@ def fuzz_call(rng: random.Random, call: Caller, case: Case, given: Inputs) -> No
 
 
 def fuzz_ranks(rng: random.Random, call: Caller, case: Case, given: Inputs) -> None:
-    """The steps of a batch that lies on one rank to four, some of them without data."""
+    """The steps of a batch on one to four ranks, some of them without data."""
     i = arranged(rng, given)
     n = i.x.shape[0]
     bounds = [0, *sorted(rng.randint(0, n) for _ in range(rng.randrange(4))), n]
     parts = [(i.x.detach()[a:b], i.grad.detach()[a:b]) for a, b in pairwise(bounds)]
     rows = torch.stack([_only(call("sync_statistics", x=x, eps=i.eps)) for x, _ in parts])
-    join = rng.choice(("sync_combine", "sync_combine_functional"))
+    combine = rng.choice(("sync_combine", "sync_combine_functional"))
     buffers: Arguments = {n: getattr(i, n) for n in BUFFERS}
-    combined = call(join, rows=rows, **buffers, momentum=i.momentum, eps=i.eps, dtype=i.x.dtype)
+    combined = call(combine, rows=rows, **buffers, momentum=i.momentum, eps=i.eps, dtype=i.x.dtype)
     mean, invstd, count = combined[:3]
-    if join != "sync_combine":
+    if combine != "sync_combine":
         buffers = {n: t if buffers[n] is not None else None for n, t in zip(BUFFERS, combined[3:])}
     saved: Arguments = {"mean": mean, "invstd": invstd}
     needs: Arguments = {"need_weight": rng.random() < 0.8, "need_bias": rng.random() < 0.8}
@@ -300,8 +301,8 @@ def _only(results: tuple[Tensor | None, ...]) -> Tensor:
     return result
 
 
-def fuzz_little(rng: random.Random, call: Caller, case: Case, given: Inputs) -> None:
-    """No element at all, or one for each channel: little to compute, and much to get wrong."""
+def fuzz_degenerate(rng: random.Random, call: Caller, case: Case, given: Inputs) -> None:
+    """No elements, or one per channel: edge cases with almost nothing to compute."""
     i = arranged(rng, given)
     empty = rng.random() < 0.6
     x = torch.ones([1 if d != 1 else s for d, s in enumerate(case.shape)], dtype=i.x.dtype, device=i.x.device)
@@ -318,7 +319,7 @@ def fuzz_little(rng: random.Random, call: Caller, case: Case, given: Inputs) -> 
     mean, invstd = (x.new_ones(x.shape[1], dtype=testing.tolerance.accumulate_dtype(x.dtype)) for _ in range(2))
     arguments: Arguments = {"x": x, **vectors, **running, **counted, "eps": i.eps or 1e-5}
     if not empty:
-        call.refused(name, "one value a channel", arguments)
+        call.refused(name, "one value per channel", arguments)
     else:
         before = {n: None if t is None else t.clone() for n, t in (running | counted).items() if n in BUFFERS}
         results = call(name, **arguments)
@@ -339,19 +340,19 @@ def fuzz_little(rng: random.Random, call: Caller, case: Case, given: Inputs) -> 
 
 
 def run_round(seed: int, tally: Tally, device: str = "cpu", most: int = 2000) -> None:
-    """One round. Raises AssertionError, or what a call raised that must not."""
+    """One round. Raises AssertionError, or an unexpected exception of a call."""
     rng = random.Random(seed)
     case = draw_case(rng, most * LARGER if rng.random() < LARGER_SHARE else most)
     kind = rng.random()
     if kind < 0.2:
         case = replace(case, training=True, epilogue="")
     given = draw_inputs(rng, case, device)
-    fuzz = fuzz_ranks if kind < 0.2 else fuzz_little if kind < 0.3 else fuzz_call
+    fuzz = fuzz_ranks if kind < 0.2 else fuzz_degenerate if kind < 0.3 else fuzz_call
     fuzz(rng, Caller(rng, tally), case, given)
 
 
 def run(first: int, count: int, device: str = "cpu", calls: int | None = None, most: int = 2000) -> Tally:
-    """Rounds first, first + 1 and so on: `count` of them, or as many as make `calls` calls."""
+    """Rounds first, first + 1 and so on: `count` rounds, or until `calls` calls were made."""
     tally, seed, started = Tally(), first, time.monotonic()
     while seed < first + count if calls is None else tally.calls < calls:
         try:
@@ -366,19 +367,19 @@ def run(first: int, count: int, device: str = "cpu", calls: int | None = None, m
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parse = argparse.ArgumentParser(description="Makes random calls of every op, and checks what they do.")
+    parse = argparse.ArgumentParser(description="Makes random calls of every op and checks their results and effects.")
     parse.add_argument("--first", type=int, default=0, metavar="SEED")
     parse.add_argument("--count", type=int, default=1000, metavar="ROUNDS")
-    parse.add_argument("--calls", type=int, help="go on until so many calls were made, instead of --count")
+    parse.add_argument("--calls", type=int, help="run until this many calls were made, instead of --count rounds")
     parse.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parse.add_argument("--most", type=int, default=2000, metavar="ELEMENTS", help="elements of an input")
+    parse.add_argument("--most", type=int, default=2000, metavar="ELEMENTS", help="maximum size of an input")
     parse.add_argument("--threads", type=int, default=1)
     options = parse.parse_args(arguments)
     torch.set_num_threads(options.threads)
     tally = run(options.first, options.count, options.device, options.calls, options.most)
-    print(f"{tally.calls} calls, {tally.refused.total()} of them to be refused, in {len(tally.spoiled)} ways")
+    print(f"{tally.calls} calls, {tally.refused.total()} of them invalid, in {len(tally.spoiled)} ways")
     for name in ENTRY_POINTS:
-        print(f"{tally.allowed[name]:7d} allowed {tally.refused[name]:6d} refused  {name}")
+        print(f"{tally.allowed[name]:7d} valid {tally.refused[name]:6d} invalid  {name}")
     return 0
 
 

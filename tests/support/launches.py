@@ -1,4 +1,4 @@
-"""What a call gives the device, by name: for tests on the fake CUDA device (tests/support/fake_cuda)."""
+"""The kernels that a call launches, by name: for tests on the fake CUDA device (tests/support/fake_cuda)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KERNELS = (
 
 
 def launches(function: Callable[..., object], *args: object) -> list[str]:
-    """What a call gives the device: its kernels by name without template arguments; torch's and copies as they are."""
+    """Launches of a call: this package's kernels without template arguments; torch's ops and copies by their names."""
     with Runtime().recorded() as tasks:
         function(*args)
     return [next((name for name in KERNELS if f"{len(name)}{name}" in task), task) for task in tasks]

@@ -1,4 +1,4 @@
-"""Small networks, each with something that a fusion could get wrong."""
+"""Small networks, each with a structure that fuse() could get wrong."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def conv(inputs: int = C, outputs: int = C, **options: Any) -> nn.Conv2d:
 
 
 class UpBlock(nn.Module):
-    """A skip that may be missing, decided by its type: MONAI's BasicUNet."""
+    """An optional skip, selected by its type: MONAI's BasicUNet."""
 
     def __init__(self, inputs: int = C) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class UNet(nn.Module):
 
 
 class Residual(nn.Module):
-    """torchvision's BasicBlock: one ReLU module for two places, everything in place."""
+    """torchvision's BasicBlock: one ReLU module used twice, everything in place."""
 
     def __init__(self, inputs: int = C, outputs: int = C, drop: float = 0.0) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Residual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         identity = x if self.skip is None else self.skip(x)
         y = self.b2(self.c2(self.relu(self.b1(self.c1(x)))))
-        if self.drop > 0 and self.training:  # drop path, as timm's
+        if self.drop > 0 and self.training:  # drop path, as in timm
             keep = y.new_empty(y.shape[0], 1, 1, 1).bernoulli_(1 - self.drop)
             y = y * keep / (1 - self.drop)
         y += identity
@@ -64,7 +64,7 @@ class Residual(nn.Module):
 
 
 class Dense(nn.Module):
-    """BatchNorm before convolution over what grows by concatenation."""
+    """BatchNorm before convolution, over an input that grows by concatenation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class Dense(nn.Module):
 
 
 class Preactivation(nn.Module):
-    """The residual is what comes before the BatchNorm, and goes on beside it."""
+    """The residual is the input of the BatchNorm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class Preactivation(nn.Module):
 
 
 class Chunks(nn.Module):
-    """YOLO's C2f: iterates over the chunks of a result, and keeps all."""
+    """YOLO's C2f: iterates over the chunks of an output and uses all of them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class Chunks(nn.Module):
 
 
 class Heads(nn.Module):
-    """An auxiliary head in training alone, and a dictionary as the result: detection, segmentation."""
+    """An auxiliary head in training only, and a dictionary as the result, as in detection and segmentation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -125,11 +125,11 @@ class Heads(nn.Module):
 
 
 class Shared(nn.Module):
-    """One BatchNorm called twice, one ReLU everywhere."""
+    """One BatchNorm called twice, one shared ReLU."""
 
     def __init__(self) -> None:
         super().__init__()
-        from bnkernels import BatchNorm2d  # torch's own cannot be called twice before its backward
+        from bnkernels import BatchNorm2d  # torch's cannot be called twice before its backward
 
         self.c1, self.c2, self.b, self.relu = conv(3), conv(), BatchNorm2d(C), nn.ReLU()
 
@@ -139,7 +139,7 @@ class Shared(nn.Module):
 
 
 class UsedLater(nn.Module):
-    """Residuals and results that are needed again."""
+    """Residuals and outputs that are used again."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class UsedLater(nn.Module):
 
 
 class Dropped(nn.Module):
-    """The functional dropout, by self.training and by nothing."""
+    """Functional dropout, with and without self.training as a keyword."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ class Dropped(nn.Module):
 
 
 class Breaks(nn.Module):
-    """Depends on values: a graph ends between the BatchNorm and the ReLU, and within a block."""
+    """Data-dependent control flow: a graph break between the BatchNorm and the ReLU, and inside a block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -188,45 +188,45 @@ class Checkpointed(nn.Module):
 
 
 class SqueezeExcite(nn.Module):
-    """EfficientNet's: other activations, a gate over the result, scaling of the residual."""
+    """EfficientNet's block: other activations, a gate on the result, a scaled residual."""
 
     def __init__(self) -> None:
         super().__init__()
         self.c, self.b, self.d, self.e = conv(3), nn.BatchNorm2d(C), conv(groups=C), nn.BatchNorm2d(C)
-        self.tolerance, self.scale = nn.Conv2d(C, C, 1), nn.Parameter(torch.ones(C, 1, 1) / 3)
+        self.gate, self.scale = nn.Conv2d(C, C, 1), nn.Parameter(torch.ones(C, 1, 1) / 3)
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.silu(self.b(self.c(x)))
         z = F.relu(self.e(self.d(y)), inplace=True)
-        z = z * torch.sigmoid(self.tolerance(z.mean((2, 3), keepdim=True)))
+        z = z * torch.sigmoid(self.gate(z.mean((2, 3), keepdim=True)))
         return F.relu(y + z * self.scale)
 
 
 class BNActivation(nn.BatchNorm2d):
-    """A subclass with an activation of its own, as timm's BatchNormAct2d."""
+    """A subclass with its own activation, like timm's BatchNormAct2d."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(super().forward(x), inplace=True)
 
 
-class Kept(nn.Module):
-    """A hook keeps what a BatchNorm returned, for a perceptual loss, say."""
+class HookedOutput(nn.Module):
+    """A hook stores the output of a BatchNorm, as for a perceptual loss."""
 
     def __init__(self) -> None:
         super().__init__()
         self.c, self.b = conv(3), nn.BatchNorm2d(C)
-        self.kept: list[Tensor] = []
-        self.b.register_forward_hook(self.keep)
+        self.stored: list[Tensor] = []
+        self.b.register_forward_hook(self.store)
 
-    def keep(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        self.kept[:] = [output]
+    def store(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        self.stored[:] = [output]
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        return [F.relu(self.b(self.c(x))), self.kept[0].square()]
+        return [F.relu(self.b(self.c(x))), self.stored[0].square()]
 
 
 class GeneratorOfBlocks(nn.Module):
-    """Blocks by a generator, keyword arguments, and a number among the arguments."""
+    """Blocks from a generator, keyword arguments, and a number among the arguments."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -242,7 +242,7 @@ class GeneratorOfBlocks(nn.Module):
 
 
 class Transposed(nn.Module):
-    """BatchNorm1d over points, between transpositions: inputs that are not contiguous."""
+    """BatchNorm1d over points, between transposes: inputs that are not contiguous."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -255,7 +255,7 @@ class Transposed(nn.Module):
 
 
 class Frozen(nn.Module):
-    """A stage that is kept in evaluation, without gradients."""
+    """A stage that stays in eval mode, without gradients."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -275,7 +275,7 @@ class Frozen(nn.Module):
 
 
 class Accumulates(nn.Module):
-    """A sum in place over branches, of which the first is used again."""
+    """An in-place sum over branches, whose first value is used again."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -292,7 +292,7 @@ class Accumulates(nn.Module):
 
 
 class Slices(nn.Module):
-    """Writes a result into a part of a buffer that is read afterwards."""
+    """Writes an output into a part of a buffer that is read afterwards."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -307,7 +307,7 @@ class Slices(nn.Module):
 
 
 class Mixed(nn.Module):
-    """autocast inside of the model."""
+    """autocast inside the model."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -321,7 +321,7 @@ class Mixed(nn.Module):
 
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
-    # and how many layers are fused, in one graph or another
+    # The number of layers that are fused, over all graphs
     "optional skip": (lambda: UpBlock(3), 1),
     "U-Net with optional skips": (UNet, 4),
     "residual": (lambda: nn.Sequential(Residual(3, C), Residual()), 4),
@@ -330,18 +330,18 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "pre-activation": (Preactivation, 2),
     "chunks": (Chunks, 4),
     "heads": (Heads, 3),
-    "a shared BatchNorm and ReLU": (Shared, 1),
+    "shared BatchNorm and ReLU": (Shared, 1),
     "used later": (UsedLater, 1),
     "dropout": (Dropped, 1),
     "graph breaks": (Breaks, 2),
     "checkpointed, drop path": (Checkpointed, 5),
     "squeeze and excite": (SqueezeExcite, 1),
-    "a subclass with an activation": (lambda: nn.Sequential(conv(3), BNActivation(C), conv()), 1),
-    "a hook keeps the result": (Kept, 0),
-    "a generator of blocks": (GeneratorOfBlocks, 3),
+    "subclass with an activation": (lambda: nn.Sequential(conv(3), BNActivation(C), conv()), 1),
+    "hook stores the output": (HookedOutput, 0),
+    "generator of blocks": (GeneratorOfBlocks, 3),
     "points": (Transposed, 0),
-    "a frozen stage": (Frozen, 4),
-    "sums in place": (Accumulates, 0),
+    "frozen stage": (Frozen, 4),
+    "in-place sums": (Accumulates, 0),
     "slices": (Slices, 0),
     "autocast": (Mixed, 1),
 }

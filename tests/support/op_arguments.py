@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnkernels import ops
+from bnkernels import _ops as ops
 
 Arguments = dict[str, Any]
 

@@ -1,4 +1,4 @@
-"""A case for every kind of plan on a GPU, at the size of real layers."""
+"""A case for every kind of plan on a GPU, with the sizes of real layers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from plan_model import DEVICES, Problem
 from bnkernels.explain.devices import Limits
 from bnkernels.testing import Case
 
-# Kind of the forward, kind of the backward: layout, group, "divided" if the exchange is, "part" if not all is kept.
+# Kinds of the forward and the backward: layout, group, "two_shot" for that all-reduce, "part" if not all is cached.
 KINDS = {
     Case("offset_1e2", (32, 512, 28, 28), "bfloat16", "float32"): (
         "channels_first cta",

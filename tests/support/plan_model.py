@@ -1,7 +1,7 @@
-"""What a plan says, worked out again in Python: for the tests of csrc/plan.
+"""A second implementation of plans in Python, for the tests of csrc/plan.
 
-Whole numbers of any size, and the partition of csrc/cuda/device/tile_iterator.cuh thread by thread for problems small
-enough to count.
+Integers of any size, and the partition of csrc/cuda/device/tile_iterator.cuh thread by thread, for problems small
+enough to enumerate.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from bnkernels import ops
+from bnkernels import _ops as ops
 from bnkernels.explain.devices import NAMED, Limits
 
 VECTOR_BYTES = 16
@@ -19,7 +19,7 @@ BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 TENSORS_READ = {"forward_train": 1, "forward_eval": 1, "backward_train": 2, "backward_eval": 2}
 TRAINING = ("forward_train", "backward_train")
 
-# One of each kind: all compute capabilities, cards of many and of few multiprocessors, slices of both generations.
+# One of each kind: all compute capabilities, cards with many and few multiprocessors, MIG slices of both generations.
 DEVICES = {
     name: NAMED[name].limits
     for name in (
@@ -44,7 +44,7 @@ def ceil_div(a: int, b: int) -> int:
 
 @dataclass(frozen=True)
 class Problem:
-    """[outer][channels][inner] of a dtype; aligned: it starts on a vector boundary."""
+    """A tensor [outer][channels][inner] of a dtype. aligned: it starts on a vector boundary."""
 
     outer: int
     channels: int
@@ -58,17 +58,18 @@ class Problem:
 
     @property
     def vector(self) -> int:
-        """Elements of a vector."""
+        """Elements per vector."""
         return VECTOR_BYTES // BYTES[self.dtype]
 
     @property
     def row_vectors(self) -> int:
-        """Of a row, walked channels-first: wherever it starts, or, if all rows start on a boundary, from there."""
+        """Vectors per row in the channels-first layout: for the worst start of a row, or, if all rows start on a vector
+        boundary, for that start."""
         starts = 1 if self.aligned and self.inner % self.vector == 0 else self.vector
         return max(ceil_div(start + self.inner, self.vector) for start in range(starts))
 
     def units(self, layout: str) -> int:
-        """Of a channel tile, which splits divide."""
+        """Units of a channel tile, which the splits divide."""
         return self.outer * self.row_vectors if layout == "channels_first" else self.outer
 
     def plan(self, pass_: str, limits: Limits, force_two_pass: bool = False) -> dict[str, Any]:
@@ -85,19 +86,19 @@ class Problem:
 
 
 def step(partition: dict[str, Any], block: int) -> int:
-    """Units of a split that a block takes at a time."""
+    """Units of a split that a CTA processes per iteration."""
     return block if partition["layout"] == "channels_first" else block // int(partition["threads_c"])
 
 
 def split_sizes(problem: Problem, partition: dict[str, Any]) -> Iterator[tuple[int, int]]:
-    """(how many, units) of the splits of a channel tile: all but the last, and the last."""
+    """(count, units) of the splits of a channel tile: all but the last, and the last."""
     units = problem.units(partition["layout"])
     yield partition["splits"] - 1, partition["split_size"]
     yield 1, units - (partition["splits"] - 1) * partition["split_size"]
 
 
 def units_not_cached(problem: Problem, persistent: dict[str, Any]) -> int:
-    """Of one channel tile."""
+    """Units of one channel tile that are not cached."""
     room = persistent["cached_vectors"] * step(persistent["partition"], persistent["block"])
     return sum(count * max(0, size - room) for count, size in split_sizes(problem, persistent["partition"]))
 
@@ -105,15 +106,15 @@ def units_not_cached(problem: Problem, persistent: dict[str, Any]) -> int:
 def thread_vectors(
     problem: Problem, partition: dict[str, Any], block: int, channel_tile: int, split: int, thread: int, phase: int
 ) -> Iterator[tuple[int, int]]:
-    """[first, last) elements of each vector of a thread in a share, as Walker has them; phase: of element 0."""
+    """[first, last) elements of each vector of a thread in a work tile, as in TileIterator. phase: of element 0."""
     units = problem.units(partition["layout"])
     size = min(partition["split_size"], units - split * partition["split_size"])
     first = split * partition["split_size"]
     if partition["layout"] == "channels_first":
         for at in range(thread, size, block):
-            row, window = divmod(first + at, partition["row_vectors"])
+            row, vector = divmod(first + at, partition["row_vectors"])
             start = (row * problem.channels + channel_tile) * problem.inner
-            in_row = window * problem.vector - (phase + start) % problem.vector
+            in_row = vector * problem.vector - (phase + start) % problem.vector
             yield start + max(in_row, 0), start + min(in_row + problem.vector, problem.inner)
         return
     step_ = block // partition["threads_c"]
@@ -127,7 +128,7 @@ def thread_vectors(
 
 
 def owners(problem: Problem, partition: dict[str, Any], block: int, phase: int = 0) -> Counter[int]:
-    """How many vectors hold each element, over all shares and threads. A persistent plan has one block to each share."""
+    """How many vectors hold each element, over all work tiles and threads. Persistent plans: one CTA per work tile."""
     count: Counter[int] = Counter()
     for channel_tile in range(partition["channel_tiles"]):
         for split in range(partition["splits"]):
@@ -138,7 +139,7 @@ def owners(problem: Problem, partition: dict[str, Any], block: int, phase: int =
 
 
 def channel_tiles_of_groups(persistent: dict[str, Any]) -> Counter[int]:
-    """How often each channel tile is taken: group g takes g, g + groups, ..."""
+    """How often each channel tile is processed: group g takes tiles g, g + groups, ..."""
     channel_tiles = persistent["partition"]["channel_tiles"]
     return Counter(
         channel_tile

@@ -1,11 +1,11 @@
-"""Several processes that form a torch.distributed group, for tests: started once, and given one function after another.
+"""A pool of processes that form a torch.distributed group, for tests: started once, then given functions to run.
 
     pool = Pool(4, "gloo")
     results = pool.run(function, *arguments)      # function(*arguments) in each process, results by rank
 
-A process that raises fails the test with its traceback, and one that does not answer in time is ended with all others,
-which the next run starts anew: a deadlock fails one test and hangs none. The failure lists where each process was:
-the stacks of its Python threads, and what its threads waited for in the system.
+A process that raises fails the test with its traceback. If one does not answer in time, all are killed, and the next
+run starts new ones: a deadlock fails one test and hangs none. The error lists where each process was: the stacks of its
+Python threads, and what its threads waited for in the kernel.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 DEADLINE = 90.0
-"""Seconds, on a machine that is busy with other things."""
+"""Seconds, sized for a busy machine."""
 
 PRELOADED = ["torch", "torch.distributed", "bnkernels"]
-"""Modules that are imported once, and not in every process."""
+"""Modules that the fork server imports once."""
 
 
 class Broken(AssertionError):
@@ -41,7 +41,7 @@ class Broken(AssertionError):
 
 
 class Collectives(TorchDispatchMode):
-    """Counts the collectives that are called within. (CommDebugMode of torch changes strides: it takes views.)"""
+    """Counts the collectives called in its context. (torch's CommDebugMode changes strides: it takes views.)"""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,9 +60,9 @@ class Pool:
         self._folder: Path | None = None
 
     def run(self, function: Callable[..., Any], *arguments: Any, deadline: float = DEADLINE) -> list[Any]:
-        """function(*arguments) in every process, in its rank's place. `function` is one of a module's, by name.
+        """Results of function(*arguments) in every process, by rank. `function` must be a module-level function.
 
-        Results are what pickle takes. Raises Broken with what the processes said, and ends them, if one fails.
+        Results must be picklable. If a process fails, kills all processes and raises Broken with their errors.
         """
         if not self._workers:
             self._start()
@@ -89,7 +89,7 @@ class Pool:
         return [result for _, result in answers]
 
     def close(self) -> None:
-        """Ends the processes, whatever they do."""
+        """Kills the processes."""
         for process, pipe in self._workers:
             pipe.close()
             process.kill()
@@ -99,11 +99,11 @@ class Pool:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _where(self, rank: int) -> str:
-        """Where a process is: as it says itself, and as the system says of each thread."""
+        """Where a process is: the Python stacks it reports, and the kernel's wait channel of each thread."""
         assert self._folder is not None
         process, _ = self._workers[rank]
         stacks = _stacks_of(self._folder, rank)
-        said = "has not come as far as to say where it is"
+        said = "has not started to report where it is"
         if process.is_alive() and stacks.exists():
             os.kill(process.pid, signal.SIGUSR1)
             time.sleep(1)
@@ -114,21 +114,21 @@ class Pool:
                 waits.append(" ".join((task / name).read_text().strip() for name in ("comm", "wchan")))
             except OSError:
                 continue
-        return "\n".join((said, "threads, and what they wait for in the system:", *waits))
+        return "\n".join((said, "threads, and what they wait for in the kernel:", *waits))
 
     def _start(self) -> None:
-        # A server that has imported torch once and forks: an import for each process would take longer than most tests.
+        # A fork server imports torch once; an import in each process would take longer than most tests.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         self._folder = Path(tempfile.mkdtemp(prefix="bnkernels-processes-"))
         for rank in range(self.size):
-            ours, native = context.Pipe()
+            parent_end, child_end = context.Pipe()
             process = context.Process(
-                target=_serve, args=(native, rank, self.size, self._backend, self._folder), daemon=True
+                target=_serve, args=(child_end, rank, self.size, self._backend, self._folder), daemon=True
             )
             process.start()
-            native.close()
-            self._workers.append((process, ours))
+            child_end.close()
+            self._workers.append((process, parent_end))
 
 
 def _stacks_of(folder: Path, rank: int) -> Path:
@@ -136,7 +136,7 @@ def _stacks_of(folder: Path, rank: int) -> Path:
 
 
 def _serve(pipe: Connection, rank: int, size: int, backend: str, folder: Path) -> None:
-    stacks = open(_stacks_of(folder, rank), "w")  # noqa: SIM115 (for as long as the process lives)
+    stacks = open(_stacks_of(folder, rank), "w")  # noqa: SIM115 (open until the process ends)
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
     torch.set_num_threads(1)
     if fake_cuda.is_attached():

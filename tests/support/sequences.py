@@ -1,16 +1,16 @@
-"""Random sequences of BatchNorm calls on one device: what one launch leaves behind for the next.
+"""Random sequences of BatchNorm calls on one device: state that one launch leaves for the next.
 
-A sequence draws layers (shape, dtype, layout, epilogue, momentum=None among them), binds each to one of several streams
+A sequence draws layers (shape, dtype, layout, epilogue, momentum, including None), binds each to one of several streams
 or to a CUDA graph, and calls them in random order, each many times. Checked at every synchronization point:
 
-    results       those of a layer's first call are within tolerance of the float64 reference, later ones have its bits
-    statistics    running_mean, running_var and num_batches_tracked are those of so many batches
-    workspace     every word of the barrier workspace is in its state of rest (csrc/cuda/launch/barrier_workspace.h)
+    results       a layer's first results are within tolerance of the float64 reference, later ones have the same bits
+    statistics    running_mean, running_var and num_batches_tracked equal those after the same number of batches
+    workspace     every word of the barrier workspace has its value at rest (csrc/cuda/launch/barrier_workspace.h)
 
     python tests/support/sequences.py --first 0 --count 50        on a GPU
     PYTHONPATH=.:tests/support python -m fake_cuda tests/support/sequences.py --count 50
 
-Prints the number of sequences and calls, and of each kind of plan how many calls took it. Exit code 1: a check failed;
+Prints the number of sequences and calls, and the number of calls per kind of plan. Exit code 1: a check failed;
 the seed is printed.
 """
 
@@ -28,7 +28,7 @@ from plan_kinds import KINDS, kind
 from plan_model import TRAINING
 from torch import Tensor
 
-from bnkernels import ops
+from bnkernels import _ops as ops
 from bnkernels.explain.devices import Limits
 from bnkernels.functional import batch_norm_tracked
 from bnkernels.testing import (
@@ -53,7 +53,7 @@ STREAMS = 3
 
 @dataclass
 class Layer:
-    """One BatchNorm, its fixed input, and what it must have computed so far."""
+    """One BatchNorm, its fixed input, and its expected results so far."""
 
     case: Case
     momentum: float | None
@@ -71,7 +71,7 @@ class Layer:
         self.epilogue = make_epilogue(self.case.epilogue, i)
 
     def call(self) -> dict[str, Tensor]:
-        """Forward in training and, if this layer has one, the backward."""
+        """A training forward and, for layers with one, the backward."""
         i, epilogue = self.inputs, self.epilogue
         names = ("dx", "dweight", "dbias", "dresidual")
         leaves = {
@@ -93,7 +93,7 @@ class Layer:
         self.last = results
 
     def check(self) -> None:
-        """Precondition: the device has done all that it was given."""
+        """Precondition: the device has finished all work."""
         if not self.last:
             return
         if not self.first:
@@ -127,13 +127,13 @@ class Layer:
 
 
 class Graph:
-    """Layers captured together, in one or two streams that part and meet."""
+    """Layers captured together, in one stream or in two that fork and join."""
 
     def __init__(self, layers: list[Layer], forked: bool) -> None:
         self.layers = layers
         self.graph = torch.cuda.CUDAGraph()
         side = torch.cuda.Stream()
-        # Everything that is done once per kernel and device happens before the capture.
+        # One-time initialization per kernel and device happens before the capture.
         for layer in layers:
             layer.ran(layer.call())
         torch.cuda.synchronize()
@@ -157,7 +157,7 @@ class Graph:
 
 @dataclass
 class Tally:
-    """What the sequences met."""
+    """Counts over the sequences."""
 
     sequences: int = 0
     calls: int = 0
@@ -167,7 +167,7 @@ class Tally:
 def draw_case(rng: random.Random, large: bool, limits: Limits) -> Case:
     if large:
         return replace(rng.choice(list(KINDS)), epilogue=rng.choice(EPILOGUES))
-    # Few shapes of this size take a grid-level barrier, whose words outlive the launch: every third case does.
+    # Few shapes of this size use a grid-level barrier, whose words outlive the launch; every third case must.
     tries = 40 if rng.random() < 1 / 3 else 1
     for _ in range(tries):
         case = _draw_small_case(rng)
@@ -197,7 +197,7 @@ def draw_layer(rng: random.Random, large: bool, limits: Limits) -> Layer:
 
 def check_workspace() -> None:
     for words in ops.barrier_workspace(torch.cuda.current_device()):
-        # A group's word is 0 but for its top bit, which alternates; a launch's word is 0.
+        # A group's word is 0 except for its top bit, which alternates; a launch's word is 0.
         values = words.cpu()
         launch, groups = values[:, 0], values[:, 1:]
         assert not launch.any(), f"launch words are left at {launch.unique().tolist()}"
@@ -212,14 +212,14 @@ def run_sequence(seed: int, tally: Tally, large: bool = False) -> None:
     layers = [draw_layer(rng, large, limits) for _ in range(rng.randint(2, 5))]
     bound = [rng.choice(streams) for _ in layers]
     graphs: list[tuple[Graph, torch.cuda.Stream]] = []
-    everything = list(layers)
-    # Some sequences look at every step; in the others the streams run on, for as long as they may.
-    patience = rng.choice((1.0, 0.3, 0.0))
+    all_layers = list(layers)
+    # Some sequences check after every step; in others the streams run as long as possible without synchronization.
+    check_probability = rng.choice((1.0, 0.3, 0.0))
     torch.cuda.synchronize()
 
     def check() -> None:
         torch.cuda.synchronize()
-        for layer in everything:
+        for layer in all_layers:
             layer.check()
         check_workspace()
 
@@ -228,7 +228,7 @@ def run_sequence(seed: int, tally: Tally, large: bool = False) -> None:
         if action < 0.1:
             check()
             graph = Graph([draw_layer(rng, large, limits) for _ in range(rng.randint(1, 3))], rng.random() < 0.5)
-            everything += graph.layers
+            all_layers += graph.layers
             graphs.append((graph, rng.choice(streams)))
             torch.cuda.synchronize()
         elif action < 0.35 and graphs:
@@ -242,11 +242,11 @@ def run_sequence(seed: int, tally: Tally, large: bool = False) -> None:
             with torch.cuda.stream(bound[number]):
                 for _ in range(rng.randint(1, 3)):
                     layers[number].ran(layers[number].call())
-        if rng.random() < patience:
+        if rng.random() < check_probability:
             check()
     check()
     tally.sequences += 1
-    for layer in everything:
+    for layer in all_layers:
         tally.calls += layer.calls
         cumulative = " cumulative" * (layer.momentum is None)
         for pass_ in TRAINING[: 1 + layer.backward]:
@@ -265,10 +265,10 @@ def run(first: int, count: int, large: bool = False) -> Tally:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parse = argparse.ArgumentParser(description="Runs random sequences of BatchNorm calls and checks what they leave.")
+    parse = argparse.ArgumentParser(description="Runs random sequences of BatchNorm calls and checks their results.")
     parse.add_argument("--first", type=int, default=0, metavar="SEED")
     parse.add_argument("--count", type=int, default=50)
-    parse.add_argument("--large", action="store_true", help="layers of real size")
+    parse.add_argument("--large", action="store_true", help="layers of realistic size")
     options = parse.parse_args(arguments)
     tally = run(options.first, options.count, options.large)
     print(f"{tally.sequences} sequences, {tally.calls} calls")

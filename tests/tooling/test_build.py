@@ -1,4 +1,4 @@
-"""The build: what build_support.py decides, with scripts that play nvcc; what it prints; the extension; the sdist."""
+"""The build: the decisions of build_support.py, with scripts in place of nvcc; its output; the extension; the sdist."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def script(path: Path, text: str) -> Path:
 
 @pytest.fixture
 def toolkit(tmp_path: Path) -> Path:
-    """A CUDA 13.0 toolkit: a folder with bin/nvcc, which tells its root as nvcc does."""
+    """A CUDA 13.0 toolkit: a folder with bin/nvcc, which reports its root as nvcc does."""
     root = tmp_path / "cuda-13.0"
     script(root / "bin" / "nvcc", NVCC.format(top=f"{root}/bin/..", version="13.0"))
     return root
@@ -68,7 +68,7 @@ def test_root_of_a_link(toolkit: Path, tmp_path: Path, nowhere: Path) -> None:
 
 
 def test_root_of_a_wrapper(toolkit: Path, tmp_path: Path, nowhere: Path) -> None:
-    """A script on PATH that calls nvcc: its parent folder says nothing of the toolkit."""
+    """A script on PATH that calls nvcc: its parent folder is not the toolkit's root."""
     script(tmp_path / "local" / "bin" / "nvcc", f'#!/bin/sh\nexec {toolkit}/bin/nvcc "$@"\n')
     assert build_support.find_cuda_root({"PATH": str(tmp_path / "local" / "bin")}, nowhere) == toolkit
 
@@ -80,12 +80,12 @@ def test_cuda_home_comes_first(toolkit: Path, tmp_path: Path, nowhere: Path) -> 
         assert build_support.find_cuda_root({name: str(other), "PATH": str(toolkit / "bin")}, nowhere) == other
 
 
-def test_cuda_home_without_nvcc_is_said_and_passed_over(
+def test_cuda_home_without_nvcc_is_reported_and_skipped(
     toolkit: Path, nowhere: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     environ = {"CUDA_HOME": str(nowhere), "PATH": str(toolkit / "bin")}
     assert build_support.find_cuda_root(environ, nowhere) == toolkit
-    assert f"CUDA_HOME={nowhere} holds no bin/nvcc" in capsys.readouterr().out
+    assert f"ignoring CUDA_HOME={nowhere}, which has no bin/nvcc" in capsys.readouterr().out
 
 
 def test_root_in_the_standard_place(toolkit: Path, nowhere: Path) -> None:
@@ -93,9 +93,9 @@ def test_root_in_the_standard_place(toolkit: Path, nowhere: Path) -> None:
     assert build_support.find_cuda_root({"PATH": ""}, standard=nowhere) is None
 
 
-def test_a_root_that_is_none_is_an_error(tmp_path: Path, nowhere: Path) -> None:
+def test_an_invalid_root_is_an_error(tmp_path: Path, nowhere: Path) -> None:
     nvcc = script(tmp_path / "bin" / "nvcc", NVCC.format(top=nowhere, version="13.0"))
-    with pytest.raises(BuildError, match=r"no bin/nvcc in it; set CUDA_HOME"):
+    with pytest.raises(BuildError, match=r"which has no bin/nvcc; set CUDA_HOME"):
         build_support.root_of_nvcc(nvcc)
 
 
@@ -145,7 +145,7 @@ KNOWN = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12,
         (KNOWN, [(9, 0)], "9.0+PTX"),
         (KNOWN, [(9, 0), (8, 0), (9, 0)], "8.0;9.0+PTX"),
         (KNOWN, [(12, 1)], "12.1+PTX"),
-        (KNOWN[:5], [(10, 0)], "9.0+PTX"),  # newer than nvcc knows: PTX serves it
+        (KNOWN[:5], [(10, 0)], "9.0+PTX"),  # newer than nvcc supports: PTX covers it
         ([(13, 0)], [], "13.0+PTX"),
     ],
 )
@@ -203,11 +203,11 @@ def test_force_cuda(value: str, expected: bool | None) -> None:
 
 
 def test_force_cuda_of_another_kind_is_an_error() -> None:
-    with pytest.raises(BuildError, match="FORCE_CUDA is 1"):
+    with pytest.raises(BuildError, match="expected FORCE_CUDA to be 1"):
         build_support.wants_cuda({"FORCE_CUDA": "maybe"})
 
 
-# What is printed while it compiles
+# Output during compilation
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def test_the_terminal_is_written_to_where_a_front_end_hides_the_output(tmp_path:
     opened.close()
 
 
-# Writes what ninja and the linker want to see.
+# Writes the files that ninja and the linker expect.
 COMPILER = """#!/bin/sh
 while [ $# -gt 0 ]; do
   case $1 in -o|-MF) : > "$2";; esac
@@ -269,16 +269,17 @@ done
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A copy of the repository's files: a build writes into the folder that it runs in."""
+    """A copy of the repository's files, because a build writes into its working folder."""
     copy = tmp_path / "source"
     left_out = shutil.ignore_patterns(".git", ".venv*", "build", "out", "*.egg-info", "*.so", "__pycache__")
     shutil.copytree(ROOT, copy, ignore=left_out)
     return copy
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="how a session gets its terminal is Linux's")
+@pytest.mark.skipif(sys.platform != "linux", reason="relies on Linux's rule for a session's controlling terminal")
 def test_a_build_shows_what_it_compiles(source: Path, tmp_path: Path) -> None:
-    """As pip runs it, whose terminal shows the progress; and every source is compiled, in one translation unit."""
+    """Run as pip runs it: the terminal shows the progress, and every source is compiled in exactly one translation
+    unit."""
     compiler = script(tmp_path / "bin" / "c++", COMPILER)
     environ = {
         **os.environ,
@@ -288,7 +289,7 @@ def test_a_build_shows_what_it_compiles(source: Path, tmp_path: Path) -> None:
         "_PYPROJECT_HOOKS_BUILD_BACKEND": "setuptools.build_meta",
     }
     master, terminal = os.openpty()
-    # The first terminal that the leader of a session opens is the session's.
+    # The first terminal that a session leader opens becomes the session's controlling terminal.
     command = [
         "sh",
         "-c",
@@ -329,10 +330,10 @@ def test_a_build_shows_what_it_compiles(source: Path, tmp_path: Path) -> None:
     assert sorted(files + included) == sorted(wanted)
 
 
-# What was built
+# The built extension
 
 
-def test_build_info_tells_this_build() -> None:
+def test_build_info_describes_this_build() -> None:
     info = bnkernels.build_info()
     assert info["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert info["with_cuda"] == (info["cuda"] is not None) == bool(info["arch_list"])
@@ -352,8 +353,8 @@ def extension_file() -> Path:
 @pytest.mark.skipif(
     sys.platform != "linux" or not torch.backends.openmp.is_available(), reason="torch is not built with OpenMP"
 )
-def test_parallel_on_torchs_own_openmp_runtime() -> None:
-    """Compiled with OpenMP (or at::parallel_for would silently be serial), yet no second runtime is loaded."""
+def test_parallel_on_the_openmp_runtime_of_torch() -> None:
+    """Compiled with OpenMP (otherwise at::parallel_for would silently be serial), yet no second runtime is loaded."""
     assert b"GOMP_parallel" in extension_file().read_bytes()
     loaded = subprocess.run(
         [sys.executable, "-c", "import bnkernels; bnkernels.build_info(); print(open('/proc/self/maps').read())"],
@@ -386,7 +387,7 @@ def test_sdist_holds_what_a_build_needs(source: Path, tmp_path: Path) -> None:
     assert needed - held == set()
 
 
-def test_units_include_every_file_with_torchs_headers() -> None:
+def test_units_include_every_file_with_torch_headers() -> None:
     """A file that no unit includes would be missing from the library."""
     csrc = Path(build_support.__file__).parent / "csrc"
     included = {

@@ -1,4 +1,4 @@
-"""python -m bnkernels.check: its exit codes, its words, its JSON, and that the command it prints reproduces."""
+"""python -m bnkernels.check: its exit codes, output and JSON, and that the printed command reproduces a case."""
 
 from __future__ import annotations
 
@@ -44,24 +44,24 @@ def wrong_eps(x: Tensor, *rest: Any) -> Tensor:
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str, dict[str, Any]]:
-    """The whole of --quick on the CPU, run once as users run it: exit code, output, JSON."""
+    """One run of --quick on the CPU, as users run it: exit code, output, JSON."""
     file = tmp_path_factory.mktemp("check") / "quick.json"
     command = [sys.executable, "-m", "bnkernels.check", "--quick", "--device", "cpu", "--json", str(file)]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    # Of the processor: what the clock says depends on who else is on the machine.
+    # CPU time, since the elapsed time depends on other load on the machine.
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    assert seconds < 30, "--quick is for every run of somebody's CI"
-    assert done.stderr == "", "nothing, a progress bar included, goes to a stderr that is no terminal"
+    assert seconds < 30, "--quick must be short enough for every CI run"
+    assert done.stderr == "", "stderr is not a terminal: no output, no progress bar"
     return done.returncode, done.stdout, json.loads(file.read_text())
 
 
 def test_quick_passes(quick: tuple[int, str, dict[str, Any]]) -> None:
-    code, said, data = quick
-    assert code == 0, said
+    code, printed, data = quick
+    assert code == 0, printed
     assert data["passed"] is True
-    assert f"cpu: ok, {len([*cases('quick'), *fused_cases('quick')])} cases within bounds" in said
+    assert f"cpu: ok, {len([*cases('quick'), *fused_cases('quick')])} cases within bounds" in printed
 
 
 def test_table_fits_a_terminal(quick: tuple[int, str, dict[str, Any]]) -> None:
@@ -103,7 +103,7 @@ def test_json_schema(quick: tuple[int, str, dict[str, Any]]) -> None:
 def test_printed_command_reproduces(
     quick: tuple[int, str, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The worst case of a run, by the line that the run printed: the same number in another process."""
+    """The command that a run prints for its worst case gives the same number in another process."""
     command = quick[2]["backends"][0]["worst"]["command"]
     assert command in quick[1]
     words = shlex.split(command)
@@ -117,23 +117,23 @@ def test_printed_command_reproduces(
 
 def test_case_in_detail(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--case", GOOD, "--case", HARD) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for quantity in ("y", "dx", "dweight", "dbias", "running_mean", "running_var"):
-        assert said.count(f"\n  {quantity} ") == 4, "ours and torch's, of two cases"
-    assert GOOD in said and HARD in said
-    assert max(len(line) for line in said.splitlines() if "python -m" not in line) <= 80
+        assert printed.count(f"\n  {quantity} ") == 4, "ours and torch's, of two cases"
+    assert GOOD in printed and HARD in printed
+    assert max(len(line) for line in printed.splitlines() if "python -m" not in line) <= 80
 
 
 def test_wrong_eps_exits_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One constant off. The command printed for the failure fails too, with the same number."""
+    """One wrong constant. The command printed for the failure fails too, with the same number."""
     plant(monkeypatch, wrong_eps)
     assert run("--case", GOOD, "--case", HARD, "--json", str(tmp_path / "a.json")) == 1
-    said = capsys.readouterr().out
-    assert "cpu: FAILED, 2 of 2 cases out of bounds" in said
+    printed = capsys.readouterr().out
+    assert "cpu: FAILED, 2 of 2 cases out of bounds" in printed
     failures = json.loads((tmp_path / "a.json").read_text())["backends"][0]["failures"]
     assert len(failures) == 2
     for failure in failures:
-        assert failure["command"] in said
+        assert failure["command"] in printed
         words = shlex.split(failure["command"])
         assert check.main([*words[3:], "--json", str(tmp_path / "b.json")]) == 1
         (again,) = json.loads((tmp_path / "b.json").read_text())["backends"][0]["failures"]
@@ -144,16 +144,16 @@ def test_wrong_eps_is_found_by_quick(monkeypatch: pytest.MonkeyPatch, capsys: py
     plant(monkeypatch, wrong_eps)
     every_fifth = [argument for case in list(cases("quick"))[::5] for argument in ("--case", str(case))]
     assert run(*every_fifth) == 1
-    assert "more" in capsys.readouterr().out.splitlines()[-1], "a handful of failures is printed, the rest counted"
+    assert "more" in capsys.readouterr().out.splitlines()[-1], "a few failures are printed, the rest are counted"
 
 
 class Wrong:
-    """Layers that are right in their numbers and break a promise."""
+    """Layers with correct values that break another guarantee."""
 
     @staticmethod
     def writes_input(x: Tensor, *rest: Any) -> Tensor:
         y = own(x, *rest)
-        x.data[0] = 0.0  # unseen by autograd, as a kernel's write would be
+        x.data[0] = 0.0  # not visible to autograd, like a write by a kernel
         return y
 
     @staticmethod
@@ -171,7 +171,7 @@ class Wrong:
     @staticmethod
     def updates_in_inference(x: Tensor, mean: Tensor, *rest: Any) -> Tensor:
         y = own(x, mean, *rest)
-        mean.copy_(mean + mean.abs() * 2.0**-23)  # a bit, within the tolerance's rounding
+        mean.copy_(mean + mean.abs() * 2.0**-23)  # a change within the tolerance's rounding
         return y
 
     @staticmethod
@@ -226,18 +226,18 @@ class WrongReLU:
     [
         (Wrong.writes_input, "train", "changed its input x"),
         (Wrong.writes_weight, "train", "changed its input weight"),
-        (Wrong.writes_beyond, "train", "wrote beyond the end of running_mean"),
+        (Wrong.writes_beyond, "train", "wrote out of bounds of running_mean"),
         (Wrong.updates_in_inference, "eval", "changed running_mean in inference"),
         (
             Wrong.leaves_memory_unwritten,
             "train",
-            "y has other bits when called again, in one thread and with NaN in fresh memory",
+            "y differs bitwise in a repeated call, in one thread and with NaN in fresh memory",
         ),
-        (Wrong.is_not_repeatable, "train", "y has other bits when called again"),
-        (Wrong.widens, "train", "y is torch.float64"),
+        (Wrong.is_not_repeatable, "train", "y differs bitwise in a repeated call"),
+        (Wrong.widens, "train", "expected y to be torch.float32 (4, 3, 5, 7), but got torch.float64"),
         (Wrong.raises, "train", "raised RuntimeError: no kernel for this"),
         (Wrong.writes_residual, "train/add", "changed its input residual"),
-        (Wrong.hands_on_too_much, "eval/add+relu", "the residual's gradient is not the one that arrives at the sum"),
+        (Wrong.hands_on_too_much, "eval/add+relu", "the residual's gradient differs from the gradient of the sum"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -245,11 +245,11 @@ def test_broken_promises_exit_1(
     layer: BatchNorm, mode: str, problem: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     case = GOOD.replace("train", mode)
-    assert run("--case", case) == 0, "ours keeps them"
+    assert run("--case", case) == 0, "our layer passes"
     plant(monkeypatch, layer)
     assert run("--case", case) == 1
-    said = capsys.readouterr().out
-    assert problem in said and f"--case {case}" in said
+    printed = capsys.readouterr().out
+    assert problem in printed and f"--case {case}" in printed
 
 
 @pytest.mark.parametrize(
@@ -266,17 +266,17 @@ def test_wrong_epilogues_exit_1(
     layer: BatchNorm, epilogue: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     case = f"{GOOD}/{epilogue}"
-    assert run("--case", case) == 0, "ours is right"
+    assert run("--case", case) == 0, "our layer passes"
     plant(monkeypatch, layer)
     assert run("--case", case) == 1
-    said = capsys.readouterr().out
-    assert "out of bounds" in said and f"--case {case}" in said
+    printed = capsys.readouterr().out
+    assert "out of bounds" in printed and f"--case {case}" in printed
 
 
 def could_not_run(capsys: pytest.CaptureFixture[str], reason: str) -> None:
-    said = capsys.readouterr()
-    assert said.err.startswith("bnkernels.check could not run: ") and reason in said.err, said
-    assert "Traceback" not in said.err
+    printed = capsys.readouterr()
+    assert printed.err.startswith("bnkernels.check could not run: ") and reason in printed.err, printed
+    assert "Traceback" not in printed.err
 
 
 @pytest.mark.parametrize(
@@ -284,9 +284,9 @@ def could_not_run(capsys: pytest.CaptureFixture[str], reason: str) -> None:
     [
         (["--device", "tpu"], "no such device: tpu"),
         (["--device", "meta"], "no backend for meta"),
-        (["--case", "normal"], "1 fields, not 7 or 8"),
-        (["--case", GOOD.replace("normal/4", "odd/4")], "no distribution 'odd'"),
-        (["--case", GOOD + "/sigmoid"], "no epilogue 'sigmoid'; there are: relu, add, add+relu"),
+        (["--case", "normal"], "of 7 or 8 fields, but 'normal' has 1"),
+        (["--case", GOOD.replace("normal/4", "odd/4")], "unknown distribution 'odd'"),
+        (["--case", GOOD + "/sigmoid"], "unknown epilogue 'sigmoid': expected one of relu, add, add+relu"),
     ],
 )
 def test_bad_arguments_exit_2(arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -313,7 +313,7 @@ def test_no_cuda_exits_2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert check.main(["--device", "cuda:2"]) == 2
-    could_not_run(capsys, "no cuda:2")
+    could_not_run(capsys, "no such device: cuda:2")
 
 
 def test_unwritable_json_exits_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -328,7 +328,8 @@ def test_unwritable_json_exits_2(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_out_of_memory_exits_2(
     error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also where our own layer runs into it: a machine too small says nothing about the numbers."""
+    """This includes out-of-memory errors in our own layer: a machine that is too small is no evidence about the
+    numbers."""
 
     def layer(*arguments: Any) -> Tensor:
         raise error
@@ -348,7 +349,7 @@ def test_fault_of_the_check_exits_2(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 
 def test_fault_after_a_failure_exits_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """As a kernel that faults makes all that follows on its device fail: the finding is not lost."""
+    """A faulting kernel makes all later work on its device fail; the failure found before must still be reported."""
     inputs = Case.inputs
 
     def faulty(case: Case, device: torch.device) -> Any:
@@ -359,12 +360,12 @@ def test_fault_after_a_failure_exits_1(monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setattr(Case, "inputs", faulty)
     plant(monkeypatch, wrong_eps)
     assert run("--case", GOOD, "--case", HARD, "--case", GOOD) == 1
-    said = capsys.readouterr().out
-    assert "FAILED, 1 of 1 cases" in said and f"stopped after these: {HARD}: RuntimeError: CUDA error" in said
+    printed = capsys.readouterr().out
+    assert "FAILED, 1 of 1 cases" in printed and f"stopped after these: {HARD}: RuntimeError: CUDA error" in printed
 
 
 def check_of_a_copy(folder: Path) -> str:
-    """What the check of the package in `folder` says when it cannot run."""
+    """The check's output for the package in `folder`, which cannot run."""
     done = subprocess.run(
         [sys.executable, "-m", "bnkernels.check", "--quick"],
         cwd=folder,
@@ -377,33 +378,33 @@ def check_of_a_copy(folder: Path) -> str:
 
 
 def test_installation_without_its_library_exits_2(tmp_path: Path) -> None:
-    """The commonest reason of all, and not `1`: that would say that numbers are wrong."""
+    """The most common reason. Exit code 1 would claim that numbers are wrong."""
     shutil.copytree(ROOT / "bnkernels", tmp_path / "bnkernels", ignore=shutil.ignore_patterns("*.so", "*.pyd"))
     assert "not built" in check_of_a_copy(tmp_path)
 
 
 def test_library_of_other_sources_exits_2(tmp_path: Path) -> None:
-    """Sources that were brought up to date, and not compiled again: the message says so, and what to do."""
+    """Sources that were updated and not recompiled: the message names the problem and the fix."""
     shutil.copytree(ROOT / "bnkernels", tmp_path / "bnkernels", ignore=shutil.ignore_patterns("__pycache__"))
-    ops = tmp_path / "bnkernels" / "ops.py"
+    ops = tmp_path / "bnkernels" / "_ops" / "__init__.py"
     ops.write_text(ops.read_text().replace("plan = _C.plan\n", "plan = _C.plan_of_tomorrow\n"))
-    said = check_of_a_copy(tmp_path)
-    assert "does not fit this version of bnkernels" in said and "plan_of_tomorrow" in said
-    assert "Build bnkernels again" in said and "Traceback" not in said
+    printed = check_of_a_copy(tmp_path)
+    assert "does not match this version of bnkernels" in printed and "plan_of_tomorrow" in printed
+    assert "Rebuild bnkernels" in printed and "Traceback" not in printed
 
 
 def test_json_on_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
-    """Alone there, so that it can be piped; the words go to stderr."""
+    """Only the JSON goes to stdout, so that it can be piped; other output goes to stderr."""
     assert run("--case", GOOD, "--json", "-") == 0
-    said = capsys.readouterr()
-    assert json.loads(said.out)["passed"] is True
-    assert GOOD in said.err
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["passed"] is True
+    assert GOOD in printed.err
 
 
-def test_json_of_what_is_not_finite(
+def test_json_of_nonfinite_values(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """NaN and infinity are strings: the file is JSON to any parser."""
+    """NaN and infinity are written as strings, so that any JSON parser reads the file."""
     plant(monkeypatch, lambda x, *rest: own(x, *rest) * math.nan)
     assert run("--case", GOOD, "--json", str(tmp_path / "nan.json")) == 1
 
@@ -432,7 +433,7 @@ def test_ratio_text(ratio: float, text: str) -> None:
 
 
 def test_marks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """! from 1 on, * from a quarter on, for the eye that runs down the column."""
+    """Ratios from 1 are marked with ! and ratios from 0.25 with *, to stand out in the column."""
 
     def result(ratio: float, distribution: str) -> runner.Result:
         error_report = ErrorReport("y", ratio, (0,), 1.0, 1.0, 1.0, torch.float32)
@@ -446,7 +447,7 @@ def test_marks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_own_progress_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Where tqdm is not installed: one line, rewritten, gone at the end; nothing where stderr is no terminal."""
+    """Without tqdm: one line, rewritten in place and erased at the end; no output if stderr is not a terminal."""
     monkeypatch.setitem(sys.modules, "tqdm", None)
     for terminal in (False, True):
         monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal, raising=False)
@@ -455,6 +456,8 @@ def test_own_progress_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
             bar.set_description_str("cpu normal", refresh=False)
             bar.update()
             bar.update()
-        said = capsys.readouterr().err
-        assert ("2/2" in said and "cpu normal" in said and said.endswith("\r") and "\n" not in said) == terminal
-        assert terminal or said == ""
+        printed = capsys.readouterr().err
+        assert (
+            "2/2" in printed and "cpu normal" in printed and printed.endswith("\r") and "\n" not in printed
+        ) == terminal
+        assert terminal or printed == ""

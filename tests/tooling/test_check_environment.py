@@ -1,4 +1,4 @@
-"""python -m bnkernels.check --env: everything that a bug report needs, wherever it runs."""
+"""python -m bnkernels.check --env prints everything that a bug report needs, on any machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bnkernels.check import environment
 
 
 def test_text(capsys: pytest.CaptureFixture[str]) -> None:
-    """Versions, machine, build and SIMD level, in plain text; and no check is run."""
+    """Versions, machine, build and SIMD level in plain text; no check runs."""
     assert check.main(["--env"]) == 0
     out, err = capsys.readouterr()
     assert err == "" and "within bounds" not in out
@@ -30,7 +30,7 @@ def test_text(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """The same to standard output or to a file."""
+    """The same content as JSON, to standard output or to a file."""
     assert check.main(["--env", "--json", "-"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["build"] == bnkernels.build_info() and found["torch"] == torch.__version__
@@ -46,7 +46,7 @@ def test_with_cases_it_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_only_variables_that_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What else is in the environment is nobody's business."""
+    """Other environment variables must not be disclosed."""
     monkeypatch.setenv("BNKERNELS_PLAN", "two_pass")
     monkeypatch.setenv("SECRET_TOKEN", "x")
     found: Any = environment.environment()["variables"]
@@ -59,7 +59,7 @@ def script(path: Path, text: str) -> None:
 
 
 def test_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What they print; or that they are missing, fail, or do not answer: a report about a broken machine is one too."""
+    """The programs' output, or that they are missing, fail, or time out: a broken machine gets a report too."""
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     script(tmp_path / "nvcc", "echo release 13.0")
     script(tmp_path / "nvidia-smi", "echo no driver >&2; exit 9")
@@ -75,7 +75,7 @@ def test_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_as_text() -> None:
-    """Parts and lines below their name; nothing is left out."""
+    """Sections and lines are indented below their name; nothing is omitted."""
     found = {"a": 1, "b": None, "c": {"d": "e\nf"}, "g": ["h"], "i": [], "j": {}}
     assert environment.as_text(found).splitlines() == [
         "a: 1", "b: none", "c:", "  d:", "    e", "    f", "g:", "  0: h", "i: none", "j: none",

@@ -1,4 +1,4 @@
-"""The catalogue of mutants follows the sources, and the runner tells a killed mutant from a survivor."""
+"""The catalogue of mutants matches the sources, and the runner distinguishes killed mutants from survivors."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ MUTANTS = catalogue()
 
 
 @pytest.mark.parametrize("area", MUTANTS)
-def test_the_catalogue_follows_the_sources(area: str) -> None:
-    """Each snippet occurs once and changes, each test file is there, and no two mutants are the same."""
+def test_the_catalogue_matches_the_sources(area: str) -> None:
+    """Each snippet occurs once and is changed, each test file exists, and no two mutants are the same."""
     mutants = MUTANTS[area]
     for mutant in mutants:
         text = (ROOT / mutant.file).read_text()
@@ -27,13 +27,13 @@ def test_the_catalogue_follows_the_sources(area: str) -> None:
     assert len({(mutant.file, mutant.fault) for mutant in mutants}) == len(mutants)
 
 
-def test_there_are_enough() -> None:
+def test_the_catalogue_is_large_enough() -> None:
     assert sum(map(len, MUTANTS.values())) >= 80 and all(MUTANTS.values())
 
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Tree:
-    """Of a small repository, which has nothing to build."""
+    """A tree of a small repository, which has nothing to build."""
     source = tmp_path / "source"
     (source / "tests").mkdir(parents=True)
     (source / "setup.py").write_text("")
@@ -53,7 +53,7 @@ def test_the_runner(tree: Tree) -> None:
     survivor = outcome("a + b", "a * b + a")
     assert survivor.survived
     assert outcome("def add(", "def add((").killed_by
-    # What says nothing about a mutant: no such snippet, tests that fail without it, tests that are not there.
+    # Inconclusive: no such snippet, tests that fail without the mutant, no such tests.
     for error, answer in (
         ("0 times", outcome("a / b", "a")),
         ("fails without the mutant", outcome("a + b", "a", "test_broken")),

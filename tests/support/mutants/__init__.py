@@ -1,12 +1,12 @@
-"""Mutation testing: realistic faults, applied one at a time, that the tests must notice.
+"""Mutation testing: realistic faults, applied one per run, that the tests must detect.
 
     make mutants                                   all of them: hours on 2 cores
     make mutants MUTANTS_ARGS="--area modules -k momentum"
 
-`python -m mutants` (with tests/support on PYTHONPATH) copies the repository to out/mutants. For each mutant of the catalogue
-(tests/support/mutants/*.py) it replaces one snippet of one file, rebuilds what depends on it, runs the
-tests nearest to it, and restores the file. A mutant is *killed* when a test fails or does not end, and *survives* when
-all pass. Each selection of tests first runs on the unmodified copy, where it must pass.
+`python -m mutants` (with tests/support on PYTHONPATH) copies the repository to out/mutants. For each mutant of the
+catalogue (tests/support/mutants/*.py) it replaces one snippet of one file, rebuilds what depends on it, runs the
+relevant tests, and restores the file. A mutant is *killed* if a test fails or hangs, and *survives* if all pass. Each
+selection of tests first runs on the unmodified copy, where it must pass.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ AREAS = ("device", "plans", "launchers", "cpu", "ops", "modules", "derivatives",
 
 
 class Build(Enum):
-    """What has to be rebuilt before the tests see a change."""
+    """What to rebuild before the tests run with a change."""
 
     NONE = "nothing"
     SIMT = "the kernels for the host, by the tests of tests/support/simt themselves"
@@ -29,9 +29,9 @@ class Build(Enum):
 
 @dataclass(frozen=True)
 class Mutant:
-    """One fault: `old`, which occurs once in `file`, becomes `new`; `tests` (arguments of pytest) must notice.
+    """One fault: `old`, which occurs once in `file`, becomes `new`; `tests` (arguments of pytest) must detect it.
 
-    survives: why no test can notice (an equivalent mutant), or empty.
+    survives: why no test can detect it (an equivalent mutant), or empty.
     """
 
     fault: str

@@ -42,12 +42,12 @@ def render(areas: dict[str, list[Outcome]]) -> str:
 
 
 def key(mutant: Mutant) -> str:
-    """What makes two entries the same fault: the change itself, and what is to notice it."""
+    """The identity of a mutant: the change itself and the tests that must detect it."""
     return json.dumps([mutant.file, mutant.old, mutant.new, mutant.tests])
 
 
 def recorded(file: Path, mutants: Sequence[Mutant]) -> list[Outcome]:
-    """The outcomes of an earlier run, of mutants that were killed then."""
+    """The outcomes of an earlier run, for the mutants that it killed."""
     lines = file.read_text().splitlines() if file.exists() else []
     killed = {each["key"]: each for each in map(json.loads, lines) if each["killed_by"]}
     known = [(mutant, killed[key(mutant)]) for mutant in mutants if key(mutant) in killed]
@@ -60,8 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("-k", default="", help="only mutants whose fault or file contains this")
     parser.add_argument("-j", "--jobs", type=int, default=min(8, os.cpu_count() or 1))
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "mutants")
-    parser.add_argument("--resume", action="store_true", help="not again those that an earlier run in DIR saw killed")
-    parser.add_argument("--list", action="store_true", help="names the mutants, and runs none")
+    parser.add_argument("--resume", action="store_true", help="skips mutants that an earlier run in DIR killed")
+    parser.add_argument("--list", action="store_true", help="lists the mutants without running them")
     args = parser.parse_args(arguments)
     chosen = {
         area: [each for each in mutants if args.k in each.fault or args.k in each.file]

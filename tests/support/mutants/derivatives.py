@@ -1,4 +1,4 @@
-"""Faults of the Python of derivatives, fakes, the reference, the gate and explain()."""
+"""Faults in the Python code of derivatives, fakes, the reference, the tolerance and explain()."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ COMPILE = ("tests/compile/test_compile.py", "-k", "layers or transform")
 FUSED_OPCHECK = ("tests/api/test_fused.py", "-k", "opcheck")
 FAKES = ("tests/compile/test_fakes.py",)
 REFERENCE = ("tests/numerics/test_reference.py",)
-GATE = ("tests/numerics/test_tolerance.py",)
+TOLERANCE = ("tests/numerics/test_tolerance.py",)
 EXPLAIN = ("tests/plan/test_explain.py", "tests/plan/test_explain_model.py")
 
 
 MUTANTS: list[Mutant] = [
     mutant(
-        "autograd: every gradient is computed, needed or not",
+        "autograd: every gradient is computed even if not needed",
         "autograd/functions.py",
         "        need_input, need_weight, need_bias, _, *need_residual = ctx.needs_input_grad\n",
-        "        need_input, need_weight, need_bias, *need_residual = True, weight is not None, True, *ctx.needs_input_grad[4:]\n",
+        "        need_input, need_weight, need_bias = True, weight is not None, True\n"
+        "        need_residual = ctx.needs_input_grad[4:]\n",
         AUTOGRAD,
     ),
     mutant(
-        "autograd: the backward of inference reads the running mean, not its own forward's",
+        "autograd: the backward of inference reads the current running mean instead of the forward's",
         "autograd/functions.py",
         "        ctx.save_for_backward(x, weight, mean, invstd)\n",
         "        ctx.save_for_backward(x, weight, mean if training else running_mean, invstd)\n",
         AUTOGRAD,
     ),
     mutant(
-        "autograd: forward mode outside of torch.func is not looked for",
+        "autograd: forward mode outside of torch.func is ignored",
         "autograd/functions.py",
         "    if transformed:\n        outputs:",
         "    if transforms_active():\n        outputs:",
@@ -41,26 +42,26 @@ MUTANTS: list[Mutant] = [
     mutant(
         "autograd: tangents of a gradient are lost where the forward was outside of the dual level",
         "autograd/functions.py",
-        "        again = is_grad_enabled() or transforms_active() or forward_ad._current_level >= 0\n",
-        "        again = is_grad_enabled() or transforms_active()\n",
+        "        create_graph = is_grad_enabled() or transforms_active() or forward_ad._current_level >= 0\n",
+        "        create_graph = is_grad_enabled() or transforms_active()\n",
         AUTOGRAD,
     ),
     mutant(
         "autograd: the first gradient is not differentiable",
         "autograd/functions.py",
-        "        again = is_grad_enabled() or transforms_active() or forward_ad._current_level >= 0\n",
-        "        again = transforms_active() or forward_ad._current_level >= 0\n",
+        "        create_graph = is_grad_enabled() or transforms_active() or forward_ad._current_level >= 0\n",
+        "        create_graph = transforms_active() or forward_ad._current_level >= 0\n",
         AUTOGRAD,
     ),
     mutant(
-        "autograd: running_var that requires a gradient is not refused",
+        "autograd: a running_var that requires a gradient is accepted",
         "autograd/functions.py",
         "        or (running_var is not None and running_var.requires_grad)\n",
         "",
         AUTOGRAD,
     ),
     mutant(
-        "autograd: a bias that alone requires a gradient gets none",
+        "autograd: a bias gets no gradient if nothing else requires one",
         "autograd/functions.py",
         "        or (bias is not None and bias.requires_grad)\n",
         "",
@@ -95,18 +96,18 @@ MUTANTS: list[Mutant] = [
         AUTOGRAD,
     ),
     mutant(
-        "double backward: the cotangent of the weight's gradient is taken to be the same on all ranks",
+        "double backward: the cotangent of the weight's gradient is assumed equal on all ranks",
         "autograd/formulas.py",
-        "            input_terms.append(s.invstd * s.project(a * g))  # a may differ from rank to rank\n",
+        "            input_terms.append(s.invstd * s.project(a * g))  # a may differ between ranks\n",
         "            input_terms.append(a * s.invstd * s.project(g))\n",
         SYNC,
     ),
     mutant(
-        "double backward over ranks: means of the ranks are averaged, however many values each has",
+        "double backward over ranks: the means of the ranks are averaged without weights",
         "autograd/formulas.py",
-        "        return self.spread(self.total(self.sum(v)) / self.count.to(self.dtype))\n",
+        "        return self.broadcast(self.total(self.sum(v)) / self.count.to(self.dtype))\n",
         "        ranks = self.total(torch.ones_like(self.count)).to(self.dtype)\n"
-        "        return self.spread(self.total(v.mean(self.others)) / ranks)\n",
+        "        return self.broadcast(self.total(v.mean(self.reduced_dims)) / ranks)\n",
         SYNC,
     ),
     mutant(
@@ -124,14 +125,14 @@ MUTANTS: list[Mutant] = [
         FUNC,
     ),
     mutant(
-        "double backward of a ReLU: the range keeps what is outside",
+        "double backward of a ReLU: gradients outside the bounds are not masked",
         "autograd/formulas.py",
         "    return grad.masked_fill((value < low) | (value > high), 0)\n",
         "    return grad.masked_fill((value < low) & (value > high), 0)\n",
         FUSED,
     ),
     mutant(
-        "vmap: the bias is folded by the weight's batch dimension",
+        "vmap: the bias is folded along the weight's batch dimension",
         "autograd/batching.py",
         "        _fold_vector(bias, bias_dim, batch),\n        fresh_mean,\n",
         "        _fold_vector(bias, weight_dim, batch),\n        fresh_mean,\n",
@@ -145,42 +146,42 @@ MUTANTS: list[Mutant] = [
         FUNC,
     ),
     mutant(
-        "vmap: each model's cumulative average is applied to a channel",
+        "vmap: each model's averaging factor is broadcast along channels",
         "autograd/batching.py",
         "        if isinstance(factor, Tensor) and factor_dim is not None:\n            factor = factor.view(-1, 1)\n",
         "",
         FUNC,
     ),
     mutant(
-        "vmap: examples that normalise one input may not share buffers",
+        "vmap: examples that normalise the same input may not share buffers",
         "autograd/batching.py",
         "    if x_dim is not None and any(",
         "    if any(",
         FUNC,
     ),
     mutant(
-        "fused: a residual that alone requires a gradient gets none",
+        "epilogue: a residual gets no gradient if nothing else requires one",
         "autograd/functions.py",
         "        or (residual is not None and residual.requires_grad)\n",
         "",
         FUSED,
     ),
     mutant(
-        "fused: the backward of inference is training's",
+        "epilogue: inference uses the backward of training",
         "autograd/functions.py",
         "        ctx.call = (training, eps, relu)\n",
         "        ctx.call = (training or relu, eps, relu)\n",
         FUSED,
     ),
     mutant(
-        "fused: the gradient behind a sum's ReLU is not masked",
+        "epilogue: the gradient of a ReLU after a sum is not masked",
         "autograd/functions.py",
         "            if need_residual:\n                grad = ops.threshold_backward(grad, passed[0], 0)\n",
         "            if need_residual:\n                pass\n",
         FUSED,
     ),
     mutant(
-        "fused: forward mode outside of torch.func is not looked for",
+        "epilogue: forward mode outside of torch.func is ignored",
         "autograd/functions.py",
         "    if (residual is not None or relu) and (transformed or is_in_onnx_export()):\n",
         "    if (residual is not None or relu) and (transforms_active() or is_in_onnx_export()):\n",
@@ -188,35 +189,35 @@ MUTANTS: list[Mutant] = [
     ),
     mutant(
         "fakes: saved statistics of float64 inputs are float32",
-        "fakes.py",
+        "_ops/fakes.py",
         "    return torch.float64 if dtype == torch.float64 else torch.float32\n",
         "    return torch.float32\n",
         REGISTRATION,
     ),
     mutant(
         "fakes: results have the strides of the input",
-        "fakes.py",
+        "_ops/fakes.py",
         "    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format)\n",
         "    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)\n",
         REGISTRATION,
     ),
     mutant(
-        "fakes: a relu_bounds beside a residual, too",
-        "fakes.py",
+        "fakes: relu_bounds is also returned with a residual",
+        "_ops/fakes.py",
         "if relu and residual is None else statistic.new_empty(0)",
         "if relu else statistic.new_empty(0)",
         FUSED_OPCHECK,
     ),
     mutant(
-        "fakes: weight and bias of two dtypes pass when they are traced",
-        "fakes.py",
+        "fakes: tracing accepts weight and bias of different dtypes",
+        "_ops/fakes.py",
         "        if one is not None and other is not None and one.dtype != other.dtype:\n",
         '        if one is not None and other is not None and names[0] != "weight" and one.dtype != other.dtype:\n',
         FAKES,
     ),
     mutant(
-        "fakes: float64 inputs take float32 parameters when they are traced",
-        "fakes.py",
+        "fakes: tracing accepts float32 parameters for float64 inputs",
+        "_ops/fakes.py",
         "    dtypes = {dtype, torch.float32} if dtype in (torch.float16, torch.bfloat16) else {dtype}\n",
         "    dtypes = {dtype, torch.float32}\n",
         FAKES,
@@ -243,32 +244,32 @@ MUTANTS: list[Mutant] = [
         REFERENCE,
     ),
     mutant(
-        "gate: a NaN is within every bound",
+        "tolerance: a NaN is within every bound",
         "testing/tolerance.py",
         "    ratio = torch.where(got.isnan(), math.inf, ratio)\n",
         "    ratio = torch.where(got.isnan(), 0.0, ratio)\n",
-        GATE,
+        TOLERANCE,
     ),
     mutant(
-        "gate: any output is right where the reference is not finite",
+        "tolerance: any output is right where the reference is not finite",
         "testing/tolerance.py",
         "torch.where(got.isfinite(), math.inf, 0.0))\n",
         "0.0)\n",
-        GATE,
+        TOLERANCE,
     ),
     mutant(
-        "gate: the condition number of the variance counts twice for y",
+        "tolerance: the condition number of the variance counts twice for y",
         "testing/tolerance.py",
         "    scale = s.w_times(weight, s.a + s.xhat.abs() * s.k[:, None])\n",
         "    scale = s.w_times(weight, s.a + s.xhat.abs() * s.k[:, None].square())\n",
-        GATE,
+        TOLERANCE,
     ),
     mutant(
-        "gate: an infinity of the other sign is right where the output's dtype overflows",
+        "tolerance: an infinity of the wrong sign is right where the output's dtype overflows",
         "testing/tolerance.py",
         "(threshold - got.sign() * ref).clamp_min(0)",
         "(threshold - ref.abs()).clamp_min(0)",
-        GATE,
+        TOLERANCE,
     ),
     mutant(
         "explain: the launch that masks a gradient is not counted",
@@ -292,14 +293,14 @@ MUTANTS: list[Mutant] = [
         EXPLAIN,
     ),
     mutant(
-        "explain: an input that is copied first is unaligned where it lies",
+        "explain: an input that is copied first keeps the alignment of the original",
         "explain/spec.py",
         " and layout is None and x.is_contiguous(memory_format=own):\n",
         " and layout is None:\n",
         EXPLAIN,
     ),
     mutant(
-        "explain_model: the residual of a call is not seen",
+        "explain_model: the residual of a call is ignored",
         "explain/model.py",
         "Epilogue(residual is not None, activation is not None)",
         "Epilogue(False, activation is not None)",

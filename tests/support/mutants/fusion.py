@@ -6,33 +6,33 @@ from . import Mutant
 from .package import FUSE_RESULTS, mutant
 
 FUSE = ("tests/compile/test_fuse.py",)
-FUSE_NETWORKS = ("tests/compile/test_fuse_networks.py", "-k", "not inductor and not a_model")
+FUSE_NETWORKS = ("tests/compile/test_fuse_networks.py", "-k", "not inductor and not library_model")
 
 
 MUTANTS: list[Mutant] = [
     mutant(
-        "fuse: the sum's alpha is not looked at",
+        "fuse: the sum's alpha is ignored",
         "fx/calls.py",
         ' and node.kwargs.get("alpha", 1) == 1\n',
         "\n",
         FUSE,
     ),
     mutant(
-        "fuse: a sum that is written to out= is one like any other",
+        "fuse: a sum with out= is fused",
         "fx/calls.py",
         '    plain = node.kwargs.keys() <= {"input", "other", "alpha"} and node',
         "    plain = node",
         FUSE,
     ),
     mutant(
-        "fuse: relu6 is taken for a ReLU",
+        "fuse: relu6 is fused as a ReLU",
         "fx/calls.py",
         "_RELU_FUNCTIONS = {F.relu, torch.relu, torch.relu_}\n",
         "_RELU_FUNCTIONS = {F.relu, F.relu6, torch.relu, torch.relu_}\n",
         FUSE,
     ),
     mutant(
-        "fuse: add_ is not known to write in place",
+        "fuse: add_ does not count as an in-place write",
         "fx/calls.py",
         '_ADD_IN_PLACE = {operator.iadd, "add_", "__iadd__"}\n',
         '_ADD_IN_PLACE = {operator.iadd, "__iadd__"}\n',
@@ -69,23 +69,23 @@ MUTANTS: list[Mutant] = [
         FUSE,
     ),
     mutant(
-        "fuse: a sum in place into a tensor that the caller has",
+        "fuse: an in-place sum into a tensor that the caller holds is fused",
         "fx/patterns.py",
         "        if memory.is_shared(target):\n"
-        '            return "the addition writes to a tensor that others may see"\n',
+        '            return "the addition writes in place to a tensor with other users"\n',
         "",
         FUSE,
     ),
     mutant(
-        "fuse: a sum in place into a tensor that is read afterwards",
+        "fuse: an in-place sum into a tensor that is read later is fused",
         "fx/patterns.py",
         "            if not aliases <= derived:\n"
-        '                return "the addition writes to a tensor that others may see"\n',
+        '                return "the addition writes in place to a tensor with other users"\n',
         "",
         FUSE,
     ),
     mutant(
-        "fuse: grad mode or autocast may change between the layer and what follows",
+        "fuse: grad mode or autocast may change between the layer and its epilogue",
         "fx/patterns.py",
         "    if any(is_barrier(each) for each in between):\n"
         '        return "a mode may change between it and what follows"\n',
@@ -96,7 +96,7 @@ MUTANTS: list[Mutant] = [
         "fuse: the residual may be written between the layer and the sum",
         "fx/patterns.py",
         "        if any(overlap(memory.of(residual), memory.written(each)) for each in until):\n"
-        '            return "what lies between it and the addition may change its residual"\n',
+        '            return "an operation between it and the addition may change its residual"\n',
         "",
         FUSE,
     ),
@@ -122,7 +122,7 @@ MUTANTS: list[Mutant] = [
         FUSE,
     ),
     mutant(
-        "fuse: a second residual takes the place of the first",
+        "fuse: a second residual replaces the first",
         "fx/patterns.py",
         "        if residual is not None:\n"
         '            return "it has a residual already, and another addition"\n'
@@ -131,49 +131,49 @@ MUTANTS: list[Mutant] = [
         FUSE,
     ),
     mutant(
-        "fuse: a sum behind a layer with an activation is fused before the activation",
+        "fuse: a sum after a layer with an activation is fused before the activation",
         "fx/patterns.py",
         '    if arguments["activation"] is not None:\n        return "it has an activation already"\n',
         "",
         FUSE,
     ),
     mutant(
-        "fuse: out= is not known to be written",
+        "fuse: out= does not count as written",
         "fx/memory.py",
         'name.endswith("_") or "out" in node.kwargs or name in',
         'name.endswith("_") or name in',
         FUSE,
     ),
     mutant(
-        "fuse: inplace=True by position is not seen",
+        "fuse: a positional inplace=True is ignored",
         "fx/memory.py",
         "    return position is not None and position < len(node.args) and node.args[position] is not False\n",
         "    return False\n",
         FUSE,
     ),
     mutant(
-        "fuse: methods whose name ends in _ are not known to write",
+        "fuse: methods whose name ends in _ do not count as writes",
         "fx/memory.py",
         '(name.endswith("_") and not name.endswith("__")) or name.startswith(',
         "name.startswith(",
         FUSE,
     ),
     mutant(
-        "fuse: a view is memory of its own",
+        "fuse: a view counts as separate memory",
         "fx/memory.py",
         "            yield value.untyped_storage()._cdata\n",
         "            yield id(value)\n",
         FUSE,
     ),
     mutant(
-        "fuse: inputs are taken never to overlap",
+        "fuse: inputs are assumed never to overlap",
         "fx/memory.py",
         "        if found & self._of_inputs:\n            found.add(_INPUTS)\n",
         "",
         FUSE,
     ),
     mutant(
-        "fuse: graphs within a graph are left out",
+        "fuse: nested graphs are skipped",
         "fx/backend.py",
         "    for module in graph_module.modules():\n        if not isinstance(module, fx.GraphModule):\n",
         "    for module in [graph_module]:\n        if not isinstance(module, fx.GraphModule):\n",
@@ -182,12 +182,12 @@ MUTANTS: list[Mutant] = [
     mutant(
         "fuse: the recomputation of a checkpoint never updates statistics",
         "fx/backend.py",
-        "if recomputes and once else args, True\n",
-        "if recomputes else args, True\n",
+        "if is_recomputation and updates_once else args\n",
+        "if is_recomputation else args\n",
         FUSE_RESULTS,
     ),
     mutant(
-        "fuse: other tracers and transforms get the compiled call",
+        "fuse: other tracers and transforms run the compiled call",
         "fx/fuse.py",
         "        if torch.compiler.is_compiling() or _is_traced():\n",
         "        if torch.compiler.is_compiling():\n",
@@ -201,7 +201,7 @@ MUTANTS: list[Mutant] = [
         FUSE_RESULTS,
     ),
     mutant(
-        "fuse: all models share the limit of TorchDynamo's graphs",
+        "fuse: all models share TorchDynamo's limit of graphs",
         "fx/fuse.py",
         "    call.__code__ = call.__code__.replace(co_name=type(model).__name__)\n",
         "",

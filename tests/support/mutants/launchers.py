@@ -1,10 +1,10 @@
-"""Faults of what launches the kernels: streams, devices, refused launches, the memory of barriers."""
+"""Faults of the launchers: streams, devices, refused launches, barrier workspaces."""
 
 from __future__ import annotations
 
 from . import Build, Mutant
 
-LAUNCHES = "tests/cuda/test_cuda_launches.py"  # its tests attach to the fake CUDA device in processes of their own: not marked cuda
+LAUNCHES = "tests/cuda/test_cuda_launches.py"  # starts its own processes on the fake CUDA device: not marked cuda
 STREAMS = "tests/cuda/test_cuda_streams.py"
 
 REFUSED = (LAUNCHES, "-k", "a_refused_launch")
@@ -24,35 +24,35 @@ MUTANTS: list[Mutant] = [
         (STREAMS, "-m", "cuda", "-k", "current_stream"),
     ),
     mutant(
-        "the forward runs on the current device, whichever the input's is",
+        "the forward runs on the current device instead of the input's",
         "torch/dispatch.cpp",
         "  const c10::cuda::CUDAGuard guard(x.device());\n  TorchHost host;\n",
         "  TorchHost host;\n",
         (STREAMS, "-m", "cuda", "-k", "device_of_the_input"),
     ),
     mutant(
-        "a launch that was refused is tried again at each call",
+        "a refused launch is retried at every call",
         "cuda/backend.cu",
         "    groups = std::min(groups, plan.group == GroupKind::kGrid ? plan.groups - 1 : 0);\n",
         "    groups_.erase(key);\n",
         REFUSED,
     ),
     mutant(
-        "the error of a refused launch is left for the next launch to find",
+        "the error of a refused launch is not cleared",
         "cuda/backend.cu",
-        "      (void)cudaGetLastError();  // clears it: nothing has gone wrong that the caller should find\n",
+        "      (void)cudaGetLastError();  // clears the error, which the call recovers from\n",
         "",
         REFUSED,
     ),
     mutant(
-        "clusters are planned though the kernels have no code for them",
+        "clusters are planned although the kernels have no cluster code",
         "cuda/backend.cu",
         "clusters != 0 && cluster.has_code ? kPortableCluster : 0;",
         "clusters != 0 ? kPortableCluster : 0;",
         (LAUNCHES, "-k", "older_than_the_device"),
     ),
     mutant(
-        "fewer clusters at a time, but as many blocks: slabs are taken twice",
+        "fewer co-resident clusters, but the same number of blocks: channel tiles are processed twice",
         "cuda/backend.cu",
         "      persistent.launch.grid = int64_t{fit} * persistent.group_size;\n",
         "",
@@ -66,7 +66,7 @@ MUTANTS: list[Mutant] = [
         CAPTURES,
     ),
     mutant(
-        "a graph keeps its workspace when it is destroyed",
+        "a destroyed graph does not release its workspace",
         "cuda/launch/barrier_workspace.cpp",
         "return is_captured ? tie_to_graph(key, graph) : cudaSuccess;",
         "return cudaSuccess;",

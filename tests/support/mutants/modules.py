@@ -1,4 +1,4 @@
-"""Faults of the Python of layers, conversion and ranks."""
+"""Faults in the Python code of layers, conversion and ranks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .package import FUSE_RESULTS, FUSED, SYNC, mutant
 MODULES = ("tests/api/test_modules.py",)
 ACT = ("tests/api/test_batch_norm_act.py",)
 TRACERS = ("tests/api/test_tools.py", "-k", "fx or jit")
-FUNCTION = ("tests/api/test_functional.py", "-k", "optional or dtypes or strided or eps or nothing")
+FUNCTION = ("tests/api/test_functional.py", "-k", "optional or missing or dtypes or strided or eps or empty")
 CONVERT = ("tests/api/test_convert.py",)
 CHECKPOINT = ("tests/api/test_amp_checkpoint.py", "-k", "contexts or statistics_update")
 
@@ -22,21 +22,21 @@ MUTANTS: list[Mutant] = [
         MODULES,
     ),
     mutant(
-        "module: a layer that does not track counts batches",
+        "module: a layer without running statistics counts batches",
         "modules.py",
         "                running_mean = running_var = num_batches_tracked = None\n",
         "                running_mean = running_var = None\n",
         MODULES,
     ),
     mutant(
-        "module: the flag, not the buffers, says whether eval uses running statistics",
+        "module: the flag instead of the buffers decides whether eval uses running statistics",
         "modules.py",
         "            training = running_mean is None and running_var is None\n",
         "            training = not self.track_running_stats\n",
         MODULES,
     ),
     mutant(
-        "module: recorded as one call by torch.fx although it has hooks",
+        "module: torch.fx records one call although the module has hooks",
         "modules.py",
         "        return self is not tracer.root and not _has_hooks(self)\n",
         "        return self is not tracer.root\n",
@@ -50,7 +50,7 @@ MUTANTS: list[Mutant] = [
         FUSED,
     ),
     mutant(
-        "module: quantization leaves the layers in floating point and says nothing",
+        "module: quantization silently leaves the layers in floating point",
         "modules.py",
         'if any(cls.__module__.startswith("torch.ao.") for cls in type(tracer).__mro__):\n',
         "if False:\n",
@@ -64,42 +64,42 @@ MUTANTS: list[Mutant] = [
         ACT,
     ),
     mutant(
-        "BatchNormAct2d: a subclass in the place of its BatchNorm is not called",
+        "BatchNormAct2d: a subclass in place of its BatchNorm is not called",
         "modules.py",
         "        if type(bn) is not BatchNorm2d or type(act)",
         "        if not isinstance(bn, BatchNorm2d) or type(act)",
         ACT,
     ),
     mutant(
-        "BatchNormAct2d: torch.jit.trace does not get torch's operators",
+        "BatchNormAct2d: torch.jit.trace does not record torch's operators",
         "modules.py",
         "        return isinstance(x, Tensor) and not is_tracing()\n",
         "        return isinstance(x, Tensor)\n",
         ACT,
     ),
     mutant(
-        "BatchNormAct2d: num_batches_tracked of a BatchNorm's state_dict is not moved",
+        "BatchNormAct2d: num_batches_tracked of a BatchNorm's state_dict is not renamed",
         "modules.py",
         '("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):',
         '("weight", "bias", "running_mean", "running_var"):',
         ACT,
     ),
     mutant(
-        "batch_norm: a residual of another dtype goes to the kernel",
+        "batch_norm: a residual of another dtype is passed to the kernel",
         "functional.py",
         "residual.shape == input.shape and residual.dtype == input.dtype and residual.device",
         "residual.shape == input.shape and residual.device",
         FUSED,
     ),
     mutant(
-        "batch_norm: no activation behind a residual that torch adds",
+        "batch_norm: no activation after a residual that torch adds",
         "functional.py",
         "            return with_epilogue(autograd.batch_norm(input, weight, bias, spec), residual, activation)\n",
         "            return with_epilogue(autograd.batch_norm(input, weight, bias, spec), residual, None)\n",
         FUSED,
     ),
     mutant(
-        "batch_norm: inference without running_var is not refused in torch's words",
+        "batch_norm: inference without running_var does not raise torch's error",
         "functional.py",
         "    if not training and (running_mean is None or running_var is None):\n",
         "    if not training and running_mean is None:\n",
@@ -115,12 +115,12 @@ MUTANTS: list[Mutant] = [
     mutant(
         "convert: a module whose forward has been replaced is converted",
         "convert.py",
-        '    if "forward" in module.__dict__:\n        return "its forward has been replaced on the object"\n',
+        '    if "forward" in module.__dict__:\n        return "its forward was replaced on the instance"\n',
         "",
         CONVERT,
     ),
     mutant(
-        "convert: the layer is made again, with parameters and buffers alone: eps, momentum, mode and hooks are lost",
+        "convert: the layer is rebuilt from parameters and buffers: eps, momentum, mode and hooks are lost",
         "convert.py",
         "        module.__class__ = after  # type: ignore[assignment]\n",
         "        fresh = after(module.num_features)  # type: ignore[call-arg]\n"
@@ -131,32 +131,32 @@ MUTANTS: list[Mutant] = [
         CONVERT,
     ),
     mutant(
-        "convert: a converted layer is in training",
+        "convert: a converted layer is in training mode",
         "convert.py",
         "        module.__class__ = after  # type: ignore[assignment]\n",
         "        module.__class__ = after  # type: ignore[assignment]\n        module.train()\n",
         CONVERT,
     ),
     mutant(
-        "explain_model: explains this package's layers alone",
+        "explain_model: reports only this package's layers",
         "explain/model.py",
         "isinstance(module, _BatchNorm) and not reason_to_leave(module):\n",
         "False:\n",
         ("tests/plan/test_explain_model.py", "-k", "agrees"),
     ),
     mutant(
-        "batch_norm: a residual that torch cannot add is found after the statistics have changed",
+        "batch_norm: a residual that torch cannot add is rejected after the statistics have changed",
         "functional.py",
         "            check_residual(residual, input, activation)\n",
         "",
         ("tests/api/test_errors.py", "-k", "changes_nothing and residual"),
     ),
     mutant(
-        "batch_norm: an argument that is no tensor is not named",
+        "batch_norm: the error does not name the argument that is not a tensor",
         "errors.py",
         '        elif value is not None or name == "input":\n',
         '        elif name == "input":\n',
-        ("tests/api/test_errors.py", "-k", "named"),
+        ("tests/api/test_errors.py", "-k", "name_the_argument"),
     ),
     mutant(
         "revert: SyncBatchNorm keeps an attribute of this package",
@@ -173,7 +173,7 @@ MUTANTS: list[Mutant] = [
         FUSE_RESULTS,
     ),
     mutant(
-        "no_statistics_update: an exception leaves the layers so",
+        "no_statistics_update: an exception leaves the layers without updates",
         "running_stats.py",
         "    try:\n"
         "        for module in running_stats:\n"
@@ -190,14 +190,14 @@ MUTANTS: list[Mutant] = [
         CHECKPOINT,
     ),
     mutant(
-        "no_statistics_update: layers that did not track track afterwards",
+        "no_statistics_update: layers without tracking track afterwards",
         "running_stats.py",
         "    running_stats = [module for module in batch_norms if module.track_running_stats]\n",
         "    running_stats = list(batch_norms)\n",
         CHECKPOINT,
     ),
     mutant(
-        "checkpoint_contexts: torch's layers do not track in the recomputation either",
+        "checkpoint_contexts: torch's layers do not track during recomputation",
         "running_stats.py",
         "if isinstance(module, ForwardMixin))",
         "if isinstance(module, _BatchNorm))",
@@ -213,28 +213,28 @@ MUTANTS: list[Mutant] = [
         SYNC,
     ),
     mutant(
-        "SyncBatchNorm: a rank without data does not take part",
+        "SyncBatchNorm: a rank without data does not participate",
         "sync.py",
-        "        if size < 2:  # -1: this rank is not in it\n",
+        "        if size < 2:  # -1: this rank is not in the group\n",
         "        if size < 2 or input.numel() == 0:\n",
         SYNC,
     ),
     mutant(
-        "SyncBatchNorm: its process group is not used",
+        "SyncBatchNorm: its process group is ignored",
         "sync.py",
         "self.process_group if self.process_group is not None else dist.group.WORLD",
         "dist.group.WORLD",
         SYNC,
     ),
     mutant(
-        "SyncBatchNorm: exchanges in eval mode, too",
+        "SyncBatchNorm: ranks exchange statistics in eval mode",
         "sync.py",
         "        if not (self.training and dist.is_available() and dist.is_initialized()):\n",
         "        if not (dist.is_available() and dist.is_initialized()):\n",
         SYNC,
     ),
     mutant(
-        "SyncBatchNorm: a layer that does not track updates its statistics",
+        "SyncBatchNorm: a layer without tracking updates its statistics",
         "sync.py",
         "        if self.track_running_stats:\n",
         "        if self.running_mean is not None:\n",
@@ -249,7 +249,7 @@ MUTANTS: list[Mutant] = [
         SYNC,
     ),
     mutant(
-        "sync: ranks exchange although the input needs no gradient",
+        "sync: ranks exchange gradients although the input needs none",
         "autograd/synchronised.py",
         "        dx = None\n"
         "        if need_input:\n"
@@ -273,7 +273,7 @@ MUTANTS: list[Mutant] = [
         SYNC,
     ),
     mutant(
-        "sync: transforms of torch.func are not refused",
+        "sync: transforms of torch.func are accepted",
         "autograd/synchronised.py",
         "    if transforms_active() or forward_ad._current_level >= 0:\n",
         "    if forward_ad._current_level >= 0:\n",

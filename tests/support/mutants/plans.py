@@ -1,18 +1,18 @@
-"""Faults of the plans: how an array is cut, what fits on a device, which path is taken and what it is said to move."""
+"""Faults of the plans: the partition of an array, device limits, the choice of path, and the predicted bytes."""
 
 from __future__ import annotations
 
 from . import Build, Mutant
 
-RESIDENT_PLAN = "tests/plan/test_plan_persistent.py"
+PERSISTENT_PLAN = "tests/plan/test_plan_persistent.py"
 
-STREAMING = ("tests/plan/test_plan.py", "-k", "streaming")
-LIMITS = (RESIDENT_PLAN, "-k", "limits_hold or shares_cover or cooperative")
+TWO_PASS = ("tests/plan/test_plan.py", "-k", "two_pass")
+LIMITS = (PERSISTENT_PLAN, "-k", "limits_hold or work_tiles_cover or cooperative")
 PACKED_ROWS = ("tests/plan/test_plan_persistent.py", "-k", "packed_rows")
-COUNTED = (RESIDENT_PLAN, "-k", "kernel_counts")
-BYTES = (RESIDENT_PLAN, "-k", "test_bytes or inference")
-# On the host execution, its plain build alone.
-SIMT_STREAMING = ("tests/cuda/test_simt.py", "-m", "not slow", "-k", "blocks_and_chunks")
+COUNTED = (PERSISTENT_PLAN, "-k", "kernel_counts")
+BYTES = (PERSISTENT_PLAN, "-k", "test_bytes or inference")
+# On the host execution, in its plain build only.
+SIMT_TWO_PASS = ("tests/cuda/test_simt.py", "-m", "not slow", "-k", "blocks_and_splits")
 SIMT_TAILS = ("tests/cuda/test_simt_persistent_inputs.py", "-k", "(tails or cumulative) and not tsan")
 
 
@@ -20,100 +20,100 @@ def mutant(fault: str, file: str, old: str, new: str, tests: tuple[str, ...], bu
     return Mutant(fault, f"csrc/{file}", old, new, tests, build)
 
 
-WALKS = [
+PARTITIONS = [
     mutant(
-        "walk: a row that starts anywhere has a window too few",
+        "partition: an unaligned row has one vector too few",
         "plan/partition.cpp",
         "return ceil_div(problem.inner - 1, vector) + 1;",
         "return ceil_div(problem.inner, vector);",
-        STREAMING,
+        TWO_PASS,
     ),
     mutant(
-        "walk: rows of whole vectors are taken for aligned wherever the tensor starts",
+        "partition: rows of full vectors count as aligned for any tensor address",
         "plan/partition.cpp",
         "if (aligned && problem.inner % vector == 0) return problem.inner / vector;",
         "if (problem.inner % vector == 0) return problem.inner / vector;",
-        STREAMING,
+        TWO_PASS,
     ),
     mutant(
-        "walk: as many chunks as were asked for, of which some are empty",
+        "partition: the requested number of splits is used even if some are empty",
         "plan/partition.cpp",
         "partition.splits = ceil_div(units, partition.split_size);",
         "partition.splits = splits;",
-        STREAMING,
+        TWO_PASS,
     ),
     mutant(
-        "walk: a chunk may have more windows than 32 bits count",
+        "partition: a split may have more vectors than 32 bits can count",
         "plan/partition.cpp",
         "partition.split_size = std::min(ceil_div(units, splits), kMaxSplitSize);",
         "partition.split_size = ceil_div(units, splits);",
-        STREAMING,
+        TWO_PASS,
     ),
     mutant(
-        "walk: a step's rows are rounded up",
+        "partition: the rows of a step are rounded up",
         "plan/partition.cpp",
         "partition.step_rows = block / vectors;",
         "partition.step_rows = ceil_div(block, vectors);",
-        STREAMING,
+        TWO_PASS,
     ),
     mutant(
-        "packed: a slab has as many channels as its vectors have elements",
+        "packed: a channel tile has as many channels as its vectors have elements",
         "plan/partition.cpp",
         "static_cast<int>(threads_c * vector_elements(problem.dtype) / problem.inner);",
         "static_cast<int>(threads_c * vector_elements(problem.dtype));",
         LIMITS,
     ),
     mutant(
-        "walk: the last slab, which has fewer channels, is forgotten",
+        "partition: the partial last channel tile is omitted",
         "plan/partition.cpp",
         "make_divisor(ceil_div(problem.channels, partition.tile_channels));",
         "make_divisor(std::max<int64_t>(1, problem.channels / partition.tile_channels));",
-        STREAMING,
+        TWO_PASS,
     ),
     mutant(
-        "joins: more lanes than a warp has threads",
+        "finalize: more threads along C than a warp has",
         "plan/partition.cpp",
         "return power_of_two_at_least(channels, std::min(threads_c, kPlanWarp));",
         "return power_of_two_at_least(channels, threads_c);",
-        STREAMING,
+        TWO_PASS,
     ),
 ]
 
-STREAMS = [
+TWO_PASS_PLANS = [
     mutant(
-        "streaming: a thread's chain of float64 sums has no limit",
+        "two-pass: a thread's chain of float64 sums has no limit",
         "plan/two_pass.cpp",
         "return make_two_pass(problem, aligned, block, std::max(splits, needed));",
         "return make_two_pass(problem, aligned, block, splits);",
-        STREAMING,
+        TWO_PASS,
     ),
     mutant(
-        "streaming: more blocks than a grid may have",
+        "two-pass: more blocks than the maximum grid size",
         "plan/two_pass.cpp",
         "plan.tile_launch = {std::min(plan.partition.channel_tiles.value * plan.partition.splits, kMaxGrid), block};",
         "plan.tile_launch = {plan.partition.channel_tiles.value * plan.partition.splits, block};",
-        STREAMING,
+        TWO_PASS,
     ),
     mutant(
-        "streaming: a small channel's block is of no whole warps",
+        "two-pass: the block of a small channel is not rounded up to full warps",
         "plan/two_pass.cpp",
         "ceil_div(tile_units(problem, Layout::kChannelsFirst, aligned), kPlanWarp) * kPlanWarp;",
         "tile_units(problem, Layout::kChannelsFirst, aligned);",
-        STREAMING,
+        TWO_PASS,
     ),
     mutant(
-        "streaming: as many chunks are joined as were asked for, not as there are",
+        "two-pass: the requested number of splits is combined instead of the actual one",
         "plan/two_pass.cpp",
         "plan.finalize = {problem.channels, plan.partition.splits, ",
         "plan.finalize = {problem.channels, std::max<int64_t>(1, splits), ",
-        SIMT_STREAMING,
+        SIMT_TWO_PASS,
         Build.SIMT,
     ),
 ]
 
-RESIDENTS = [
+PERSISTENT_PLANS = [
     mutant(
-        "resident: as many members as were asked for, of which some have no share",
+        "persistent: the requested group size is used even if some CTAs have no work tile",
         "plan/persistent.cpp",
         "plan.group_size = static_cast<int>(plan.partition.splits);",
         "plan.group_size = choice.group_size;",
@@ -121,84 +121,84 @@ RESIDENTS = [
         Build.SIMT,
     ),
     mutant(
-        "resident: a cooperative launch leaves no multiprocessor to others",
+        "persistent: a cooperative launch leaves no multiprocessor to other kernels",
         "plan/persistent.cpp",
         "const int cooperating = limits.multiprocessors - limits.multiprocessors / kSparedOf;",
         "const int cooperating = limits.multiprocessors;",
         LIMITS,
     ),
     mutant(
-        "resident: what the kernel takes of shared memory for itself is given away",
+        "persistent: the kernel's own shared memory is not subtracted",
         "plan/persistent.cpp",
         "limits.shared_reserved, limits.shared_per_block) -\n      persistent_overhead(shape.layout);",
         "limits.shared_reserved, limits.shared_per_block);",
         LIMITS,
     ),
     mutant(
-        "resident: shared memory for one tensor where two are kept",
+        "persistent: shared memory for one tensor although two are cached",
         "plan/persistent.cpp",
         "int64_t{kVectorBytes} * choice.block * choice.cached_vectors * tensors_read(pass);",
         "int64_t{kVectorBytes} * choice.block * choice.cached_vectors;",
         LIMITS,
     ),
     mutant(
-        "resident: a share is centred on however little of it is kept",
+        "persistent: the pivot's sample has no minimum size",
         "plan/persistent.cpp",
         "if (cached_vectors * kMinCachedShare < vectors) return {{}, -1};",
         "if (cached == 0) return {{}, -1};",
         LIMITS,
     ),
     mutant(
-        "resident: a thread's chain of float64 sums has no limit",
+        "persistent: a thread's chain of float64 sums has no limit",
         "plan/persistent.cpp",
         "  if (problem.dtype == Dtype::kFloat64 && vectors > kMaxVectorsPerThreadFloat64) return {{}, -1};\n",
         "",
         LIMITS,
     ),
     mutant(
-        "resident: as many slabs as a kernel counts are too many",
+        "persistent: the largest number of channel tiles that a kernel can count is rejected",
         "plan/persistent.cpp",
         "partition.channel_tiles.value > kMaxChannelTiles ||",
         "partition.channel_tiles.value >= kMaxChannelTiles ||",
         COUNTED,
     ),
     mutant(
-        "resident: rows may be longer than a kernel counts",
+        "persistent: rows may be longer than a kernel can count",
         "plan/persistent.cpp",
         "if (partition.channel_tiles.value > kMaxChannelTiles || problem.inner > kMaxPersistentRow) return {{}, -1};",
         "if (partition.channel_tiles.value > kMaxChannelTiles) return {{}, -1};",
         COUNTED,
     ),
     mutant(
-        "packed: rows shorter than a vector, which then holds elements of more than two channels",
+        "packed: rows may be shorter than a vector, so that it holds elements of more than two channels",
         "plan/persistent.cpp",
         "if (!aligned || problem.inner < vector || problem.channels",
         "if (!aligned || problem.channels",
         PACKED_ROWS,
     ),
     mutant(
-        "packed: a tensor that is not aligned is walked by whole vectors",
+        "packed: an unaligned tensor is accessed by full vectors",
         "plan/persistent.cpp",
         "if (!aligned || problem.inner < vector || problem.channels",
         "if (problem.inner < vector || problem.channels",
         LIMITS,
     ),
     mutant(
-        "clusters: of 8 members on a device that has none",
+        "clusters: clusters of 8 on a device without cluster support",
         "plan/persistent.cpp",
         "std::min<int64_t>(limits.max_cluster, shares);",
         "std::min<int64_t>(8, shares);",
         LIMITS,
     ),
     mutant(
-        "clusters: as if one could lie across the device's processing clusters",
+        "clusters: a cluster may span several processing clusters of the device",
         "plan/persistent.cpp",
         "return whole * (kClusterMultiprocessors * room.beside / group_size) + rest * room.beside / group_size;",
         "return (whole * kClusterMultiprocessors + rest) * room.beside / group_size;",
         LIMITS,
     ),
     mutant(
-        "resident: blocks wait for each other though the device has no cooperative launch",
+        "persistent: blocks wait for each other on a device without cooperative launch",
         "plan/persistent.cpp",
         "limits.cooperative_launch ? std::min(room.cooperating, shares) : 1;",
         "std::min(room.cooperating, shares);",
@@ -208,40 +208,40 @@ RESIDENTS = [
 
 PREDICTIONS = [
     mutant(
-        "bytes: the last member's share is taken for one of full size",
+        "bytes: the last CTA's work tile counts as full",
         "plan/persistent.cpp",
         "const int64_t last = units - (plan.partition.splits - 1) * plan.partition.split_size;",
         "const int64_t last = plan.partition.split_size;",
         BYTES,
     ),
     mutant(
-        "bytes: one member alone recalls the results of a divided exchange",
+        "bytes: only one CTA reloads the results of a two-shot exchange",
         "plan/persistent.cpp",
         "Traffic{partials + 2 * bytes * plan.group_size, partials + 2 * bytes};",
         "Traffic{partials + 2 * bytes, partials + 2 * bytes};",
         BYTES,
     ),
     mutant(
-        "bytes: the backward of inference reads the gradient once",
+        "bytes: the backward of inference reads the gradient only once",
         "plan/persistent.cpp",
         "reads_x ? read : read + tensor, tensor};",
         "read, tensor};",
         BYTES,
     ),
     mutant(
-        "bytes: inference is said to read two tensors",
+        "bytes: inference reads two tensors",
         "plan/plan.h",
         "return pass == Pass::kForwardTrain || pass == Pass::kForwardEval ? 1 : 2; }",
         "return pass == Pass::kForwardTrain ? 1 : 2; }",
         BYTES,
     ),
     mutant(
-        "choice: the streaming path is asked for in vain",
+        "choice: a request for the two-pass path is ignored",
         "plan/persistent.cpp",
         "                : options.force_two_pass    ? Reason::kForced\n",
         "",
-        STREAMING,
+        TWO_PASS,
     ),
 ]
 
-MUTANTS: list[Mutant] = WALKS + STREAMS + RESIDENTS + PREDICTIONS
+MUTANTS: list[Mutant] = PARTITIONS + TWO_PASS_PLANS + PERSISTENT_PLANS + PREDICTIONS

@@ -17,12 +17,12 @@ from pathlib import Path
 from . import Build, Mutant
 
 ROOT = Path(__file__).resolve().parents[3]
-TIMEOUT = 900  # seconds for the tests of a mutant; one that needs more hangs
+TIMEOUT = 900  # seconds for the tests of a mutant; a longer run counts as hung
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a mutant: killed, by which test; or the error that kept it from being tested."""
+    """The result of a mutant: killed, and by which test; or the error that prevented testing it."""
 
     mutant: Mutant
     killed_by: str = ""
@@ -35,12 +35,12 @@ class Outcome:
 
 
 class Tree:
-    """A copy of the repository with a build of its own. What was built in an earlier run is used again."""
+    """A copy of the repository with its own build. Reuses the build of an earlier run."""
 
     def __init__(self, root: Path, source: Path = ROOT) -> None:
-        self.root = root.resolve()  # its tests run there
+        self.root = root.resolve()  # working directory of the tests
         self.source = source
-        self._extension: Build | None = None  # what is built: EXTENSION, FAKE_CUDA, or nothing that can be used
+        self._extension: Build | None = None  # current build: EXTENSION, FAKE_CUDA, or None
         self._passing: set[tuple[Build, tuple[str, ...]]] = set()
         self._copy()
 
@@ -69,14 +69,14 @@ class Tree:
                 self._extension = None
 
     def _copy(self) -> None:
-        """Files that differ are copied, so that ninja rebuilds what depends on them alone."""
+        """Copies only files that differ, so that ninja rebuilds no more than needed."""
         listed = ["git", "-C", str(self.source), "ls-files", "-co", "--exclude-standard", "-z"]
         names = subprocess.run(listed, check=True, capture_output=True, text=True).stdout.split("\0")
         for folder in (
             "bnkernels",
             "csrc",
             "tests",
-        ):  # what has been removed since: setup.py compiles whatever is there
+        ):  # delete removed files, since setup.py compiles every file it finds
             for path in (self.root / folder).rglob("*.*"):
                 if (
                     path.suffix in {".py", ".h", ".cpp", ".cu", ".cuh"}
@@ -90,7 +90,7 @@ class Tree:
                 shutil.copyfile(source, target)
 
     def _failing_test(self, build: Build, tests: Sequence[str]) -> str:
-        """The first test that fails, or what else ended the run; empty where all pass."""
+        """The first test that fails, or another reason why the run ended; empty if all pass."""
         with_cuda = build is Build.FAKE_CUDA
         if self._extension is None or with_cuda != (self._extension is Build.FAKE_CUDA):
             self._build(with_cuda)
@@ -104,7 +104,7 @@ class Tree:
             return f"no end after {TIMEOUT} s"
         if done.returncode == 0:
             return ""
-        if done.returncode in (4, 5):  # a selection that selects nothing
+        if done.returncode in (4, 5):  # the selection is empty
             raise RuntimeError(f"pytest {' '.join(tests)}: {done.stdout[-300:]}")
         if compiler := re.search(r"^.*:\d+: error: .*|^.*\(\d+\): error: .*", done.stdout, re.MULTILINE):
             raise RuntimeError(f"does not compile: {compiler[0]}")
@@ -139,14 +139,15 @@ class Tree:
             try:
                 output, _ = process.communicate(timeout=timeout)
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, 9)  # its servers, too
+                os.killpg(process.pid, 9)  # including its servers
                 process.communicate()
                 raise
             return subprocess.CompletedProcess(command, process.returncode, output, "")
 
 
 def run(mutants: Sequence[Mutant], folder: Path, jobs: int) -> Iterator[Outcome]:
-    """Outcomes as they come. Each of `jobs` trees takes mutants in the order of their files, which saves builds."""
+    """Yields outcomes as they arrive. Each of `jobs` trees takes mutants in the order of their files, which saves
+    builds."""
     trees: queue.SimpleQueue[Tree] = queue.SimpleQueue()
     for number in range(jobs):
         trees.put(Tree(folder / f"tree{number}"))
