@@ -81,7 +81,7 @@ def everything(i: Inputs) -> list[Tensor]:
     found: list[Tensor] = []
     for adds, relu in FUSIONS:
         y, mean, invstd, relu_bounds = fused(i, make_residual(i) if adds else None, relu)
-        found += [y, mean, invstd, relu_bounds]
+        found += [y, mean, invstd] + ([] if relu_bounds is None else [relu_bounds])
         if not adds:
             found += backward(i, mean, invstd, relu_bounds, i.grad)
     return found

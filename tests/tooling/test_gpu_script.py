@@ -91,7 +91,7 @@ def test_every_step_on_the_fake_device(tmp_path: Path) -> None:
         assert len(made) <= 8 and all(re.fullmatch(r"[\w.-]+", name) for name in made), made
         benches = [step.name for step in steps if " -m bench " in step.program and rows[step.name][0] == "passed"]
         for name in benches:
-            (file,) = (tmp_path / stage).glob(f"*-host-device-{name}.json")
+            (file,) = (tmp_path / stage).glob(f"*-fake-cuda-device-{name}.json")
             loaded = Run.load(file)
             assert loaded.records and not loaded.failed
     check = json.loads((tmp_path / "first" / "check.json").read_text())
