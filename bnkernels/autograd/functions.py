@@ -149,23 +149,26 @@ class Eager(Function):
             ctx.save_for_backward(x, weight, mean, invstd, bounds if residual is None else y)
         else:
             ctx.save_for_backward(x, weight, mean, invstd)
-        ctx.call = (training, eps, relu)
+        ctx.call = (training, eps, relu, residual is not None)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, invstd, *passed = ctx.saved_tensors
-        training, eps, relu = ctx.call
-        need_input, need_weight, need_bias, _, *need_residual = ctx.needs_input_grad
+        training, eps, relu, has_residual = ctx.call
+        if relu:
+            x, weight, mean, invstd, passed = ctx.saved_tensors
+        else:
+            x, weight, mean, invstd = ctx.saved_tensors
+        need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
         create_graph = is_grad_enabled() or transforms_active() or forward_ad._current_level >= 0
         bounds = None
         if relu:
-            if need_residual:
-                grad = ops.threshold_backward(grad, passed[0], 0)
+            if has_residual:
+                grad = ops.threshold_backward(grad, passed, 0)
             elif create_graph:
-                grad = formulas.relu_backward(grad, x, passed[0])
+                grad = formulas.relu_backward(grad, x, passed)
             else:
-                bounds = passed[0]
+                bounds = passed
         grads: tuple[Tensor | None, ...] = (None, None, None)
         if need_input or need_weight or need_bias:
             # Without a weight, grad_bias has the dtype of the statistics; autograd casts it to the dtype of the bias.
@@ -175,7 +178,9 @@ class Eager(Function):
                 grads = ops.backward(
                     grad, x, weight, mean, invstd, training, need_input, need_weight, need_bias, bounds
                 )
-        return *grads, None, *(grad if need else None for need in need_residual)
+        if has_residual:
+            return *grads, None, grad if ctx.needs_input_grad[4] else None
+        return *grads, None
 
 
 def _apply_eager_in_c(

@@ -20,9 +20,8 @@ MUTANTS: list[Mutant] = [
     mutant(
         "autograd: every gradient is computed even if not needed",
         "autograd/functions.py",
-        "        need_input, need_weight, need_bias, _, *need_residual = ctx.needs_input_grad\n",
-        "        need_input, need_weight, need_bias = True, weight is not None, True\n"
-        "        need_residual = ctx.needs_input_grad[4:]\n",
+        "        need_input, need_weight, need_bias = ctx.needs_input_grad[:3]\n        create_graph",
+        "        need_input, need_weight, need_bias = True, weight is not None, True\n        create_graph",
         AUTOGRAD,
     ),
     mutant(
@@ -169,15 +168,15 @@ MUTANTS: list[Mutant] = [
     mutant(
         "epilogue: inference uses the backward of training",
         "autograd/functions.py",
-        "        ctx.call = (training, eps, relu)\n",
-        "        ctx.call = (training or relu, eps, relu)\n",
+        "        ctx.call = (training, eps, relu, residual is not None)\n",
+        "        ctx.call = (training or relu, eps, relu, residual is not None)\n",
         FUSED,
     ),
     mutant(
         "epilogue: the gradient of a ReLU after a sum is not masked",
         "autograd/functions.py",
-        "            if need_residual:\n                grad = ops.threshold_backward(grad, passed[0], 0)\n",
-        "            if need_residual:\n                pass\n",
+        "            if has_residual:\n                grad = ops.threshold_backward(grad, passed, 0)\n",
+        "            if has_residual:\n                pass\n",
         FUSED,
     ),
     mutant(
