@@ -179,16 +179,16 @@ Candidate cheapest(const Problem& problem, Pass pass, bool aligned, const Device
       const Candidate one = candidate(problem, pass, aligned, shape, room, cluster, group_size);
       if (one.cost >= 0 && (best.cost < 0 || one.cost < best.cost)) best = one;
     };
-    const int64_t shares = ceil_div(units, step_of(shape));  // upper bound of a useful group size
+    const int64_t max_group_size = ceil_div(units, step_of(shape));  // upper bound of a useful group size
     // The smallest group that caches the whole channel tile.
     const int64_t enough = ceil_div(units, room.cached_vectors * step_of(shape));
     // Clusters must cache the whole channel tile. Without cooperative launches the largest cluster is considered too.
-    const int64_t most_in_cluster = std::min<int64_t>(limits.max_cluster, shares);
+    const int64_t most_in_cluster = std::min<int64_t>(limits.max_cluster, max_group_size);
     const int64_t least_in_cluster = limits.cooperative_launch ? enough : std::min(enough, most_in_cluster);
     for (int64_t group_size = std::max<int64_t>(2, least_in_cluster); group_size <= most_in_cluster; ++group_size) {
       consider(group_size, true);
     }
-    const int64_t most = limits.cooperative_launch ? std::min(room.cooperating, shares) : 1;
+    const int64_t most = limits.cooperative_launch ? std::min(room.cooperating, max_group_size) : 1;
     // If no group caches the whole channel tile, the largest group caches the most.
     const int64_t least = std::min(enough, most);
     consider(least);

@@ -157,8 +157,8 @@ BNK_DEVICE void revisit_vectors(Iterator& iterator, int cached_vectors, bool who
     const int first = cached_vectors + tile * kVectors;
     iterator.seek(first);
     if (whole && has_vectors<kVectors>(iterator, first)) {
-      auto way = iterator.whole();
-      visit_full<kVectors, typename Iterator::Element>(way, first, again);
+      auto full_iterator = iterator.whole();
+      visit_full<kVectors, typename Iterator::Element>(full_iterator, first, again);
     } else {
       visit_any<kVectors>(iterator, first, kVectors, again);
     }

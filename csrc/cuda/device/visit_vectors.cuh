@@ -28,11 +28,11 @@ BNK_DEVICE bool has_vectors(const Iterator& iterator, int first) {
 }
 
 // Visits a tile of full vectors: visit(vectors, number), where `number` is the number of the first vector.
-template <int kVectors, typename T, typename Way, typename Visit>
-BNK_DEVICE void visit_full(Way& way, int number, const Visit& visit) {
+template <int kVectors, typename T, typename FullIterator, typename Visit>
+BNK_DEVICE void visit_full(FullIterator& full_iterator, int number, const Visit& visit) {
   FullVector<T> accesses[kVectors];
 #pragma unroll
-  for (int i = 0; i < kVectors; ++i) accesses[i] = way.next();
+  for (int i = 0; i < kVectors; ++i) accesses[i] = full_iterator.next();
   visit(accesses, number);
 }
 
@@ -55,17 +55,17 @@ BNK_DEVICE void visit_vectors(Iterator& iterator, int first, int count, bool who
   int done = 0;
   iterator.seek(first);
   if (whole) {
-    auto way = iterator.whole();
+    auto full_iterator = iterator.whole();
     if constexpr (kFirstVectors > kVectors) {
 #pragma unroll 1
       for (; done + kFirstVectors <= count && has_vectors<kFirstVectors>(iterator, first + done);
            done += kFirstVectors) {
-        visit_full<kFirstVectors, T>(way, first + done, visit);
+        visit_full<kFirstVectors, T>(full_iterator, first + done, visit);
       }
     }
 #pragma unroll 1
     for (; done + kVectors <= count && has_vectors<kVectors>(iterator, first + done); done += kVectors) {
-      visit_full<kVectors, T>(way, first + done, visit);
+      visit_full<kVectors, T>(full_iterator, first + done, visit);
     }
     iterator.seek(first + done);
   }

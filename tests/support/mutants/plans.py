@@ -186,8 +186,8 @@ PERSISTENT_PLANS = [
     mutant(
         "clusters: clusters of 8 on a device without cluster support",
         "plan/persistent.cpp",
-        "std::min<int64_t>(limits.max_cluster, shares);",
-        "std::min<int64_t>(8, shares);",
+        "std::min<int64_t>(limits.max_cluster, max_group_size);",
+        "std::min<int64_t>(8, max_group_size);",
         LIMITS,
     ),
     mutant(
@@ -200,8 +200,8 @@ PERSISTENT_PLANS = [
     mutant(
         "persistent: blocks wait for each other on a device without cooperative launch",
         "plan/persistent.cpp",
-        "limits.cooperative_launch ? std::min(room.cooperating, shares) : 1;",
-        "std::min(room.cooperating, shares);",
+        "limits.cooperative_launch ? std::min(room.cooperating, max_group_size) : 1;",
+        "std::min(room.cooperating, max_group_size);",
         LIMITS,
     ),
 ]
